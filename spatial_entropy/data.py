@@ -77,7 +77,7 @@ def _places(rng, count):
                 placed.append((c, r)); break
     return placed
 
-# %% ../nbs/01_data.ipynb #0d0ed4df
+# %% ../nbs/01_data.ipynb #145749f0
 def _draw(index, seed, size):
     "Picture (S, S, 3) uint8, mask (S, S) bool and class of one index."
     rng, label = np.random.default_rng([seed, index]), index % len(_inside)
@@ -87,7 +87,7 @@ def _draw(index, seed, size):
     for (cx, cy), r in _places(rng, rng.integers(1, 4)):
         angle, du, dv = rng.uniform(-.4, .4), (x - cx)/r, (y - cy)/r
         m = list(_inside.values())[label](np.cos(angle)*du + np.sin(angle)*dv, np.cos(angle)*dv - np.sin(angle)*du)
-        canvas[m] = _texture(rng, x[m], y[m], rng.uniform(.62, .85))
+        if m.any(): canvas[m] = _texture(rng, x[m], y[m], rng.uniform(.62, .85))
         mask |= m
     canvas += rng.normal(0, .03, canvas.shape)
     return (canvas.clip(0, 1)*255).astype(np.uint8), mask, label
