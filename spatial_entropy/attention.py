@@ -76,6 +76,15 @@ def _rebuild(cls, state):
     new.__dict__.update(state)
     return new
 
+# %% ../nbs/02_attention.ipynb #f8e85a66
+class _Arm:
+    "Arms a tap when the patch embedding begins; a copy or a pickle of it does nothing."
+    def __init__(self, tap=None): self.tap = tap
+    def __call__(self, embed, args):
+        if self.tap is not None: self.tap._arm(embed, args)
+    def __deepcopy__(self, memo): return _Arm()
+    def __reduce__(self): return _Arm, ()
+
 # %% ../nbs/02_attention.ipynb #6d992b1e
 class UnsupportedModel(TypeError):
     "The model, or the block, has no attention map that can be tapped; the message says why."
@@ -129,7 +138,7 @@ def _query_of(facts, query):
         raise UnsupportedModel('query="auto": this model pools by attention, with a query of its own; choose query="mean"')
     return facts["reads"]
 
-# %% ../nbs/02_attention.ipynb #8abf20a4
+# %% ../nbs/02_attention.ipynb #f2b9fb6a
 class AttentionTap:
     """The similarity map of one block, read during the model's own forward pass.
 
@@ -145,7 +154,7 @@ class AttentionTap:
         if isinstance(self.module.__dict__.get("_ear"), _Ear): raise RuntimeError(f"block {block} has a tap already; close it first")
         self._row, self._armed, self._grad = None, False, False
         self.module.__class__, self.module._ear = _tapped(type(self.module)), _Ear(self)
-        self._hook = self.facts["embed"].register_forward_pre_hook(self._arm)
+        self._hook = self.facts["embed"].register_forward_pre_hook(_Arm(self))
 
     def close(self):
         "Give the model its own attention class back; the last maps stay readable."

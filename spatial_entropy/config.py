@@ -18,7 +18,7 @@ def _setting(default, help, flag=None, check=None):
 def _at_least(low): return (lambda v: v >= low, f"at least {low}")
 def _share(v): return 0 <= v <= 1
 
-# %% ../nbs/06_config.ipynb #12045d1f
+# %% ../nbs/06_config.ipynb #e9ed334d
 @dataclass
 class _PictureSettings:
     "What the model is shown."
@@ -28,15 +28,15 @@ class _PictureSettings:
     scale: float = _setting(.6, "smallest share of a picture that a random crop keeps, 0–1", check=(_share, "from 0 to 1"))
     hflip: float = _setting(.5, "probability of a horizontal flip", check=(_share, "from 0 to 1"))
     color_jitter: float = _setting(0., "strength of colour jitter", check=_at_least(0))
-    workers: int = _setting(2, "processes that load pictures", "-j", _at_least(0))
+    workers: int | None = _setting(None, "processes that load pictures; default: 0 for the embedded ones, else 2", "-j", _at_least(0))
 
-# %% ../nbs/06_config.ipynb #8b7dfbe3
+# %% ../nbs/06_config.ipynb #5182e3d4
 @dataclass
 class _FittingSettings:
     "What is trained, and how."
     model: str | None = _setting(None, "a timm model name; default: a small ViT for the embedded pictures")
     model_kwargs: dict | None = _setting(None, "arguments of timm.create_model, such as patch_size=8")
-    epochs: int = _setting(16, "passes over the training pictures", check=_at_least(1))
+    epochs: int = _setting(12, "passes over the training pictures", check=_at_least(1))
     batch_size: int = _setting(32, "pictures a step", "-b", _at_least(1))
     opt: str = _setting("adamw", "a timm optimiser")
     lr: float = _setting(1e-3, "peak learning rate", check=(lambda v: v > 0, "above 0"))
@@ -60,7 +60,7 @@ class TrainConfig(_FittingSettings, _PictureSettings):
 
     def __post_init__(self): _complete(self)
 
-# %% ../nbs/06_config.ipynb #bef46311
+# %% ../nbs/06_config.ipynb #7de9ef5d
 _small = dict(patch_size=8, embed_dim=96, depth=4, num_heads=3)
 
 def _complete(c):
@@ -71,6 +71,7 @@ def _complete(c):
     c.model_kwargs = {**(_small if c.model is None else {}), **(c.model_kwargs or {})}
     if c.img_size is None: c.img_size = 64 if c.model is None else 224
     if c.img_size < 1: raise ValueError(f"img_size: got {c.img_size}, expected at least 1")
+    if c.workers is None: c.workers = 0 if c.data == "shapes" else 2
     c.model = c.model or "vit_tiny_patch16_224"
     if c.entropy_warmup is None: c.entropy_warmup = min(10, max(1, round(c.epochs/10)))
     if c.entropy_warmup > c.epochs:

@@ -198,7 +198,7 @@ class Loaders:
 
     def skipped(self): return [f for d in (self.train.dataset, self.val.dataset) for f in getattr(d, "skipped", list)()]
 
-# %% ../nbs/01_data.ipynb #60eafc85
+# %% ../nbs/01_data.ipynb #c556dd05
 def loaders(data: str = "shapes", # "shapes", or an image folder
             img_size: int = 64, # pixels a side
             batch_size: int = 32,
@@ -210,12 +210,14 @@ def loaders(data: str = "shapes", # "shapes", or an image folder
             crop_pct: float = 1., # part of a validation picture that is kept, centred
             **augmentation, # of timm.data.create_loader: scale, ratio, hflip, color_jitter, …
            ) -> Loaders:
-    """Batches of training and validation pictures. Raises FileNotFoundError or ValueError that name the folder."""
+    """Batches of training and validation pictures; the last, incomplete training batch is dropped, as in timm.
+
+    Raises FileNotFoundError or ValueError that name the folder.
+    """
     if limit is not None and limit < 1: raise ValueError(f"limit: got {limit}, expected at least 1 picture")
     if data == "shapes": train, val = shapes(min(limit or 4000, 4000), size=img_size), shapes(1000, "val", img_size)
     else: train, val = _pictures(data, seed, val_fraction)
     if data != "shapes" and limit: train.samples = train.samples[:limit]
-    if len(train) < batch_size: raise ValueError(f"batch_size: got {batch_size}, but there are {len(train)} training pictures")
     make = lambda d, **k: create_loader(d, (3, img_size, img_size), batch_size, mean=mean, std=std, num_workers=workers,
                                         use_prefetcher=False, collate_fn=_collate, device=torch.device("cpu"), **k)
     return Loaders(make(train, is_training=True, **augmentation), make(val, crop_pct=crop_pct), train.classes, mean, std)

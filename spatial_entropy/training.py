@@ -6,11 +6,12 @@
 __all__ = ['entropy_weight', 'build_model', 'Job', 'prepare', 'validate', 'picture_of_maps', 'fit', 'Trained', 'train',
            'load_run']
 
-# %% ../nbs/07_training.ipynb #269c2918
+# %% ../nbs/07_training.ipynb #3fee0909
 import csv, math, os, platform, time
 from dataclasses import dataclass, replace
 from datetime import datetime
 from difflib import get_close_matches
+from itertools import count
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 import timm
@@ -47,7 +48,7 @@ def entropy_weight(epoch: float, # epochs done so far, from 0
     if epochs == warmup: return weight if epoch == warmup else 0.
     return weight*(1 + math.cos(math.pi*min(1., (epoch - warmup)/(epochs - warmup))))/2
 
-# %% ../nbs/07_training.ipynb #4fa4de29
+# %% ../nbs/07_training.ipynb #ee80ab2c
 def _check_name(name):
     if timm.is_model(name.split(".")[0]): return
     near = get_close_matches(name, timm.list_models(), 3)
@@ -58,6 +59,7 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module: # without s
     _check_name(config.model)
     try: model = timm.create_model(config.model, num_classes=num_classes, **{"img_size": config.img_size, **config.model_kwargs})
     except (TypeError, AssertionError, RuntimeError, KeyError) as e:
+        if "'img_size'" in str(e): raise ValueError(f"model: {config.model} takes no img_size; expected a Vision Transformer") from None
         raise ValueError(f"model: {config.model} cannot be built with img_size={config.img_size}, {config.model_kwargs}: {e}") from None
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))
     if any(config.img_size % p for p in patch):
@@ -86,25 +88,25 @@ def _data(config):
                    known["mean"], known["std"], interpolation=known["interpolation"],
                    scale=(config.scale, 1.), hflip=config.hflip, color_jitter=config.color_jitter)
 
-# %% ../nbs/07_training.ipynb #8da20d05
+# %% ../nbs/07_training.ipynb #0ebc58f1
 def _new_folder(config):
     "A fresh folder for the run; an existing one is never touched."
-    name = config.experiment or f"{datetime.now():%Y%m%d-%H%M%S}-{Path(config.data).resolve().name if config.data != 'shapes' else 'shapes'}"
-    for k in range(1, 1000):
+    name = config.experiment or f"{datetime.now():%Y%m%d-%H%M%S}-{Path(config.data).resolve().name}"
+    for k in count(1):
         folder = Path(config.output)/(name if k == 1 else f"{name}-{k}")
         try: folder.mkdir(parents=True, exist_ok=False); return folder
         except FileExistsError:
-            if folder.is_dir(): continue
-            raise
-    raise OSError(f"{config.output}: holds a thousand runs named {name}")
+            if not folder.is_dir(): raise OSError(f"output: {folder} is a file; choose another --output or --experiment") from None
+        except OSError as e: raise OSError(f"output: no run folder can be made in {config.output} ({e.strerror})") from None
 
-# %% ../nbs/07_training.ipynb #4d8c01d8
+# %% ../nbs/07_training.ipynb #771cad75
 def prepare(config: TrainConfig) -> Job:
     "Build everything a run needs. Raises ValueError, TypeError or OSError in one sentence, before anything is written."
     set_seed(config.seed)
     accelerator = Accelerator(cpu=config.device == "cpu")
     _check_name(config.model)
     data = _data(config)
+    if not len(data.train): raise ValueError(f"batch_size: got {config.batch_size}, but there are {len(data.train.dataset)} training pictures")
     model = build_model(config, len(data.classes))
     if not config.keep_skip: drop_last_skip(model)
     try: optimizer = create_optimizer_v2(model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay)
@@ -255,10 +257,10 @@ def _epoch(job, epoch, tick):
     _append(job.folder/"metrics.csv", row)
     return row
 
-# %% ../nbs/07_training.ipynb #68c7aaa1
+# %% ../nbs/07_training.ipynb #1fd524c0
 def _line(row, epochs):
     return (f"epoch {row['epoch']:>3}/{epochs}  train loss {row['train_ce']:.3f}  top-1 {row['train_top1']:5.1f}%  entropy {row['train_entropy']:.3f}"
-            f"  |  val top-1 {row['val_top1']:5.1f}%  entropy {row['val_entropy']:.3f}  regions {row['val_regions']:.2f}  |  {row['images_per_s']:.0f} images/s")
+            f"  |  val top-1 {row['val_top1']:5.1f}%  entropy {row['val_entropy']:.3f}  regions {row['val_regions']:.2f}")
 
 def fit(job: Job, console: Console | None = None) -> list[dict]: # the rows of metrics.csv
     "Run a prepared job to its end. Raises FloatingPointError when the loss is no number; what was saved stays."
@@ -275,7 +277,7 @@ def fit(job: Job, console: Console | None = None) -> list[dict]: # the rows of m
     job.tap.close()
     return rows
 
-# %% ../nbs/07_training.ipynb #1de010b7
+# %% ../nbs/07_training.ipynb #9a6e2316
 @dataclass
 class Trained:
     "A finished run: its folder and what it measured."
@@ -283,11 +285,12 @@ class Trained:
     rows: list[dict] # the lines of metrics.csv
 
 def train(config: TrainConfig | None = None, # None: the small ViT on the embedded pictures
+          console: Console | None = None, # where to report; rich's standard console if None
           **settings, # changes of the configuration, by name
          ) -> Trained:
     "Train from a notebook or a script. Raises ValueError, TypeError or OSError before anything is written."
     job = prepare(replace(config, **settings) if config else TrainConfig(**settings))
-    return Trained(job.folder, fit(job))
+    return Trained(job.folder, fit(job, console))
 
 # %% ../nbs/07_training.ipynb #3a82d204
 def load_run(run: str # a run folder

@@ -1,0 +1,315 @@
+"""Collects nbs/*.ipynb: every code cell runs, in order; cells that assert something and export cells are tests.
+
+An export cell is not executed. Its names are taken from the built module instead, and its text has to be in that
+module, so a stale or broken package fails here. Cells between two tests run as set-up of the next one.
+"""
+import ast
+import atexit
+import contextlib
+import copy
+import importlib
+import os
+import re
+import sys
+import tempfile
+import traceback
+import warnings
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent
+CHECKS = re.compile(r"assert\w*$|test_\w+$|(raises|warns|fail|expect_fail|ExceptionExpected|gradcheck)$")
+EXPORTS = ("export", "exporti", "exports")
+
+
+def settings():
+    parser = ConfigParser(delimiters=["="])
+    parser.read(ROOT / "settings.ini", encoding="utf-8")
+    return parser["DEFAULT"]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--flags", default="", help="flags of tst_flags whose notebook cells run, as in 'slow cuda'")
+
+
+def pytest_configure(config):
+    cfg = settings()
+    config.nb_home = ROOT / cfg["nbs_path"]
+    config.nb_off = set(cfg.get("tst_flags", "").split()) - set(config.getoption("--flags").split())
+    config.nb_ipython = tempfile.TemporaryDirectory(prefix="ipython")  # leaves the user's profile alone
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, "nb_ipython"):
+        config.nb_ipython.cleanup()
+
+
+def pytest_collect_file(file_path, parent):
+    if file_path.suffix == ".ipynb" and file_path.parent == parent.config.nb_home and file_path.name[0] not in "._":
+        return Notebook.from_parent(parent, path=file_path)
+
+
+def tree(cell):
+    return ast.Module(cell.parsed_() or [], [])
+
+
+def asserts(cell):
+    "Whether anything in the cell can fail a test on purpose."
+    if cell.parsed_() is None:  # it holds a magic
+        return bool(re.search(r"^\s*assert\b|\bassert_\w+\(|\braises\(", cell.source, re.MULTILINE))
+    for node in ast.walk(tree(cell)):
+        if isinstance(node, ast.Assert):
+            return True
+        if isinstance(node, ast.Call):
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if CHECKS.match(name):
+                return True
+    return False
+
+
+class Names(ast.NodeVisitor):
+    "The names that a cell binds at the top level, in order."
+
+    def __init__(self):
+        self.defs, self.others, self.stars = [], [], []
+
+    def visit_ClassDef(self, node):
+        self.defs.append(node.name)
+
+    visit_FunctionDef = visit_AsyncFunctionDef = visit_ClassDef
+
+    def visit_Lambda(self, node):
+        pass
+
+    visit_ListComp = visit_SetComp = visit_DictComp = visit_GeneratorExp = visit_Lambda
+
+    def visit_Import(self, node):
+        for o in node.names:
+            if o.name == "*":
+                self.stars.append(node.module)
+            else:
+                self.others.append(o.asname or o.name.partition(".")[0])
+
+    def visit_ImportFrom(self, node):
+        if node.module != "__future__":
+            self.visit_Import(node)
+
+    def visit_Name(self, node):
+        if isinstance(node.ctx, ast.Store):
+            self.others.append(node.id)
+        elif isinstance(node.ctx, ast.Del) and node.id in self.others:
+            self.others.remove(node.id)
+
+
+def names(cell):
+    found = Names()
+    found.visit(tree(cell))
+    return found
+
+
+def title(cell, heading):
+    "A few words that say what the cell is about."
+    if any(o in cell.directives_ for o in EXPORTS):
+        found = names(cell)
+        words = found.defs or [o for o in found.others if not o.startswith("_")] or found.others or ["export"]
+        if all(isinstance(o, ast.Import | ast.ImportFrom) for o in tree(cell).body):
+            words = ["imports"]
+        return " ".join(words[:3])
+    return re.sub(r"[^\w\s().,=+-]", "", heading).strip()[:40].strip()
+
+
+class CellError(Exception):
+    "A failure in a cell: which one, and the error or the message."
+
+    def __init__(self, number, cell, error):
+        super().__init__(number, cell, error)
+        self.number, self.cell, self.error = number, cell, error
+
+
+class Notebook(pytest.File):
+    def collect(self):
+        from nbdev.process import NBProcessor
+
+        self.cells = NBProcessor(self.path, rm_directives=False).nb.cells
+        self.default_exp, heading, last = None, "", -1
+        items, codes = [], []
+        for i, cell in enumerate(self.cells):
+            if cell.cell_type == "markdown":
+                found = re.findall(r"^#+ +(.+)$", cell.source, re.MULTILINE)
+                heading = found[-1] if found else heading
+            if cell.cell_type != "code" or not cell.source.strip():
+                continue
+            dirs = cell.directives_
+            if "default_exp" in dirs:
+                self.default_exp = dirs["default_exp"][0]
+            if self.unwanted(cell) or not tree(cell).body and cell.parsed_() is not None:
+                continue
+            codes.append(i)
+            if any(o in dirs for o in EXPORTS) or asserts(cell) or self.flags(cell):
+                label = f"cell {i + 1} {title(cell, heading)}".strip()
+                items.append(Cell.from_parent(self, name=label, index=i))
+                last = i
+        if codes and codes[-1] > last:
+            items.append(Cell.from_parent(self, name="rest", index=len(self.cells) - 1))
+        return items
+
+    def flags(self, cell):
+        return set(settings().get("tst_flags", "").split()) & set(cell.directives_)
+
+    def unwanted(self, cell):
+        return cell.directives_.get("eval:", [""])[0].lower() == "false" or "nbdev_export(" in cell.source
+
+    def setup(self):
+        self.shell, self.at, self.broken = None, 0, False
+        self.folder, self.sys_path = self.path.parent, [str(self.path.parent), str(ROOT), *sys.path]
+
+    def teardown(self):
+        if "matplotlib.pyplot" in sys.modules:
+            sys.modules["matplotlib.pyplot"].close("all")
+        if self.shell is not None:
+            self.shell.atexit_operations()  # closes its history before the folder goes, and frees its names
+            atexit.unregister(self.shell.atexit_operations)
+        self.shell = None
+
+    def start(self):
+        from execnb.shell import CaptureShell
+
+        self.shell = CaptureShell(mpl_format="png")
+        quiet = lambda *args, **kwargs: None
+        self.shell.showtraceback = self.shell.showsyntaxerror = self.shell.showindentationerror = quiet
+
+    def run_to(self, index):
+        "Run what has not run yet, up to and with cell `index`; return what the last one printed."
+        printed, main = "", sys.modules["__main__"]
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+            warnings.simplefilter("default")  # as in a kernel: shown, never errors, and not those of libraries to come
+            for quiet in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+                warnings.simplefilter("ignore", quiet)
+            for key, value in dict(IN_TEST="1", MPLBACKEND="Agg", PYTHONPATH=path).items():
+                patch.setenv(key, value)
+            patch.setenv("IPYTHONDIR", self.config.nb_ipython.name)
+            patch.chdir(self.folder)
+            patch.setattr(sys, "path", self.sys_path)
+            try:
+                if self.shell is None:
+                    self.start()
+                sys.modules["__main__"] = self.shell.user_module  # so that what a cell defines can be pickled
+                while self.at <= index:
+                    cell, self.at = self.cells[self.at], self.at + 1
+                    if cell.cell_type == "code" and not self.unwanted(cell) and cell.source.strip():
+                        if not self.flags(cell) & self.config.nb_off:
+                            printed = self.run_cell(self.at, cell)
+            except BaseException as e:
+                self.broken = not isinstance(e, pytest.skip.Exception)
+                raise
+            finally:
+                sys.modules["__main__"] = main
+                self.sys_path = sys.path
+                with contextlib.suppress(OSError):  # a cell may change the folder, and even remove it
+                    self.folder = os.getcwd()
+        return printed
+
+    def run_cell(self, number, cell):
+        if any(o in cell.directives_ for o in EXPORTS):
+            self.shell.user_ns.update(self.built(number, cell))
+            return ""
+        done = self.shell.run_cell(cell.source)
+        if isinstance(done.exception, KeyboardInterrupt | pytest.skip.Exception):
+            raise done.exception
+        if done.exception is not None:
+            error = CellError(number, cell, done.exception)
+            error.printed = done.stdout + done.stderr
+            raise error
+        return done.stdout + done.stderr
+
+    def built(self, number, cell):
+        "The names of an export cell, out of the built module."
+        lib = settings()["lib_name"]
+        kind = next(o for o in EXPORTS if o in cell.directives_)
+        to = (cell.directives_[kind] or [self.default_exp])[0]
+        if to is None:
+            raise CellError(number, cell, "the notebook exports but has no '#| default_exp' cell")
+        file = ROOT / settings()["lib_path"] / (to.replace(".", "/") + ".py")
+        name = f"{lib}.{to}".removesuffix(".__init__")
+        if not file.exists():
+            raise CellError(number, cell, f"{file.relative_to(ROOT)} does not exist: run nbdev_export")
+        if exported(cell, lib) not in file.read_text(encoding="utf-8"):
+            raise CellError(number, cell, f"{file.relative_to(ROOT)} does not hold this cell as it stands: "
+                                          "run nbdev_export")
+        try:
+            module = importlib.import_module(name)
+        except Exception as e:
+            raise CellError(number, cell, e) from e
+        if Path(module.__file__).resolve() != file:
+            raise CellError(number, cell, f"{name} comes from {module.__file__}, not from this repository")
+        found = names(cell)
+        wanted = found.defs + found.others
+        for star in found.stars:
+            source = importlib.import_module(star)
+            wanted += getattr(source, "__all__", [o for o in vars(source) if not o.startswith("_")])
+        missing = [o for o in wanted if not hasattr(module, o)]
+        if missing:
+            raise CellError(number, cell, f"{name} lacks {', '.join(missing)}: run nbdev_export")
+        return {o: getattr(module, o) for o in wanted}
+
+
+def exported(cell, lib):
+    "The cell's text as nbdev writes it into the module."
+    from nbdev.export import scrub_magics
+    from nbdev.process import extract_directives
+
+    cell = copy.deepcopy(cell)
+    extract_directives(cell)
+    cell.set_source(cell.source)  # forgets the tree of the text with its directives
+    scrub_magics(cell)
+    cell.import2relative(lib)
+    return f"\n{cell.source}\n"
+
+
+class Cell(pytest.Item):
+    def __init__(self, *, index, **kwargs):
+        super().__init__(**kwargs)
+        self.index = index
+
+    def reportinfo(self):
+        return self.path, None, f"{self.path.name} {self.name}"
+
+    def runtest(self):
+        book = self.parent
+        if book.broken:
+            pytest.skip("not run: an earlier cell failed")
+        off = book.flags(book.cells[self.index]) & self.config.nb_off
+        if off and self.name != "rest":
+            pytest.skip(f"flag {' '.join(sorted(off))} is off: --flags \"{' '.join(sorted(off))}\"")
+        printed = book.run_to(self.index)
+        if printed:
+            self.add_report_section("call", "output", printed)
+
+    def repr_failure(self, excinfo):
+        error = excinfo.value
+        if not isinstance(error, CellError):
+            return super().repr_failure(excinfo)
+        source = "".join(f"    {o}\n" for o in error.cell.source.splitlines())
+        printed = getattr(error, "printed", "")
+        why = explain(error.error, error.number)
+        parts = [f"{self.path.name}, cell {error.number}: {why.strip().splitlines()[-1]}", source, why]
+        return "\n".join(parts + ([f"It had printed:\n{printed}"] if printed else []))
+
+
+def explain(error, number):
+    "The error with the frames of the cell and of the repository, and the innermost one."
+    if isinstance(error, str):
+        return error
+    report = traceback.TracebackException.from_exception(error)
+    stack, todo = report.stack, []
+    cellish = lambda f: "ipykernel_" in f.filename or f.filename.startswith("<ipython-input")
+    ours = lambda f: cellish(f) or Path(f.filename).is_relative_to(ROOT) and "site-packages" not in f.filename
+    start = next((i for i, f in enumerate(stack) if cellish(f)), 0)
+    for i, frame in enumerate(stack[start:], start):
+        if (ours(frame) and frame.filename != __file__) or i == len(stack) - 1:
+            where = f"cell {number}" if cellish(frame) else frame.filename.removeprefix(f"{ROOT}/")
+            todo.append(f"  {where}, line {frame.lineno}, in {frame.name}\n    {frame.line}\n")
+    return "".join(todo) + "".join(report.format_exception_only())

@@ -1,0 +1,275 @@
+"""Renders the notebooks to a static site: `python docs/build.py`, then open docs/_site/index.html.
+
+nbdev prepares the notebooks (_proc/), `adapt` turns what it wrote for Quarto into what MyST-NB reads (docs/_src/), and
+Sphinx builds the pages; any warning fails the build. No notebook is executed: the pages show the saved outputs.
+"""
+import ast
+import importlib
+import inspect
+import json
+import os
+import re
+import shutil
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+from types import ModuleType
+
+DOCS = Path(__file__).resolve().parent
+ROOT = DOCS.parent
+SOURCE, SITE = DOCS / "_src", DOCS / "_site"
+SPLIT_CODE = re.compile(r"(^ {0,3}(?P<f>```+|~~~+).*?^ {0,3}(?P=f)[`~]*\s*?$|(?P<t>`+)[^`].*?(?P=t)(?!`))", re.M | re.S)
+
+
+def settings():
+    parser = ConfigParser(delimiters=["="])
+    parser.read(ROOT / "settings.ini", encoding="utf-8")
+    return parser["DEFAULT"]
+
+
+def text(value):
+    return value if isinstance(value, str) else "".join(value)
+
+
+def options(source):
+    "The `#|` options on top of a cell, and its code without them."
+    found, lines = {}, source.splitlines()
+    while lines and (not lines[0].strip() or re.match(r"\s*#\s*\|", lines[0])):
+        key, _, value = re.sub(r"^\s*#\s*\|", "", lines.pop(0)).strip().replace(":", " ", 1).partition(" ")
+        if key:
+            found[key] = value.strip().strip("\"'")
+    return found, "\n".join(lines)
+
+
+# --- preparation by nbdev
+
+def prepare():
+    "Run nbdev's processors over the notebooks; returns the folder with the results."
+    import nbdev.serve
+    from nbdev.processors import FilterDefaults
+
+    # Left out: what executes cells, what writes Quarto's front matter, and links to pages named as Quarto names them.
+    unwanted = {"FrontmatterProc", "insert_warning", "exec_show_docs", "add_links"}
+
+    class Procs(FilterDefaults):
+        def base_procs(self):
+            return [o for o in super().base_procs() if o.__name__ not in unwanted]
+
+    nbdev.serve.FilterDefaults = Procs
+    shutil.rmtree(ROOT / "_proc", ignore_errors=True)
+    return nbdev.serve.proc_nbs(n_workers=0, force=True)
+
+
+# --- API entries
+
+def modules():
+    "Name of the module that each notebook exports to."
+    cfg, res = settings(), {}
+    for path in (ROOT / cfg["nbs_path"]).glob("*.ipynb"):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        found = re.search(r"^#\|\s*default_exp\s+(\S+)", "\n".join(text(o["source"]) for o in cells), re.MULTILINE)
+        if found:
+            res[path.name] = f"{cfg['lib_name']}.{found[1]}".removesuffix(".__init__")
+    return res
+
+
+class Api:
+    "Turns `show_doc(name)` into autodoc directives, and remembers what has been documented where."
+
+    def __init__(self):
+        self.modules, self.shown = modules(), {}
+
+    def find(self, dotted, notebook):
+        "The object, the object that holds it, and its full name; the notebook's own module first."
+        first = self.modules.get(notebook)
+        for module in [first] * bool(first) + [o for o in self.modules.values() if o != first]:
+            holder, obj = None, importlib.import_module(module)
+            try:
+                for part in dotted.split("."):
+                    holder, obj = obj, getattr(obj, part)
+            except AttributeError:
+                continue
+            home = getattr(obj, "__module__", None) if isinstance(holder, ModuleType) else holder.__module__
+            return obj, holder, f"{home or module}.{dotted}"
+        raise SystemExit(f"{notebook}: show_doc({dotted}) names nothing in the package")
+
+    def directive(self, source, notebook):
+        dotted = ast.unparse(ast.parse(source).body[0].value.args[0])
+        obj, holder, name = self.find(dotted, notebook)
+        if inspect.isclass(obj):
+            kind = "autoexception" if issubclass(obj, BaseException) else "autoclass"
+        elif inspect.ismodule(holder):
+            kind = "autofunction" if callable(obj) else "autodata"
+        elif isinstance(inspect.getattr_static(holder, dotted.split(".")[-1]), property):
+            kind = "autoproperty"
+        else:
+            kind = "automethod" if callable(obj) else "autoattribute"
+        lines = [f".. {kind}:: {name}"]
+        if self.shown.get(name, "") == "shown":
+            lines.append("   :no-index:")
+        self.shown[name] = "shown"
+        if kind == "autoclass":
+            lines += ["   :members:", "   :member-order: bysource"]
+        return "\n".join(["```{eval-rst}", *lines, "```"])
+
+    def hide_members(self, markdown):
+        "A method with an entry of its own is left out of its class's."
+        def option(m):
+            own = [o.removeprefix(m[1] + ".") for o in self.shown if o.startswith(m[1] + ".")]
+            return m[0] + ("\n   :exclude-members: " + ", ".join(own) if own else "")
+        return re.sub(r"^\.\. autoclass:: (\S+)$", option, markdown, flags=re.MULTILINE)
+
+    def symbols(self):
+        "Full names by the short names that mean one thing only."
+        res, twice = {}, set()
+        for full in self.shown:
+            for short in {full.split(".")[-1], ".".join(full.split(".")[-2:])}:
+                (twice.add if res.setdefault(short, full) != full else str)(short)
+        return {k: v for k, v in res.items() if k not in twice}
+
+
+# --- notebooks for MyST-NB
+
+def tag(cell, *tags):
+    cell["metadata"].setdefault("tags", []).extend(tags)
+
+
+def adapt_code(cell):
+    "Quarto's options become MyST-NB's tags and metadata; all other `#|` lines go."
+    opts, source = options(text(cell["source"]))
+    cell["source"], cell["metadata"] = source, {"tags": list(cell["metadata"].get("tags", []))}
+    mystnb = {}
+    if opts.get("include") == "false":
+        tag(cell, "remove-cell")
+    if opts.get("echo") == "false":
+        tag(cell, "remove-input")
+    if opts.get("output") == "false":
+        tag(cell, "remove-output")
+    if opts.get("warning") == "false":
+        tag(cell, "remove-stderr")
+    if opts.get("code-fold") == "true":
+        tag(cell, "hide-input")
+        summary = opts.get("code-summary", "Code")
+        mystnb |= {"code_prompt_show": summary, "code_prompt_hide": summary}
+    if opts.get("fig-cap"):
+        mystnb["figure"] = {"caption": opts["fig-cap"]}
+    alt = opts.get("fig-alt") or opts.get("fig-cap")
+    if alt:
+        mystnb["image"] = {"alt": re.sub(r"[*`$]", "", alt)}
+    if mystnb:
+        cell["metadata"]["mystnb"] = mystnb
+    return cell
+
+
+def adapt_title(source):
+    "`# Title` with its `> summary`: the summary becomes a paragraph of its own class."
+    lines, quoted = source.splitlines(), []
+    while len(lines) > 1 and (not lines[1].strip() or lines[1].startswith(">")):
+        quoted.append(lines.pop(1).removeprefix(">").strip())
+    summary = " ".join(o for o in quoted if o)
+    lead = ["", ":::{container} lead", summary, ":::", ""] if summary else [""]
+    return "\n".join([lines[0], *lead, *lines[1:]])
+
+
+def adapt_markdown(source, symbols, home):
+    "Links out of the notebooks' folder go to the repository; names of documented objects become links."
+    cfg = settings()
+
+    def outward(m):
+        path, mark, rest = m[2].partition("#")
+        there = (home / path).resolve()
+        if re.match(r"[a-z][a-z0-9+.-]*:|#", m[2], re.I) or there.is_relative_to(home) or not there.exists():
+            return m[0]
+        kind = "tree" if there.is_dir() else "blob"
+        return f"{m[1]}{cfg['git_url']}/{kind}/{cfg['branch']}/{there.relative_to(ROOT).as_posix()}{mark}{rest}"
+
+    def link(m):
+        code, name = m[0], m[0].strip("`").removesuffix("()")
+        line_start = source.rfind("\n", 0, m.start()) + 1
+        before = source[line_start:m.start()]
+        in_link = source[m.end():m.end() + 1] == "]" or before.rfind("[") > before.rfind("]")
+        if m["f"] or name not in symbols or in_link or before.startswith("#"):
+            return code
+        return f"{{py:obj}}`{code.strip('`')} <{symbols[name]}>`"
+
+    source = SPLIT_CODE.sub(link, source)
+    return re.sub(r"(\]\(\s*<?)([^)\s>]+)", outward, source)
+
+
+def adapt(proc):
+    "Write what Sphinx reads; returns the names of the pages."
+    cfg = settings()
+    home = ROOT / cfg["nbs_path"]
+    shutil.rmtree(SOURCE, ignore_errors=True)
+    SOURCE.mkdir()
+    books = {o.name: json.loads(o.read_text(encoding="utf-8")) for o in sorted(proc.glob("*.ipynb"))}
+    api = Api()
+    for name, nb in books.items():
+        for cell in nb["cells"]:
+            source = options(text(cell["source"]))[1]
+            if cell["cell_type"] == "code" and re.match(r"show_doc\(", source):
+                cell.update(cell_type="markdown", entry=True, source=api.directive(source, name))
+    symbols = api.symbols()
+    (SOURCE / "symbols.json").write_text(json.dumps(symbols))
+
+    pages = [o.removesuffix(".ipynb") for o in books if o != "index.ipynb"]
+    for name, nb in books.items():
+        cells, titled = [], False
+        for cell in nb["cells"]:
+            if cell.pop("entry", False):
+                cell["source"] = api.hide_members(cell["source"])
+            elif cell["cell_type"] == "markdown":
+                cell["source"] = adapt_markdown(text(cell["source"]), symbols, home)
+                if not titled and cell["source"].startswith("# "):
+                    cell["source"], titled = adapt_title(cell["source"]), True
+            elif cell["cell_type"] == "code":
+                cell = adapt_code(cell)
+                if not cell["source"].strip() and not cell["outputs"]:
+                    continue
+            else:
+                continue
+            if cell["cell_type"] == "markdown":
+                cell = {k: cell[k] for k in ("cell_type", "id", "source")} | {"metadata": {}}
+            cells.append({k: v for k, v in cell.items() if k != "has_sd"})
+        if name == "index.ipynb":
+            toc = "\n".join(["```{toctree}", ":hidden:", *pages, "```"])
+            cells.append({"cell_type": "markdown", "id": "contents", "metadata": {}, "source": toc})
+        nb["cells"] = cells
+        nb["metadata"] = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"},
+                          "language_info": {"name": "python", "pygments_lexer": "ipython3"}}
+        (SOURCE / name).write_text(json.dumps(nb, ensure_ascii=False), encoding="utf-8")
+    if (home / "images").is_dir():
+        shutil.copytree(home / "images", SOURCE / "images")
+    return ["index", *pages]
+
+
+def prune():
+    "MathJax ships every variant of itself; the pages load one, with its fonts and TeX extensions."
+    home = SITE / "_static/mathjax"
+    keep = [home / o for o in ("tex-chtml.js", "input/tex", "output/chtml", "a11y", "ui")]
+    for path in [o for o in home.rglob("*") if o.is_file()]:
+        if not any(path.is_relative_to(o) for o in keep):
+            path.unlink()
+    shutil.rmtree(SITE / "_sources", ignore_errors=True)
+
+
+def main():
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))
+    pages = adapt(prepare())
+    if not (SOURCE / "index.ipynb").exists():
+        raise SystemExit("there is no index.ipynb to land on")
+
+    from sphinx.cmd.build import build_main
+    shutil.rmtree(SITE, ignore_errors=True)
+    failed = build_main(["-W", "--keep-going", "-q", "-b", "html", "-c", str(DOCS), "-d", str(SOURCE / ".doctrees"),
+                         str(SOURCE), str(SITE)])
+    prune()
+    if not failed:
+        size = sum(o.stat().st_size for o in SITE.rglob("*") if o.is_file()) / 2**20
+        print(f"{len(pages)} pages, {size:.1f} MB: {(SITE / 'index.html').relative_to(ROOT)}")
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""Sphinx settings; docs/build.py runs Sphinx with them."""
+import inspect
+import json
+import re
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+_ini = ConfigParser(delimiters=["="])
+_ini.read(ROOT / "settings.ini", encoding="utf-8")
+_cfg = _ini["DEFAULT"]
+_symbols = json.loads((ROOT / "docs/_src/symbols.json").read_text())
+
+project = _cfg["title"]
+author = _cfg["author"]
+copyright = _cfg["copyright"]
+version = release = _cfg["version"]
+language = "en"
+
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "sphinx.ext.mathjax", "sphinx-mathjax-offline"]
+exclude_patterns = [".doctrees"]
+nitpicky = False
+suppress_warnings = ["myst.header"]  # a notebook may step from # to ###
+
+nb_execution_mode = "off"
+nb_merge_streams = True
+myst_enable_extensions = ["alert", "amsmath", "colon_fence", "deflist", "dollarmath", "html_image"]
+myst_dmath_double_inline = True
+myst_heading_anchors = 4
+
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+autodoc_inherit_docstrings = False
+add_module_names = False
+python_maximum_signature_line_length = 88
+toc_object_entries_show_parents = "hide"
+viewcode_line_numbers = True
+
+html_theme = "furo"
+html_title = f"{project} {version}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_copy_source = False
+html_theme_options = {
+    "source_repository": _cfg["git_url"],
+    "source_branch": _cfg["branch"],
+    "source_directory": f"{_cfg['nbs_path']}/",
+}
+
+# What a piece of a docstring is. First what stays as it is: reST literals, roles and links, bold, emphasis.
+_PIECES = re.compile(
+    r"(?P<keep>``[^`]+``|:[\w:]+:`[^`]+`|`[^`]+`__?|\*\*[^*\s][^*]*\*\*(?!\w)|(?<![\w*])\*[^*\s][^*]*\*(?![\w*]))"
+    r"|`(?P<code>[^`]+)`|\$(?P<math>[^$\n]+)\$|\[(?P<label>[^\]]+)\]\((?P<url>https?://[^)\s]+)\)|(?P<special>[*|_\\])")
+
+
+def _piece(m):
+    if m["code"]:
+        name = m["code"].removesuffix("()")
+        return f":py:obj:`{m['code']} <{_symbols[name]}>`" if name in _symbols else f"``{m['code']}``"
+    if m["math"]:
+        return f":math:`{m['math']}`"
+    if m["label"]:
+        return f"`{m['label']} <{m['url']}>`__"
+    return "\\" + m["special"] if m["special"] else m[0]
+
+
+def rst(markdown):
+    "A line of Markdown as reST."
+    return _PIECES.sub(_piece, markdown)
+
+
+def docstring(lines):
+    "A docstring in Markdown as reST: inline marks, lists, fences; indented lines and doctests stay as they are."
+    res, fenced = [], False
+    for line in lines:
+        item = re.match(r"\s*([-*]|\d+\.) ", line)
+        if line.lstrip().startswith("```"):
+            fenced = not fenced
+            res += ["", f".. code-block:: {line.strip().strip('`') or 'python'}", ""] if fenced else [""]
+        elif fenced:
+            res.append("   " + line)
+        elif line.startswith(("    ", ">>> ", "... ")):
+            res.append(line)
+        else:
+            if item and res and res[-1].strip() and not re.match(r"\s*([-*]|\d+\.) |  ", res[-1]):
+                res.append("")
+            res.append(line[:item.end()] + rst(line[item.end():]) if item else rst(line))
+    return res
+
+
+def comments(obj):
+    "What nbdev's comments say about each parameter, and about what comes back."
+    from fastcore.docments import docments
+
+    try:
+        found = docments(obj, full=True)
+    except Exception:  # no source, or no signature
+        return {}
+    return {k: " ".join(v.docment.split()) for k, v in found.items() if getattr(v, "docment", None)}
+
+
+def on_docstring(app, what, name, obj, opts, lines):
+    "Turn docstrings from Markdown to reST, and add the parameters' comments to them."
+    lines[:] = docstring(lines)
+    if what not in ("function", "method", "class", "exception") or any(o.startswith(":param") for o in lines):
+        return
+    found = comments(obj)
+    fields = [f":param {k}: {rst(v)}" for k, v in found.items() if k not in ("return", "self", "cls")]
+    if "return" in found and not inspect.isclass(obj):
+        fields.append(f":returns: {rst(found['return'])}")
+    if fields:
+        lines += ["", *fields, ""]
+
+
+def on_member(app, what, name, obj, skip, opts):
+    "The fields of named tuples carry a docstring that says nothing."
+    return True if str(getattr(obj, "__doc__", "")).startswith("Alias for field number") else None
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", on_docstring)
+    app.connect("autodoc-skip-member", on_member)

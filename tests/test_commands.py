@@ -1,0 +1,148 @@
+"""The installed command, as typed."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import spatial_entropy as se
+
+COMMAND = Path(sys.executable).with_name("spatial-entropy")
+
+
+def run(*args, cwd=None):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([str(COMMAND), *map(str, args)], cwd=cwd, capture_output=True, text=True, env=env, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    "An image folder of 60 pictures in 3 classes, two of them broken, with masks for eight."
+    root, data = tmp_path_factory.mktemp("photos"), se.shapes(300)
+    for i in range(20):
+        for c in range(3):
+            p = root / "all" / data.classes[c] / f"{i}.png"
+            p.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(data.images[10 * i + c]).save(p)
+    (root / "all" / data.classes[0] / "0.png").write_bytes(b"no picture")
+    whole = (root / "all" / data.classes[1] / "1.png").read_bytes()
+    (root / "all" / data.classes[1] / "1.png").write_bytes(whole[:len(whole) // 2])
+    for kind in ("images", "masks"):
+        (root / "pairs" / kind).mkdir(parents=True)
+    for i in range(8):
+        Image.fromarray(data.images[i]).resize((90, 70)).save(root / "pairs" / "images" / f"{i}.jpg")
+        Image.fromarray(data.masks[i]).resize((90, 70)).save(root / "pairs" / "masks" / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(photos):
+    "A run of two epochs of two steps on the folder."
+    said = run("train", "--data", photos / "all", "--epochs", 2, "-b", 16, "--limit", 32, "-j", 2, "--img-size", 32, "--output", photos / "runs",
+               "--experiment", "r", "--model-kwargs", "depth=2", cwd=photos)
+    assert said.returncode == 0, said.stderr
+    return photos / "runs" / "r", said.stdout
+
+
+def test_training_on_a_folder(trained):
+    run_, said = trained
+    assert sorted(p.name for p in run_.iterdir()) == ["before_after.png", "config.json", "evaluation.json", "metrics.csv", "model.safetensors"]
+    lines = (run_ / "metrics.csv").read_text().splitlines()
+    assert len(lines) == 3 and float(lines[1].split(",")[2]) == 0 and float(lines[2].split(",")[2]) > 0
+    facts = json.loads((run_ / "config.json").read_text())
+    assert facts["config"]["limit"] == 32 and facts["versions"]["torch"] and len(facts["classes"]) == 3
+    assert np.asarray(Image.open(run_ / "before_after.png")).std() > 10
+    assert "could not be read and were left out" in said and ".png" in said
+
+
+def test_stock_timm_loads_the_weights(trained):
+    config, facts = json.loads((trained[0] / "config.json").read_text())["config"], None
+    model = timm.create_model(config["model"], img_size=32, num_classes=3, checkpoint_path=str(trained[0] / "model.safetensors"), **config["model_kwargs"])
+    ours, _, facts = se.load_run(trained[0])
+    x = torch.rand(2, 3, 32, 32)
+    assert not torch.equal(model(x), ours(x))            # stock timm knows no surgery …
+    with se.drop_last_skip(model):
+        assert torch.equal(model.eval()(x), ours(x))     # … and is the same model after it
+
+
+def test_evaluate_with_masks(trained, photos):
+    out = photos / "scores.json"
+    said = run("evaluate", trained[0], "--masks", photos / "pairs", "-o", out)
+    assert said.returncode == 0, said.stderr
+    scores = json.loads(out.read_text())
+    assert scores["mask_pairs"] == 8 and 0 <= scores["jaccard_mean_head"] <= scores["jaccard_best_head"] <= 1 and "Jaccard" in said.stdout
+    assert scores["pictures"] in (10, 11, 12)            # 12 of 60 are for validation, of which up to two are broken
+
+
+@pytest.mark.parametrize("block", [0, -1])
+def test_draw(trained, photos, block):
+    out = photos / f"out{block}.png"
+    said = run("draw", trained[0], photos / "pairs" / "images" / "0.jpg", photos / "pairs" / "images" / "1.jpg", "-o", out, "--block", block)
+    assert said.returncode == 0, said.stderr
+    assert np.asarray(Image.open(out)).std() > 10
+
+
+def test_same_seed_same_weights(tmp_path):
+    for name in "ab":
+        assert run("train", "--limit", 64, "--epochs", 1, "--output", tmp_path, "--experiment", name, "--model-kwargs", "depth=2").returncode == 0
+    from safetensors.torch import load_file
+    a, b = (load_file(tmp_path / n / "model.safetensors") for n in "ab")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("line,said", [
+    ("train --data nowhere", "nowhere: no such folder"),
+    ("train --data empty", "empty: found no images"),
+    ("train --model vit_tinny_patch16_224", "does not know; near: vit_tiny_patch16_224"),
+    ("train --model resnet18", "takes no img_size; expected a Vision Transformer"),
+    ("train --img-size 60", "img_size: got 60, expected a multiple of the patch size 8"),
+    ("train --output file/inside", "no run folder can be made in file/inside"),
+    ("train --epochs 0", "epochs: got 0, expected at least 1"),
+    ("train --lr -1", "lr: got -1.0, expected above 0"),
+    ("train --opt sdg", "opt: got 'sdg'"),
+    ("train --limit 8 -b 32", "batch_size: got 32, but there are 8 training pictures"),
+    ("train --limit 32 --device gpu", "device"),
+    ("evaluate nowhere", "nowhere: not a run folder"),
+    ("evaluate RUN --masks lonely", "1 mask(s) without an image, first b.png"),
+    ("evaluate RUN --masks nowhere", "no such folder"),
+    ("evaluate RUN --data other", "are not the 3 that the run was trained on"),
+    ("evaluate RUN -o no/where.json", "no such folder to write where.json into"),
+    ("draw RUN nowhere.png -o a.png", "nowhere.png: no such file"),
+    ("draw RUN file -o a.png", "file: not a picture that can be read"),
+    ("draw RUN lonely/images/a.png -o a.txt", "expected .png, .pdf or .svg"),
+    ("draw nothing lonely/images/a.png -o a.png", "does not know"),
+    ("draw RUN lonely/images/a.png -o a.png --block 7", "block: got 7, expected a number from -2 to 1"),
+])
+def test_a_mistake_is_one_sentence_and_writes_nothing(line, said, trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained[0], "RUN")
+    for folder in ("empty/a", "lonely/images", "lonely/masks", "other/x", "other/y"):
+        Path(folder).mkdir(parents=True)
+    Path("file").write_text("text")
+    for p in ["lonely/images/a.png", "lonely/masks/a.png", "lonely/masks/b.png", *(f"other/{c}/{i}.png" for c in "xy" for i in range(20))]:
+        Image.new("RGB", (32, 32)).save(p)
+    before = {p: p.stat().st_mtime_ns for p in sorted(Path(".").rglob("*"))}
+    from spatial_entropy.commands import main
+    assert main(line.split()) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1 and "Traceback" not in err
+    assert {p: p.stat().st_mtime_ns for p in sorted(Path(".").rglob("*"))} == before
+
+
+@pytest.mark.parametrize("line", ["--help", "train --help", "evaluate --help", "draw --help"])
+def test_help_is_answered_without_torch(line):
+    code = f"import sys; from spatial_entropy.commands import main\ntry: main({line.split()!r})\nexcept SystemExit: sys.exit('torch' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert said.returncode == 0 and "usage: spatial-entropy" in said.stdout
+
+
+def test_a_typing_mistake_is_exit_code_2():
+    said = run("train", "--epoch-s", 3)
+    assert said.returncode == 2 and "Traceback" not in said.stderr

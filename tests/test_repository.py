@@ -1,0 +1,94 @@
+"""The repository keeps its own rules: a clean export, arrows that point down, cells that fit on a screen."""
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "spatial_entropy"
+NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+CELLS = [(nb.name, c) for nb in NOTEBOOKS for c in json.loads(nb.read_text())["cells"]]
+
+
+def module_of(notebook):
+    found = re.search(r"#\| default_exp (\w+)", notebook.read_text())
+    return found and found.group(1)
+
+
+MODULES = {module_of(nb): nb for nb in NOTEBOOKS if module_of(nb)}
+
+
+def test_exporting_again_changes_nothing_and_leaves_no_orphan(tmp_path):
+    for name in ("nbs", "settings.ini", "pyproject.toml", "setup.py"):
+        source = ROOT / name
+        shutil.copytree(source, tmp_path / name) if source.is_dir() else shutil.copy(source, tmp_path / name)
+    subprocess.run([sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()"], cwd=tmp_path, check=True, capture_output=True)
+    fresh = {p.name: p.read_text() for p in (tmp_path / "spatial_entropy").glob("*.py")}
+    built = {p.name: p.read_text() for p in PACKAGE.glob("*.py")}
+    assert sorted(built) == sorted(fresh), "a module without a notebook, or a notebook never exported; run nbdev_export"
+    stale = [n for n in fresh if fresh[n] != built[n]]
+    assert not stale, f"stale or edited by hand: {stale}; change the notebook and run nbdev_export"
+
+
+def test_imports_point_down_the_map():
+    order = {m: nb.name for m, nb in MODULES.items()}
+    for module, notebook in MODULES.items():
+        path = PACKAGE / f"{module}.py"
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("spatial_entropy")):
+                target = (node.module or "").split(".")[-1]
+                assert all(a.name != "*" for a in node.names), f"{path.name} imports * from {target}"
+                assert order[target] < notebook.name, f"{path.name} imports {target}, which is not below it"
+
+
+def test_the_package_needs_no_development_tool():
+    for path in PACKAGE.glob("*.py"):
+        imported = {(n.module or "") if isinstance(n, ast.ImportFrom) else n.names[0].name
+                    for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, (ast.Import, ast.ImportFrom))}
+        assert not {i.split(".")[0] for i in imported} & {"nbdev", "fastcore", "execnb", "IPython", "pytest", "scipy", "skimage"}, path.name
+
+
+def test_public_names_are_documented_and_found():
+    import spatial_entropy as se
+    for name in se.__all__:
+        value = getattr(se, name)
+        assert value.__doc__ and len(value.__doc__) > 20, f"{name} has no docstring"
+        assert value.__module__.split(".")[-1] in MODULES
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_form(notebook):
+    cells = json.loads(notebook.read_text())["cells"]
+    first = "".join(cells[0]["source"])
+    assert re.match(r"# .+\n\n> .+", first), "begin with a title and one > line"
+    pictures = 0
+    for c in (c for c in cells if c["cell_type"] == "code"):
+        source = "".join(c["source"])
+        lines = [line for line in source.splitlines() if line.strip() and not line.startswith("#|")]
+        assert len(lines) <= 25, f"a cell of {len(lines)} lines: {lines[0]}"
+        assert c["execution_count"] is None
+        for o in c["outputs"]:
+            assert o["output_type"] != "error", source
+            assert o.get("name") != "stderr", f"a warning is kept: {o.get('text')}"
+            pictures += "image/png" in o.get("data", {})
+    assert pictures or notebook.stem == "06_config", "no picture is kept"
+
+
+def test_no_paths_of_a_machine():
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    for f in files:
+        if Path(f).suffix in {".py", ".md", ".ipynb", ".ini", ".toml", ".json", ".csv"} and f != "tests/test_repository.py":
+            found = re.search(r"(/home/\w+|/root/|/work/|/tmp/\w+)", (ROOT / f).read_text())
+            assert not found, f"{f} contains {found.group(0)}"
+
+
+def test_readme_is_the_index_and_ci_runs_its_command():
+    subprocess.run([sys.executable, "tools/readme.py", "--check"], cwd=ROOT, check=True)
+    commands = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("python3 -m venv")]
+    assert [c.rsplit(" ", 2)[-2:] for c in commands] == [[".venv/bin/spatial-entropy", "train"], ["-m", "pytest"]]
+    assert "grep -m 1 -- '-m pytest$' README.md" in (ROOT / ".ci/run").read_text()
