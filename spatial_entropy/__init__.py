@@ -14,7 +14,7 @@ from importlib import import_module
 
 __doc__ = "Spatial entropy for Vision Transformers: attention that falls on connected objects."
 
-# %% ../nbs/11_names.ipynb #96c50be7
+# %% ../nbs/11_names.ipynb #99181836
 _modules = {
     "pictures": ["show_maps", "show_regions", "overlay"],
     "data": ["shapes", "loaders", "mask_pairs"],
@@ -28,7 +28,7 @@ _modules = {
 }
 _home = {name: module for module, names in _modules.items() for name in names}
 
-# %% ../nbs/11_names.ipynb #e66e56d7
+# %% ../nbs/11_names.ipynb #2c95b717
 def __getattr__(name):
     "Load the module that defines a public name."
     if name in _home: value = getattr(import_module(f"{__name__}.{_home[name]}"), name)
@@ -39,7 +39,7 @@ def __getattr__(name):
 
 def __dir__(): return sorted([*globals(), *_home, *_modules])
 
-# %% ../nbs/11_names.ipynb #fce4fdca
+# %% ../nbs/11_names.ipynb #8a7a6a10
 _all_ = ["show_maps", "show_regions", "overlay", "shapes", "loaders", "mask_pairs", "AttentionTap", "UnsupportedModel",
          "similarity_maps", "drop_last_skip", "above_mean", "keep_mass", "label_regions", "region_mass", "spatial_entropy",
          "SpatialEntropyLoss", "TrainConfig", "entropy_weight", "train", "load_run", "accuracy", "mask_jaccard", "evaluate"]

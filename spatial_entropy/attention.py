@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from timm.layers import Attention
 from timm.models import VisionTransformer
 
-# %% ../nbs/02_attention.ipynb #e647ef26
+# %% ../nbs/02_attention.ipynb #04c27b81
 def similarity_maps(q: torch.Tensor, # (B, H, N, d) queries of all tokens
                     k: torch.Tensor, # (B, H, N, d) keys
                     grid: tuple[int, int], # (h, w)
@@ -36,7 +36,7 @@ def similarity_maps(q: torch.Tensor, # (B, H, N, d) queries of all tokens
         s = row @ k[..., prefix:, :].to(wide).mT
         return (s*(scale if scale is not None else k.shape[-1]**-.5)).unflatten(-1, (h, w)).squeeze(-3)
 
-# %% ../nbs/02_attention.ipynb #f8110cdc
+# %% ../nbs/02_attention.ipynb #e9a35d2b
 class _Ear(TorchFunctionMode):
     "Passes the arguments of the attention call, fused or not, to the tap."
     def __init__(self, tap):
@@ -49,7 +49,7 @@ class _Ear(TorchFunctionMode):
         elif func in (torch.Tensor.softmax, torch.softmax, F.softmax) and args[0].ndim == 4: self.tap._hear_logits(args[0])
         return func(*args, **kwargs)
 
-# %% ../nbs/02_attention.ipynb #b8a10828
+# %% ../nbs/02_attention.ipynb #3f809aec
 def _tapped(cls):
     "A subclass of an attention class whose forward runs within the module's ear."
     def forward(self, *args, **kwargs):
@@ -59,7 +59,7 @@ def _tapped(cls):
     return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__, "__deepcopy__": _copy_untapped,
                                        "__reduce_ex__": _reduce_untapped, "_stock": cls})
 
-# %% ../nbs/02_attention.ipynb #13e4fce9
+# %% ../nbs/02_attention.ipynb #a385aae3
 def _untapped_state(module): return {k: v for k, v in module.__dict__.items() if k != "_ear"}
 
 def _copy_untapped(self, memo):
@@ -76,7 +76,7 @@ def _rebuild(cls, state):
     new.__dict__.update(state)
     return new
 
-# %% ../nbs/02_attention.ipynb #f8e85a66
+# %% ../nbs/02_attention.ipynb #98765c47
 class _Arm:
     "Arms a tap when the patch embedding begins; a copy or a pickle of it does nothing."
     def __init__(self, tap=None): self.tap = tap
@@ -85,7 +85,7 @@ class _Arm:
     def __deepcopy__(self, memo): return _Arm()
     def __reduce__(self): return _Arm, ()
 
-# %% ../nbs/02_attention.ipynb #6d992b1e
+# %% ../nbs/02_attention.ipynb #a326cc64
 class UnsupportedModel(TypeError):
     "The model, or the block, has no attention map that can be tapped; the message says why."
 
@@ -99,7 +99,7 @@ def _vit_facts(model):
 
 _adapters = [(lambda m: isinstance(m, VisionTransformer), _vit_facts)]
 
-# %% ../nbs/02_attention.ipynb #ac8f00ff
+# %% ../nbs/02_attention.ipynb #5d36f369
 def _unwrap(model):
     "The model inside DistributedDataParallel or torch.compile."
     while True:
@@ -115,7 +115,7 @@ def _facts(model):
     raise UnsupportedModel(f"{type(model).__name__}: no adapter for this family; supported now: timm's VisionTransformer "
                            "(ViT, DeiT, DINOv2, CLIP, SigLIP)")
 
-# %% ../nbs/02_attention.ipynb #15a74081
+# %% ../nbs/02_attention.ipynb #086e4593
 def _attention_of(facts, block, model):
     "The attention module of one block, or an error that says why there is none."
     n = len(facts["blocks"])
@@ -128,7 +128,7 @@ def _attention_of(facts, block, model):
         raise UnsupportedModel(f"{name}: {type(found).__name__} has no single softmax map of one query (expected timm's Attention)")
     return found
 
-# %% ../nbs/02_attention.ipynb #36abd09a
+# %% ../nbs/02_attention.ipynb #b0a6f223
 def _query_of(facts, query):
     "Resolve 'auto' to what the classifier reads; refuse a [CLS] that is not there."
     if query not in ("auto", "cls", "mean"): raise ValueError(f'query: got {query!r}, expected "auto", "cls" or "mean"')
@@ -138,7 +138,7 @@ def _query_of(facts, query):
         raise UnsupportedModel('query="auto": this model pools by attention, with a query of its own; choose query="mean"')
     return facts["reads"]
 
-# %% ../nbs/02_attention.ipynb #f2b9fb6a
+# %% ../nbs/02_attention.ipynb #97fae7b6
 class AttentionTap:
     """The similarity map of one block, read during the model's own forward pass.
 
@@ -166,7 +166,7 @@ class AttentionTap:
     def __enter__(self): return self
     def __exit__(self, *error): self.close()
 
-# %% ../nbs/02_attention.ipynb #6ecf01db
+# %% ../nbs/02_attention.ipynb #9eef255e
 def _arm(self, embed, args):
     self._armed, self._row, self._grad = True, None, torch.is_grad_enabled()
     size = tuple(args[0].shape[-2:])
@@ -183,7 +183,7 @@ def _hear_logits(self, logits):
 
 AttentionTap._arm, AttentionTap._hear_fused, AttentionTap._hear_logits = _arm, _hear_fused, _hear_logits
 
-# %% ../nbs/02_attention.ipynb #9986b1f2
+# %% ../nbs/02_attention.ipynb #bb9693e2
 def _checked_grid(self, tokens):
     h, w = self._grid
     if tokens != self.facts["prefix"] + h*w:
@@ -201,7 +201,7 @@ def _keep(self, row, attn_mask=None):
 
 AttentionTap._checked_grid, AttentionTap._keep = _checked_grid, _keep
 
-# %% ../nbs/02_attention.ipynb #2e482018
+# %% ../nbs/02_attention.ipynb #7c5f16ff
 def _maps(self) -> torch.Tensor: # (B, H, h, w) similarities before the softmax
     "The map of the latest forward pass. Raises RuntimeError when no pass was heard."
     if self._row is None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 from .config import TrainConfig
 
-# %% ../nbs/10_commands.ipynb #ccd193ad
+# %% ../nbs/10_commands.ipynb #0c73a184
 def _pairs(text):
     "'patch_size=8' as ('patch_size', 8); values are read as JSON where they can be."
     key, equals, value = text.partition("=")
@@ -27,7 +27,7 @@ def _type_of(hint):
     "The plain type of a field: int for `int | None`."
     return next(t for t in get_args(hint) if t is not type(None)) if isinstance(hint, types.UnionType) else hint
 
-# %% ../nbs/10_commands.ipynb #d2b0bbb4
+# %% ../nbs/10_commands.ipynb #8389a486
 def _add_settings(parser):
     "A flag for every field of TrainConfig."
     hints = get_type_hints(TrainConfig)
@@ -40,7 +40,7 @@ def _add_settings(parser):
         elif kind is dict: parser.add_argument(*dict.fromkeys(names), nargs="+", type=_pairs, metavar="KEY=VALUE", **options)
         else: parser.add_argument(*dict.fromkeys(names), type=kind, metavar=kind.__name__.upper(), **options)
 
-# %% ../nbs/10_commands.ipynb #07647e7e
+# %% ../nbs/10_commands.ipynb #290b0bc0
 def _parser():
     p = argparse.ArgumentParser("spatial-entropy", description="Vision Transformers whose attention falls on connected objects.")
     commands = p.add_subparsers(dest="command", required=True, metavar="{train,evaluate,draw}")
@@ -58,7 +58,7 @@ def _add_evaluate(p):
     p.add_argument("--device", default="cpu", help="such as cuda (cpu)")
     p.add_argument("-o", "--output", help="the JSON file to write (RUN/evaluation.json)")
 
-# %% ../nbs/10_commands.ipynb #7d422ddb
+# %% ../nbs/10_commands.ipynb #b4d96c4e
 def _add_draw(p):
     p.add_argument("model", metavar="run_or_model", help="a run folder, or a timm model name")
     p.add_argument("images", nargs="+", help="picture files")
@@ -69,7 +69,7 @@ def _add_draw(p):
     p.add_argument("--no-pretrained", action="store_true", help="a timm model with random weights, without a download")
     p.add_argument("--checkpoint", help="a file of weights for the timm model, .safetensors or .pth")
 
-# %% ../nbs/10_commands.ipynb #369b5889
+# %% ../nbs/10_commands.ipynb #a67c842d
 def _train(args):
     settings = {k: v for k, v in vars(args).items() if k != "command"}
     if settings["model_kwargs"]: settings["model_kwargs"] = dict(settings["model_kwargs"])
@@ -85,7 +85,7 @@ def _train(args):
         print(f"pictures: {job.folder/'before_after.png'}")
     return work
 
-# %% ../nbs/10_commands.ipynb #6125654a
+# %% ../nbs/10_commands.ipynb #4241f3e5
 def _measure(run, output=None, **options):
     "Evaluate a run, print the table, write the JSON."
     from spatial_entropy.evaluation import evaluate
@@ -104,7 +104,7 @@ def _evaluate(args):
     _measure(args.run, args.output, data=args.data, masks=args.masks, device=args.device)
     return lambda: None
 
-# %% ../nbs/10_commands.ipynb #8a95811e
+# %% ../nbs/10_commands.ipynb #9d6778bd
 _rows = [("top1", "top-1 accuracy, %", "{:.1f}"), ("loss", "cross-entropy", "{:.3f}"), ("entropy", "spatial entropy, nats", "{:.3f}"),
          ("regions", "regions a map", "{:.2f}"), ("pictures", "validation pictures", "{}"),
          ("jaccard_best_head", "mask Jaccard, best head", "{:.3f}"), ("jaccard_mean_head", "mask Jaccard, mean head", "{:.3f}"),
@@ -127,7 +127,7 @@ def _writable(path):
     import os
     if not os.access(folder, os.W_OK): raise PermissionError(f"{folder}: not writable; choose another --output")
 
-# %% ../nbs/10_commands.ipynb #4f41a2ca
+# %% ../nbs/10_commands.ipynb #aa604ddd
 def _model_to_draw(args):
     "Model, image size, mean and std of a run or a timm name."
     from spatial_entropy.training import build_model, load_run, timm
@@ -149,7 +149,7 @@ def _load(model, args):
     except Exception as e:
         raise ValueError(f"{args.model}: no weights ({str(e).splitlines()[0][:150]}); pass --checkpoint FILE or --no-pretrained") from None
 
-# %% ../nbs/10_commands.ipynb #19dbe418
+# %% ../nbs/10_commands.ipynb #e114461e
 def _draw(args):
     from PIL import Image
     from spatial_entropy.attention import AttentionTap
@@ -169,7 +169,7 @@ def _draw(args):
         print(f"{args.output}: {len(pictures)} picture(s), {maps.shape[1]} heads, {maps.shape[2]}×{maps.shape[3]} patches")
     return work
 
-# %% ../nbs/10_commands.ipynb #5c96b45f
+# %% ../nbs/10_commands.ipynb #fce628f5
 def _array(image):
     "A PIL picture as an array (S, S, 3) uint8."
     import numpy
@@ -181,7 +181,7 @@ def _open(path):
     try: return Image.open(path).convert("RGB")
     except (OSError, SyntaxError): raise ValueError(f"{path}: not a picture that can be read") from None
 
-# %% ../nbs/10_commands.ipynb #cbe6d70e
+# %% ../nbs/10_commands.ipynb #e560e2e1
 def main(argv=None) -> int: # the exit code
     "The console script `spatial-entropy`. 0: done; 2: the request was wrong, said in one sentence; 130: interrupted."
     args = _parser().parse_args(argv)

@@ -10,7 +10,7 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-# %% ../nbs/06_config.ipynb #3b118b7f
+# %% ../nbs/06_config.ipynb #1d1f647c
 def _setting(default, help, flag=None, check=None):
     "A field with its help, an optional short flag and an optional (test, expectation)."
     return field(default=default, metadata=dict(help=help, flag=flag, check=check))
@@ -18,7 +18,7 @@ def _setting(default, help, flag=None, check=None):
 def _at_least(low): return (lambda v: v >= low, f"at least {low}")
 def _share(v): return 0 <= v <= 1
 
-# %% ../nbs/06_config.ipynb #e9ed334d
+# %% ../nbs/06_config.ipynb #c43c59ba
 @dataclass
 class _PictureSettings:
     "What the model is shown."
@@ -30,7 +30,7 @@ class _PictureSettings:
     color_jitter: float = _setting(0., "strength of colour jitter", check=_at_least(0))
     workers: int | None = _setting(None, "processes that load pictures; default: 0 for the embedded ones, else 2", "-j", _at_least(0))
 
-# %% ../nbs/06_config.ipynb #5182e3d4
+# %% ../nbs/06_config.ipynb #92928612
 @dataclass
 class _FittingSettings:
     "What is trained, and how."
@@ -48,7 +48,7 @@ class _FittingSettings:
     seed: int = _setting(42, "of weights, order, augmentation and splits", check=_at_least(0))
     device: str | None = _setting(None, 'such as "cpu"; default: what accelerate finds')
 
-# %% ../nbs/06_config.ipynb #b7510066
+# %% ../nbs/06_config.ipynb #ade6560f
 @dataclass
 class TrainConfig(_FittingSettings, _PictureSettings):
     """Settings of a training run. Raises ValueError that names the setting, what arrived and what was expected."""
@@ -60,7 +60,7 @@ class TrainConfig(_FittingSettings, _PictureSettings):
 
     def __post_init__(self): _complete(self)
 
-# %% ../nbs/06_config.ipynb #7de9ef5d
+# %% ../nbs/06_config.ipynb #8f93f55a
 _small = dict(patch_size=8, embed_dim=96, depth=4, num_heads=3)
 
 def _complete(c):
@@ -77,7 +77,7 @@ def _complete(c):
     if c.entropy_warmup > c.epochs:
         raise ValueError(f"entropy_warmup: got {c.entropy_warmup}, expected at most epochs = {c.epochs}")
 
-# %% ../nbs/06_config.ipynb #d024e9bd
+# %% ../nbs/06_config.ipynb #d20f1885
 def save_config(path, config: TrainConfig, **found):
     "Write the configuration and the facts found at the start of a run as JSON."
     Path(path).write_text(json.dumps({"config": asdict(config), **found}, indent=2) + "\n")

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Shapes', 'shapes', 'Pictures', 'Loaders', 'loaders', 'MaskPairs', 'mask_pairs']
 
-# %% ../nbs/01_data.ipynb #a8d08132
+# %% ../nbs/01_data.ipynb #9bd17165
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from timm.data import create_loader, create_transform
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset, default_collate
 
-# %% ../nbs/01_data.ipynb #aff2fa6f
+# %% ../nbs/01_data.ipynb #984c6a0d
 def _polygon(u, v, n):
     turn = 2*np.pi/n
     return np.hypot(u, v)*np.cos((np.arctan2(v, u) + np.pi/2) % turn - turn/2) < np.cos(turn/2)
@@ -28,7 +29,7 @@ def _star(u, v):
     spike = np.abs(2*((np.arctan2(u, -v)*5/(2*np.pi)) % 1) - 1)
     return np.hypot(u, v) < .42 + .58*spike**1.3
 
-# %% ../nbs/01_data.ipynb #02682d37
+# %% ../nbs/01_data.ipynb #ea8160ec
 _inside = {
     "arrow": lambda u, v: ((abs(u) < .24) & (abs(v - .4) < .6)) | ((v <= 0) & (abs(u) < .9*(v + 1))),
     "crescent": lambda u, v: (u*u + v*v < 1) & ((u - .5)**2 + v*v > .55),
@@ -42,7 +43,7 @@ _inside = {
     "triangle": lambda u, v: _polygon(u, v, 3),
 }
 
-# %% ../nbs/01_data.ipynb #1fba37d5
+# %% ../nbs/01_data.ipynb #2b2f4ba5
 def _texture(rng, x, y, # coordinates, any shape
              level): # mean brightness, 0–1
     "A patterned surface at the points (x, y): x.shape + (3,)"
@@ -57,7 +58,7 @@ def _texture(rng, x, y, # coordinates, any shape
     t = a + (b - a)*(w*rng.uniform(.3, .8))[..., None]
     return t - t.mean() + level
 
-# %% ../nbs/01_data.ipynb #c275e257
+# %% ../nbs/01_data.ipynb #cd7822c0
 def _clutter(rng, canvas, x, y):
     for _ in range(rng.integers(1, 6)):
         angle, (cx, cy) = rng.uniform(0, np.pi), rng.uniform(-1, 1, 2)
@@ -66,7 +67,7 @@ def _clutter(rng, canvas, x, y):
         across = np.cos(angle)*(y - cy) - np.sin(angle)*(x - cx)
         canvas[(abs(along) < length) & (abs(across) < width)] = rng.uniform(.2, .9, 3)
 
-# %% ../nbs/01_data.ipynb #54c01682
+# %% ../nbs/01_data.ipynb #b2e2d717
 def _places(rng, count):
     "Centres and radii of up to `count` discs that do not overlap; the first always fits."
     placed = []
@@ -77,9 +78,9 @@ def _places(rng, count):
                 placed.append((c, r)); break
     return placed
 
-# %% ../nbs/01_data.ipynb #145749f0
+# %% ../nbs/01_data.ipynb #9300ec37
 def _draw(index, seed, size):
-    "Picture (S, S, 3) uint8, mask (S, S) bool and class of one index."
+    "Picture (S, S, 3) uint8 and mask (S, S) bool of one index."
     rng, label = np.random.default_rng([seed, index]), index % len(_inside)
     y, x = np.mgrid[:size, :size].astype(np.float32)*(2/size) + (1/size - 1)
     canvas, mask = _texture(rng, x, y, rng.uniform(.2, .4)), np.zeros((size, size), bool)
@@ -90,17 +91,29 @@ def _draw(index, seed, size):
         if m.any(): canvas[m] = _texture(rng, x[m], y[m], rng.uniform(.62, .85))
         mask |= m
     canvas += rng.normal(0, .03, canvas.shape)
-    return (canvas.clip(0, 1)*255).astype(np.uint8), mask, label
+    return (canvas.clip(0, 1)*255).astype(np.uint8), mask
 
-# %% ../nbs/01_data.ipynb #49b61c16
+# %% ../nbs/01_data.ipynb #9aff83b7
+@lru_cache(maxsize=6)
+def _drawn(n, seed, size):
+    "Pictures (n, S, S, 3) and masks (n, S, S) of the first n indices."
+    drawn = [_draw(i, seed, size) for i in range(n)]
+    return np.stack([d[0] for d in drawn]), np.stack([d[1] for d in drawn])
+
+# %% ../nbs/01_data.ipynb #5a1e2646
 class Shapes(Dataset):
     "Textured shapes with exact object masks; an item is (picture, class), as in timm's data sets."
     classes = tuple(_inside)
 
     def __init__(self, n, split, size, seed):
-        drawn = [_draw(i, 2*seed + (split == "val"), size) for i in range(n)]
-        self.images, self.masks = (np.stack([d[k] for d in drawn]) for k in (0, 1))
-        self.labels, self.transform = [d[2] for d in drawn], None
+        self._key, self.transform = (n, 2*seed + (split == "val"), size), None
+        self.labels = [i % len(_inside) for i in range(n)]
+
+    @property
+    def images(self): return _drawn(*self._key)[0]
+
+    @property
+    def masks(self): return _drawn(*self._key)[1]
 
     def __len__(self): return len(self.labels)
 
@@ -108,7 +121,7 @@ class Shapes(Dataset):
         image = Image.fromarray(self.images[i])
         return (self.transform(image) if self.transform else image), self.labels[i]
 
-# %% ../nbs/01_data.ipynb #eee9c834
+# %% ../nbs/01_data.ipynb #03aea685
 def shapes(n: int = 4000, # pictures; classes take turns
            split: str = "train", # "train" or "val"
            size: int = 64, # pixels a side
@@ -119,7 +132,7 @@ def shapes(n: int = 4000, # pictures; classes take turns
     if n < 1 or size < 8: raise ValueError(f"got n={n}, size={size}; expected n of at least 1 and size of at least 8")
     return Shapes(n, split, size, seed)
 
-# %% ../nbs/01_data.ipynb #f20b9c88
+# %% ../nbs/01_data.ipynb #33efdf45
 class Pictures(Dataset):
     "Pictures of an image folder; an item is (picture, class), or None for a file that cannot be decoded."
     def __init__(self, samples, root, classes):
@@ -130,19 +143,20 @@ class Pictures(Dataset):
 
     def __getitem__(self, i):
         path, label = self.samples[i]
-        try: image = Image.open(path).convert("RGB")
+        try:
+            with Image.open(path) as file: image = file.convert("RGB")
         except (OSError, SyntaxError, ValueError): self.broken[i] = True; return None
         return (self.transform(image) if self.transform else image), label
 
     def skipped(self): return [str(Path(self.samples[i][0]).relative_to(self.root)) for i in self.broken.nonzero().flatten()]
 
-# %% ../nbs/01_data.ipynb #68ea969a
+# %% ../nbs/01_data.ipynb #54ec6abe
 def _collate(samples):
     "A batch of the samples that could be read; an empty one when none could."
     good = [s for s in samples if s is not None]
     return default_collate(good) if good else (torch.empty(0), torch.empty(0, dtype=torch.long))
 
-# %% ../nbs/01_data.ipynb #8e8f5594
+# %% ../nbs/01_data.ipynb #790fc00d
 def _take_turns(samples, seed):
     "Shuffled by seed, reordered so that the first k hold every class as evenly as can be."
     rng, seen, ranked = np.random.default_rng(seed), {}, []
@@ -151,7 +165,7 @@ def _take_turns(samples, seed):
         ranked.append((turn, i))
     return [samples[i] for _, i in sorted(ranked, key=lambda r: r[0])]
 
-# %% ../nbs/01_data.ipynb #327d5207
+# %% ../nbs/01_data.ipynb #aa802587
 def _read_folder(root, classes=None):
     "Samples and classes of one image folder; errors that name it."
     try: reader = ReaderImageFolder(str(root))
@@ -165,7 +179,7 @@ def _read_folder(root, classes=None):
     names = list(found)
     return [(path, order[names[i]]) for path, i in reader.samples], tuple(order)
 
-# %% ../nbs/01_data.ipynb #125a5d82
+# %% ../nbs/01_data.ipynb #d6964a18
 def _pictures(root, seed, val_fraction):
     "Training and validation pictures of a folder."
     root = Path(root)
@@ -181,7 +195,7 @@ def _pictures(root, seed, val_fraction):
     if n >= len(mixed): raise ValueError(f"{root}: {len(mixed)} picture(s) are too few to split into training and validation")
     return Pictures(mixed[n:], root, classes), Pictures(mixed[:n], root, classes)
 
-# %% ../nbs/01_data.ipynb #48cdedd7
+# %% ../nbs/01_data.ipynb #053f5424
 @dataclass
 class Loaders:
     "What a run iterates over."
@@ -198,7 +212,7 @@ class Loaders:
 
     def skipped(self): return [f for d in (self.train.dataset, self.val.dataset) for f in getattr(d, "skipped", list)()]
 
-# %% ../nbs/01_data.ipynb #c556dd05
+# %% ../nbs/01_data.ipynb #58279d01
 def loaders(data: str = "shapes", # "shapes", or an image folder
             img_size: int = 64, # pixels a side
             batch_size: int = 32,
@@ -222,14 +236,14 @@ def loaders(data: str = "shapes", # "shapes", or an image folder
                                         use_prefetcher=False, collate_fn=_collate, device=torch.device("cpu"), **k)
     return Loaders(make(train, is_training=True, **augmentation), make(val, crop_pct=crop_pct), train.classes, mean, std)
 
-# %% ../nbs/01_data.ipynb #67494883
+# %% ../nbs/01_data.ipynb #5e3b2a8b
 def _read_mask(path, size):
     mask = Image.open(path)
     if mask.mode != "P": mask = mask.convert("L")
     a = np.asarray(mask.resize((size, size), Image.Resampling.NEAREST))
     return torch.tensor((a > 0) & (a < 255) if mask.mode == "P" else a > 127)
 
-# %% ../nbs/01_data.ipynb #e4eb5faa
+# %% ../nbs/01_data.ipynb #e587b823
 class MaskPairs(Dataset):
     "Items (x, mask): (3, S, S) normalised, and (S, S) bool."
     def __init__(self, read, names, size, mean, std):
@@ -242,7 +256,7 @@ class MaskPairs(Dataset):
         image, mask = self.read(i)
         return self.transform(image), mask
 
-# %% ../nbs/01_data.ipynb #789c3cd5
+# %% ../nbs/01_data.ipynb #9147feac
 def mask_pairs(folder: str, # with images/ and masks/, or "shapes" for the embedded validation pictures
                img_size: int = 64, # pixels a side
                mean=(.5, .5, .5), std=(.5, .5, .5), # normalisation, per channel

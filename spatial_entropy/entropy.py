@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from .regions import _centered, _check_maps, _float, above_mean, label_regions
 
-# %% ../nbs/05_entropy.ipynb #a9f82c8c
+# %% ../nbs/05_entropy.ipynb #71118fb9
 def region_mass(maps: torch.Tensor, # (..., h, w) similarities
                 labels: torch.Tensor, # (..., h, w) region labels, 0 for background
                ) -> torch.Tensor: # (..., R) shares P_n in 0–1; R is the largest label
@@ -31,7 +31,7 @@ def region_mass(maps: torch.Tensor, # (..., h, w) similarities
     A = a.sum(-1, keepdim=True)
     return mass/torch.where(A > 0, A, 1)
 
-# %% ../nbs/05_entropy.ipynb #b3b21bc3
+# %% ../nbs/05_entropy.ipynb #7f1f320e
 def _entropy_and_gradient(maps, # (M, h, w), finite
                           connectivity):
     "E (M,) and dE/ds (M, h, w) of the formulas above."
@@ -43,9 +43,9 @@ def _entropy_and_gradient(maps, # (M, h, w), finite
     A = excess.relu().sum((-2, -1))
     slots = torch.nn.functional.pad(log_P, (1, 0)).gather(-1, labels.flatten(-2).long()).view(maps.shape)
     g = torch.where(labels > 0, -(slots + E[:, None, None])/torch.where(A > 0, A, 1)[:, None, None], 0)
-    return E.clamp_min(0), g - g.mean((-2, -1), keepdim=True)
+    return E.clamp_min(0) + 0, g - g.mean((-2, -1), keepdim=True)
 
-# %% ../nbs/05_entropy.ipynb #77e2c8e8
+# %% ../nbs/05_entropy.ipynb #66cfd4a9
 class _SpatialEntropy(torch.autograd.Function):
     "Entropy with the analytic gradient: (M, h, w) to (M,)."
     @staticmethod
@@ -64,7 +64,7 @@ class _SpatialEntropy(torch.autograd.Function):
         g, = ctx.saved_tensors
         return torch.where(g == 0, 0, g*grad[:, None, None]).to(ctx.dtype), None
 
-# %% ../nbs/05_entropy.ipynb #09ef398f
+# %% ../nbs/05_entropy.ipynb #940d6c81
 @cache
 def _report_broken_maps():
     warnings.warn("spatial_entropy: got maps with NaN or infinite cells; their entropy is NaN with gradient 0. The loss "
@@ -86,7 +86,7 @@ def spatial_entropy(maps: torch.Tensor, # (..., h, w) similarities before the so
     if bool(E.isnan().any()): _report_broken_maps()
     return E.view(maps.shape[:-2])
 
-# %% ../nbs/05_entropy.ipynb #6557cd99
+# %% ../nbs/05_entropy.ipynb #226b6fac
 class SpatialEntropyLoss(nn.Module):
     """Mean spatial entropy over all maps: the paper's regulariser (section 3.3), to be multiplied by λ = 0.01.
 

@@ -15,7 +15,7 @@ from .data import loaders, mask_pairs
 from .regions import keep_mass
 from .training import load_run, validate
 
-# %% ../nbs/08_evaluation.ipynb #283f23b9
+# %% ../nbs/08_evaluation.ipynb #a066f310
 def attended(maps: torch.Tensor, # (..., h, w) similarities before the softmax
              size: tuple[int, int], # (S, S) of the mask to compare with
              mass: float = .6, # share of attention to keep, in (0, 1]
@@ -25,7 +25,7 @@ def attended(maps: torch.Tensor, # (..., h, w) similarities before the softmax
     kept = keep_mass(maps.flatten(-2).softmax(-1).unflatten(-1, (h, w)), mass)
     return F.interpolate(kept.reshape(1, -1, h, w).float(), size=size, mode="nearest").bool().view(*maps.shape[:-2], *size)
 
-# %% ../nbs/08_evaluation.ipynb #f6400d8a
+# %% ../nbs/08_evaluation.ipynb #5495061a
 def mask_jaccard(maps: torch.Tensor, # (B, H, h, w) similarities before the softmax
                  masks: torch.Tensor, # (B, S, S) bool, True on the object
                  mass: float = .6, # share of attention to keep, in (0, 1]
@@ -41,7 +41,7 @@ def mask_jaccard(maps: torch.Tensor, # (B, H, h, w) similarities before the soft
     union = (on | masks).sum((-2, -1))
     return (on & masks).sum((-2, -1))/union.clamp_min(1)
 
-# %% ../nbs/08_evaluation.ipynb #200bbbc7
+# %% ../nbs/08_evaluation.ipynb #a7997f52
 def accuracy(model: nn.Module, loader, device="cpu") -> float: # top-1 in %
     "Share of pictures whose class is guessed first. `loader` gives batches (x, label)."
     with AttentionTap(model) as tap: return validate(model, tap, loader, device)["top1"]
@@ -58,13 +58,17 @@ def score_masks(model: nn.Module, pairs, # items (x, mask), as mask_pairs gives 
     best, mean = torch.cat(scores).amax(1).mean(), torch.cat(scores).mean()
     return dict(jaccard_best_head=best.item(), jaccard_mean_head=mean.item(), mask_pairs=len(pairs))
 
-# %% ../nbs/08_evaluation.ipynb #4210a2ff
+# %% ../nbs/08_evaluation.ipynb #9adc64db
+def _device(name):
+    try: return torch.zeros(0, device=name).device
+    except (RuntimeError, AssertionError) as e: raise ValueError(f"device: got {name!r}, which torch refuses ({str(e).splitlines()[0]})") from None
+
 def evaluate(run: str, # a run folder
              data: str | None = None, # an image folder with the same classes; default: the run's own data
              masks: str | None = None, # a folder with images/ and masks/; default: the embedded masks, if the run saw them
              device="cpu") -> dict: # top1 %, entropy, regions, and Jaccard where there are masks
     """Measure a trained run. Raises FileNotFoundError or ValueError that name what is wrong."""
-    model, config, facts = load_run(run)
+    (model, config, facts), device = load_run(run), _device(device)
     norm = dict(mean=tuple(facts["mean"]), std=tuple(facts["std"]))
     batches = loaders(data or config.data, config.img_size, config.batch_size, config.seed, workers=config.workers, **norm)
     if list(batches.classes) != list(facts["classes"]):

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['show_maps', 'show_regions', 'overlay', 'show_heads']
 
-# %% ../nbs/00_pictures.ipynb #c5107468
+# %% ../nbs/00_pictures.ipynb #155dbf17
+from io import BytesIO
 import numpy as np
 import torch
 from einops import rearrange
@@ -13,7 +14,7 @@ from matplotlib import colormaps
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
-# %% ../nbs/00_pictures.ipynb #107075f6
+# %% ../nbs/00_pictures.ipynb #4c3b56f9
 def _rows(maps, # (..., h, w) tensor or array
           name="maps", # what to call it in an error
          ) -> np.ndarray: # (rows, columns, h, w)
@@ -25,7 +26,7 @@ def _rows(maps, # (..., h, w) tensor or array
     columns = lead[-1] if lead else 1
     return a.reshape(-1, columns, *a.shape[-2:]).numpy()
 
-# %% ../nbs/00_pictures.ipynb #a6c88bf9
+# %% ../nbs/00_pictures.ipynb #8f64b692
 def _pixels(image, # (3, S, S) or (S, S, 3); float in 0–1 or uint8
            ) -> np.ndarray: # (S, S, 3) float in 0–1
     "An image in the form matplotlib draws."
@@ -35,17 +36,26 @@ def _pixels(image, # (3, S, S) or (S, S, 3); float in 0–1 or uint8
     if a.shape[-1] != 3: a = rearrange(a, "c y x -> y x c")
     return a.astype(np.float32)/255 if a.dtype == np.uint8 else a.astype(np.float32).clip(0, 1)
 
-# %% ../nbs/00_pictures.ipynb #9ac15c1c
+# %% ../nbs/00_pictures.ipynb #822f308d
+class _Drawing(Figure):
+    "A matplotlib figure that a notebook shows even where pyplot was never imported."
+    def _repr_png_(self):
+        file = BytesIO()
+        self.savefig(file, format="png", dpi=self.dpi)
+        return file.getvalue()
+
+# %% ../nbs/00_pictures.ipynb #3fbb56d4
 def _panels(n_rows, n_columns, size=1.3):
     "A figure and its (n_rows, n_columns) bare axes."
-    fig = Figure(figsize=(size*n_columns, (size + .22)*n_rows), dpi=90, layout="constrained")
+    fig = _Drawing(figsize=(size*n_columns, (size + .22)*n_rows), dpi=90, layout="constrained")
     axes = fig.subplots(n_rows, n_columns, squeeze=False)
+    fig.get_layout_engine().set(h_pad=.12)
     for ax in axes.flat: ax.set_axis_off()
     return fig, axes
 
-def _caption(ax, text): ax.set_title(text, fontsize=7, y=-.02, va="top")
+def _caption(ax, text): ax.text(.5, -.04, text, transform=ax.transAxes, ha="center", va="top", fontsize=7)
 
-# %% ../nbs/00_pictures.ipynb #18930b5a
+# %% ../nbs/00_pictures.ipynb #f550d2a1
 def _limits(m, scale):
     "The colour limits of each map: one pair for all, or one for each."
     if scale not in ("shared", "each"): raise ValueError(f'scale: got {scale!r}, expected "shared" or "each"')
@@ -55,7 +65,7 @@ def _limits(m, scale):
     low, high = np.nanmin(finite, axis=axes), np.nanmax(finite, axis=axes)
     return np.broadcast_to(low, m.shape[:2]), np.broadcast_to(high, m.shape[:2])
 
-# %% ../nbs/00_pictures.ipynb #8132dca4
+# %% ../nbs/00_pictures.ipynb #d507b5b7
 def show_maps(maps, # (..., h, w) numbers; the last leading axis becomes the columns
               titles=None, # a heading for each column
               captions=None, # a text under each map, in the same order
@@ -72,7 +82,7 @@ def show_maps(maps, # (..., h, w) numbers; the last leading axis becomes the col
     if scale == "shared": fig.colorbar(im, ax=axes, shrink=.8, pad=.02).ax.tick_params(labelsize=7)
     return fig
 
-# %% ../nbs/00_pictures.ipynb #f6528835
+# %% ../nbs/00_pictures.ipynb #bd1e4e1d
 _region_colors = ListedColormap(["white"] + [colormaps["tab20"](i) for i in range(20)])
 
 def show_regions(labels, # (..., h, w) integers, 0 for background
@@ -88,13 +98,13 @@ def show_regions(labels, # (..., h, w) integers, 0 for background
     for ax, t in zip(axes[0], titles or []): ax.text(.5, 1.04, t, transform=ax.transAxes, ha="center", fontsize=8)
     return fig
 
-# %% ../nbs/00_pictures.ipynb #fc3dc183
+# %% ../nbs/00_pictures.ipynb #acbb2ae8
 def _draw_regions(ax, labels):
     "Paint one (h, w) label map: white background, colours cycling after twenty."
     ax.imshow(np.where(labels > 0, (labels - 1) % 20 + 1, 0), cmap=_region_colors, vmin=0, vmax=20, interpolation="nearest")
     ax.set_axis_on(); ax.set_xticks([]); ax.set_yticks([])
 
-# %% ../nbs/00_pictures.ipynb #6920ba94
+# %% ../nbs/00_pictures.ipynb #37683bf3
 def overlay(image, # (3, S, S) or (S, S, 3), float in 0–1 or uint8
             map, # (h, w) numbers
             alpha=.55, # weight of the map, 0–1
@@ -108,7 +118,7 @@ def overlay(image, # (3, S, S) or (S, S, 3), float in 0–1 or uint8
     colors = colormaps["viridis"](m[np.ix_(rows, columns)])[..., :3]
     return ((1 - alpha)*pixels + alpha*colors).astype(np.float32)
 
-# %% ../nbs/00_pictures.ipynb #af09ba07
+# %% ../nbs/00_pictures.ipynb #682d4808
 def show_heads(images, # (B, 3, S, S), float in 0–1 or uint8
                maps, # (B, H, h, w) numbers
                labels, # (B, H, h, w) region labels

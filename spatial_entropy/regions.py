@@ -8,7 +8,7 @@ __all__ = ['above_mean', 'keep_mass', 'label_regions']
 # %% ../nbs/04_regions.ipynb #b4cb37a9
 import torch
 
-# %% ../nbs/04_regions.ipynb #fb8f7166
+# %% ../nbs/04_regions.ipynb #60a34f78
 def _float(maps: torch.Tensor) -> torch.Tensor:
     "float64 stays float64; everything else becomes float32."
     return maps if maps.dtype == torch.float64 else maps.float()
@@ -19,7 +19,7 @@ def _centered(maps: torch.Tensor) -> torch.Tensor:
     d = s - s[..., :1, :1]
     return d - d.mean((-2, -1), keepdim=True)
 
-# %% ../nbs/04_regions.ipynb #3d9746d3
+# %% ../nbs/04_regions.ipynb #1e3397dd
 def _check_maps(maps, name="maps"):
     if not isinstance(maps, torch.Tensor):
         raise TypeError(f"{name}: got {type(maps).__name__}, expected a tensor (..., h, w); wrap it in torch.as_tensor")
@@ -28,7 +28,7 @@ def _check_maps(maps, name="maps"):
     if 0 in maps.shape[-2:]:
         raise ValueError(f"{name}: got shape {tuple(maps.shape)}; a map needs at least one cell")
 
-# %% ../nbs/04_regions.ipynb #ac6f6f41
+# %% ../nbs/04_regions.ipynb #2ffef5a9
 def above_mean(maps: torch.Tensor, # (..., h, w) similarities, any real dtype
               ) -> torch.Tensor: # (..., h, w) bool
     """The cells strictly above their own map's mean (paper, section 3.2).
@@ -39,7 +39,7 @@ def above_mean(maps: torch.Tensor, # (..., h, w) similarities, any real dtype
     _check_maps(maps)
     return _centered(maps) > 0
 
-# %% ../nbs/04_regions.ipynb #43a67fc7
+# %% ../nbs/04_regions.ipynb #a7cb8921
 def keep_mass(maps: torch.Tensor, # (..., h, w) non-negative, for instance attention after the softmax
               mass: float = .6, # share of the total to hold, in (0, 1]
              ) -> torch.Tensor: # (..., h, w) bool
@@ -56,7 +56,7 @@ def keep_mass(maps: torch.Tensor, # (..., h, w) non-negative, for instance atten
     kept = (before < mass*value.sum(-1, keepdim=True)*(1 - 1e-6)) & (value > 0)
     return torch.zeros_like(kept).scatter(-1, order, kept).view(maps.shape)
 
-# %% ../nbs/04_regions.ipynb #8797676a
+# %% ../nbs/04_regions.ipynb #7e2deb5f
 def _listen(label, # (M, h, w) cell indices, h*w on the background
             connectivity): # 4 or 8
     "The smallest value among each cell and its neighbours."
@@ -69,7 +69,7 @@ def _listen(label, # (M, h, w) cell indices, h*w on the background
     out[..., :-1, :] = out[..., :-1, :].minimum(over[..., 1:, :])
     return out
 
-# %% ../nbs/04_regions.ipynb #5ceeec88
+# %% ../nbs/04_regions.ipynb #e8ee1008
 def _first_cells(mask, # (M, h, w) bool
                  connectivity):
     "For every attended cell the index of its region's first cell; h*w elsewhere. (M, h*w) int64"
@@ -86,7 +86,7 @@ def _first_cells(mask, # (M, h, w) bool
         label = told.gather(1, heard)
         label = torch.nn.functional.pad(label, (0, 1), value=n).gather(1, label)
 
-# %% ../nbs/04_regions.ipynb #d9e09cf5
+# %% ../nbs/04_regions.ipynb #cff523d1
 def label_regions(mask: torch.Tensor, # (..., h, w) bool, or numbers of which non-zero is attended
                   connectivity: int = 8, # 8: diagonal steps count; 4: they do not
                  ) -> torch.Tensor: # (..., h, w) int32: 0 background, 1.. regions

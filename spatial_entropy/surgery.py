@@ -11,7 +11,7 @@ from torch import nn
 from timm.models.vision_transformer import Block
 from .attention import UnsupportedModel, _facts, _unwrap
 
-# %% ../nbs/03_surgery.ipynb #909191cb
+# %% ../nbs/03_surgery.ipynb #af442bb4
 class _NoSkipBlock(Block):
     "timm's Block with the forward above; same parameters, same names."
     def forward(self, x, attn_mask=None, is_causal=False):
@@ -19,7 +19,7 @@ class _NoSkipBlock(Block):
         x = self.attn(self.norm1(x), **kwargs)
         return x + self.drop_path2(self.ls2(self.mlp(x)))
 
-# %% ../nbs/03_surgery.ipynb #de78bc00
+# %% ../nbs/03_surgery.ipynb #56df2840
 class LastSkipSurgery:
     "Handle of one operation: `undo()` restores the stock block exactly. Also a context manager."
     def __init__(self, block: Block):
@@ -37,7 +37,7 @@ class LastSkipSurgery:
     def __enter__(self): return self
     def __exit__(self, *error): self.undo()
 
-# %% ../nbs/03_surgery.ipynb #feb8a175
+# %% ../nbs/03_surgery.ipynb #a5d93553
 def drop_last_skip(model: nn.Module, # timm's VisionTransformer
                   ) -> LastSkipSurgery: # keep it to call .undo()
     """Remove the last block's skip around attention and its norm2, in place (paper, section 3.3).

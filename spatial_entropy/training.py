@@ -36,7 +36,7 @@ from .pictures import show_heads
 from .regions import above_mean, label_regions
 from .surgery import drop_last_skip
 
-# %% ../nbs/07_training.ipynb #2aa8a953
+# %% ../nbs/07_training.ipynb #b4f55e7e
 def entropy_weight(epoch: float, # epochs done so far, from 0
                    epochs: int, # of the whole run
                    weight: float = .01, # the peak λ; 0.01 in the paper
@@ -48,7 +48,7 @@ def entropy_weight(epoch: float, # epochs done so far, from 0
     if epochs == warmup: return weight if epoch == warmup else 0.
     return weight*(1 + math.cos(math.pi*min(1., (epoch - warmup)/(epochs - warmup))))/2
 
-# %% ../nbs/07_training.ipynb #ee80ab2c
+# %% ../nbs/07_training.ipynb #fbe98556
 def _check_name(name):
     if timm.is_model(name.split(".")[0]): return
     near = get_close_matches(name, timm.list_models(), 3)
@@ -66,7 +66,7 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module: # without s
         raise ValueError(f"img_size: got {config.img_size}, expected a multiple of the patch size {patch[0]}")
     return model
 
-# %% ../nbs/07_training.ipynb #dc4230eb
+# %% ../nbs/07_training.ipynb #8c63919b
 @dataclass
 class Job:
     "A run that is ready to start."
@@ -80,7 +80,7 @@ class Job:
     accelerator: Accelerator
     folder: Path # exists, and is empty
 
-# %% ../nbs/07_training.ipynb #58d7c348
+# %% ../nbs/07_training.ipynb #e08e9335
 def _data(config):
     "Loaders with the normalisation and interpolation the model is known by."
     known = resolve_data_config({}, pretrained_cfg=timm.get_pretrained_cfg(config.model).to_dict())
@@ -88,7 +88,7 @@ def _data(config):
                    known["mean"], known["std"], interpolation=known["interpolation"],
                    scale=(config.scale, 1.), hflip=config.hflip, color_jitter=config.color_jitter)
 
-# %% ../nbs/07_training.ipynb #0ebc58f1
+# %% ../nbs/07_training.ipynb #9010f2ee
 def _new_folder(config):
     "A fresh folder for the run; an existing one is never touched."
     name = config.experiment or f"{datetime.now():%Y%m%d-%H%M%S}-{Path(config.data).resolve().name}"
@@ -99,11 +99,13 @@ def _new_folder(config):
             if not folder.is_dir(): raise OSError(f"output: {folder} is a file; choose another --output or --experiment") from None
         except OSError as e: raise OSError(f"output: no run folder can be made in {config.output} ({e.strerror})") from None
 
-# %% ../nbs/07_training.ipynb #771cad75
+# %% ../nbs/07_training.ipynb #91166d0f
 def prepare(config: TrainConfig) -> Job:
     "Build everything a run needs. Raises ValueError, TypeError or OSError in one sentence, before anything is written."
     set_seed(config.seed)
     accelerator = Accelerator(cpu=config.device == "cpu")
+    if config.device not in (None, accelerator.device.type):
+        raise ValueError(f"device: got {config.device!r}, but accelerate found {accelerator.device.type!r} here; expected that, or cpu")
     _check_name(config.model)
     data = _data(config)
     if not len(data.train): raise ValueError(f"batch_size: got {config.batch_size}, but there are {len(data.train.dataset)} training pictures")
@@ -118,7 +120,7 @@ def prepare(config: TrainConfig) -> Job:
     criterion = SpatialEntropyLoss().to(accelerator.device)
     return Job(config, data, model, tap, criterion, optimizer, scheduler, accelerator, _new_folder(config))
 
-# %% ../nbs/07_training.ipynb #9cef4569
+# %% ../nbs/07_training.ipynb #24846d7a
 def _step(job, x, label, weight):
     "One update; returns this batch's sums (pictures, loss, cross-entropy, hits, entropy)."
     logits = job.model(x)
@@ -131,7 +133,7 @@ def _step(job, x, label, weight):
     hits = (logits.detach().argmax(-1) == label).float().mean()
     return len(x)*torch.stack([torch.ones_like(ce), loss, ce, hits, entropy]).detach()
 
-# %% ../nbs/07_training.ipynb #85e78b4c
+# %% ../nbs/07_training.ipynb #462769a8
 def _train_epoch(job, epoch, weight, tick=lambda sums: None):
     "All batches once; returns mean loss, cross-entropy, accuracy and entropy."
     job.model.train()
@@ -145,7 +147,7 @@ def _train_epoch(job, epoch, weight, tick=lambda sums: None):
     if not math.isfinite(rest[0]): raise FloatingPointError(f"epoch {epoch}: the loss is {rest[0]}; lower --lr, and look at the data")
     return [r/n for r in rest]
 
-# %% ../nbs/07_training.ipynb #fe68bc92
+# %% ../nbs/07_training.ipynb #e10cc9c6
 @torch.no_grad()
 def validate(model: nn.Module, tap: AttentionTap, loader, # batches (x, label)
              device="cpu") -> dict: # loss, top1 in %, entropy in nats, regions per map, pictures
@@ -164,7 +166,7 @@ def validate(model: nn.Module, tap: AttentionTap, loader, # batches (x, label)
     if not n: raise ValueError("the loader gave no picture that could be read")
     return dict(loss=loss/n, top1=100*hits/n, entropy=entropy/max(maps, 1), regions=regions/max(maps, 1), pictures=int(n))
 
-# %% ../nbs/07_training.ipynb #a3b3c6ef
+# %% ../nbs/07_training.ipynb #e1dbeb57
 @torch.no_grad()
 def _look(job, x):
     "Maps (B, H, h, w) of some pictures, in evaluation mode."
@@ -182,7 +184,7 @@ def _first_pictures(job, n=4):
         if len(chosen) == min(n, len(job.loaders.classes)): break
     return torch.stack(list(chosen.values()))
 
-# %% ../nbs/07_training.ipynb #06f4e34b
+# %% ../nbs/07_training.ipynb #408ecd65
 def picture_of_maps(pixels: torch.Tensor, # (B, 3, S, S) in 0–1
                     maps: torch.Tensor, # (B, H, h, w) similarities
                     names=None): # a text under each image
@@ -196,7 +198,7 @@ def _before_and_after(job, x, before, after):
     both = torch.stack([before, after], 1).flatten(0, 1)
     return picture_of_maps(job.loaders.pixels(x).repeat_interleave(2, 0), both, ["before", "after"]*len(x))
 
-# %% ../nbs/07_training.ipynb #6184f6d2
+# %% ../nbs/07_training.ipynb #9f1146e4
 def _replace(path, write):
     "Write to a temporary name, then rename."
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
@@ -211,7 +213,7 @@ def _version(package):
     try: return version(package)
     except PackageNotFoundError: return "not installed"
 
-# %% ../nbs/07_training.ipynb #26727602
+# %% ../nbs/07_training.ipynb #b37a8bae
 def _facts_of(job):
     "What a reader of the results needs beside the settings."
     packages = ("spatial_entropy", "torch", "timm", "accelerate", "numpy", "pillow")
@@ -228,7 +230,7 @@ def _append(path, row):
         if new: w.writeheader()
         w.writerow({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
 
-# %% ../nbs/07_training.ipynb #1df40bf8
+# %% ../nbs/07_training.ipynb #066929c4
 def _bars(console):
     return Progress(TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn(),
                     TextColumn("left"), TimeRemainingColumn(), console=console, transient=True)
@@ -242,7 +244,7 @@ def _ticker(bar, task, epoch, job):
         bar.update(task, description=f"epoch {epoch + 1}/{job.config.epochs}  loss {ce/n:.3f}  top-1 {100*hits/n:.1f}%  entropy {entropy/n:.3f}")
     return tick
 
-# %% ../nbs/07_training.ipynb #23666017
+# %% ../nbs/07_training.ipynb #7029afce
 def _epoch(job, epoch, tick):
     "Train, validate, save; returns the row of metrics.csv."
     c, start = job.config, time.perf_counter()
@@ -257,7 +259,7 @@ def _epoch(job, epoch, tick):
     _append(job.folder/"metrics.csv", row)
     return row
 
-# %% ../nbs/07_training.ipynb #1fd524c0
+# %% ../nbs/07_training.ipynb #f647a6b0
 def _line(row, epochs):
     return (f"epoch {row['epoch']:>3}/{epochs}  train loss {row['train_ce']:.3f}  top-1 {row['train_top1']:5.1f}%  entropy {row['train_entropy']:.3f}"
             f"  |  val top-1 {row['val_top1']:5.1f}%  entropy {row['val_entropy']:.3f}  regions {row['val_regions']:.2f}")
@@ -277,7 +279,7 @@ def fit(job: Job, console: Console | None = None) -> list[dict]: # the rows of m
     job.tap.close()
     return rows
 
-# %% ../nbs/07_training.ipynb #9a6e2316
+# %% ../nbs/07_training.ipynb #a86c2284
 @dataclass
 class Trained:
     "A finished run: its folder and what it measured."
@@ -292,7 +294,7 @@ def train(config: TrainConfig | None = None, # None: the small ViT on the embedd
     job = prepare(replace(config, **settings) if config else TrainConfig(**settings))
     return Trained(job.folder, fit(job, console))
 
-# %% ../nbs/07_training.ipynb #3a82d204
+# %% ../nbs/07_training.ipynb #1ea7c1d3
 def load_run(run: str # a run folder
             ) -> tuple[nn.Module, TrainConfig, dict]: # the model in evaluation mode, its settings, the facts beside them
     "The trained model of a run, with its surgery. Raises FileNotFoundError or ValueError that name the file."
