@@ -56,10 +56,15 @@ class Runner(NotebookClient):
         return await super().async_execute_cell(cell, cell_index, **kwargs)
 
 
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
 def merged(outputs):
-    "Outputs with neighbouring pieces of the same stream joined."
+    "Outputs without widgets, and with neighbouring pieces of the same stream joined."
     res = []
     for out in outputs:
+        if WIDGET in out.get("data", {}) or out.get("data", {}).get("text/html") == "":  # a live bar leaves nothing to keep
+            continue
         if res and out.output_type == res[-1].output_type == "stream" and out.name == res[-1].name:
             res[-1].text += out.text
         else:
