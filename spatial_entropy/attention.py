@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['similarity_maps', 'UnsupportedModel', 'AttentionTap']
 
-# %% ../nbs/02_attention.ipynb #7c3d7ae3
-import math
+# %% ../nbs/02_attention.ipynb #e2190002
 from copy import deepcopy
 import torch
 from torch import nn

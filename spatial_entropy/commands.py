@@ -149,9 +149,8 @@ def _load(model, args):
     except Exception as e:
         raise ValueError(f"{args.model}: no weights ({str(e).splitlines()[0][:150]}); pass --checkpoint FILE or --no-pretrained") from None
 
-# %% ../nbs/10_commands.ipynb #e114461e
+# %% ../nbs/10_commands.ipynb #09fcfc30
 def _draw(args):
-    from PIL import Image
     from spatial_entropy.attention import AttentionTap
     from spatial_entropy.training import picture_of_maps, torch
     from timm.data import create_transform

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['region_mass', 'spatial_entropy', 'SpatialEntropyLoss']
 
-# %% ../nbs/05_entropy.ipynb #873d6555
+# %% ../nbs/05_entropy.ipynb #b09c13b3
 import warnings
 from functools import cache
 
 import torch
 from torch import nn
-from .regions import _centered, _check_maps, _float, above_mean, label_regions
+from .regions import _centered, _check_maps, _float, label_regions
 
 # %% ../nbs/05_entropy.ipynb #71118fb9
 def region_mass(maps: torch.Tensor, # (..., h, w) similarities

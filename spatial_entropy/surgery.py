@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['LastSkipSurgery', 'drop_last_skip']
 
-# %% ../nbs/03_surgery.ipynb #3f244fb7
-import torch
+# %% ../nbs/03_surgery.ipynb #ec439ef5
 from torch import nn
 from timm.models.vision_transformer import Block
 from .attention import UnsupportedModel, _facts, _unwrap

@@ -94,7 +94,7 @@ def rerun(path, flags):
             if out.get("data", {}).keys() == {"text/plain"} and out.data["text/plain"].startswith("<Figure size"):
                 raise Failed(f"cell {number} shows a figure as text: a kernel draws it only after %matplotlib inline "
                              "or an import of matplotlib.pyplot, in an earlier cell")
-    nb.metadata["kernelspec"] = KERNEL
+    nb.metadata = nbformat.from_dict({"kernelspec": KERNEL})
     plain = json.loads(nbformat.writes(nb))
     cfg = settings()
     clean_nb(plain, allowed_metadata_keys=cfg.get("allowed_metadata_keys", "").split(),
