@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from timm.layers import Attention
 from timm.models import VisionTransformer
 
-# %% ../nbs/02_attention.ipynb #04c27b81
+# %% ../nbs/02_attention.ipynb #89195fa5
 def similarity_maps(q: torch.Tensor, # (B, H, N, d) queries of all tokens
                     k: torch.Tensor, # (B, H, N, d) keys
                     grid: tuple[int, int], # (h, w)
@@ -22,7 +22,7 @@ def similarity_maps(q: torch.Tensor, # (B, H, N, d) queries of all tokens
                     query: str = "cls", # "cls": the first token; "mean": the mean patch query
                     scale: float | None = None, # 1/√d if None
                    ) -> torch.Tensor: # (B, H, h, w) float32, or float64 for float64 models
-    """Similarities before the softmax of one query with all patches (paper, section 3.1); O(N·d), never N×N.
+    """Similarities before the softmax of one query with all patches (arXiv 2206.04636); O(N·d), never N×N.
 
     Raises ValueError when the tokens do not fill the grid.
     """

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from .regions import _centered, _check_maps, _float, label_regions
 
-# %% ../nbs/05_entropy.ipynb #71118fb9
+# %% ../nbs/05_entropy.ipynb #81dd7bd7
 def region_mass(maps: torch.Tensor, # (..., h, w) similarities
                 labels: torch.Tensor, # (..., h, w) region labels, 0 for background
                ) -> torch.Tensor: # (..., R) shares P_n in 0–1; R is the largest label
-    """Each region's share P_n of the map's total above its mean (paper, section 3.2).
+    """Each region's share P_n of the map's total above its mean (arXiv 2206.04636).
 
     The shares of a map sum to 1, or are all 0 when nothing lies above its mean. float32, or float64 for float64 maps;
     differentiable. Raises ValueError when the shapes differ.
@@ -64,7 +64,7 @@ class _SpatialEntropy(torch.autograd.Function):
         g, = ctx.saved_tensors
         return torch.where(g == 0, 0, g*grad[:, None, None]).to(ctx.dtype), None
 
-# %% ../nbs/05_entropy.ipynb #940d6c81
+# %% ../nbs/05_entropy.ipynb #994f1a40
 @cache
 def _report_broken_maps():
     warnings.warn("spatial_entropy: got maps with NaN or infinite cells; their entropy is NaN with gradient 0. The loss "
@@ -73,7 +73,7 @@ def _report_broken_maps():
 def spatial_entropy(maps: torch.Tensor, # (..., h, w) similarities before the softmax, any real dtype
                     connectivity: int = 8, # 8 as in the paper, or 4
                    ) -> torch.Tensor: # (...) in nats, from 0 to ln R; float32, or float64 for float64 maps
-    """Spatial entropy of every map (arXiv 2206.04636, section 3.2), differentiable with its analytic gradient.
+    """Spatial entropy of every map (arXiv 2206.04636), differentiable with its analytic gradient.
 
     A map with nothing above its mean gives 0 with gradient 0. A map with a NaN or infinite cell gives NaN with gradient
     0, and a warning once. Half precision is computed in float32. Raises TypeError or ValueError for what is not a
@@ -86,9 +86,9 @@ def spatial_entropy(maps: torch.Tensor, # (..., h, w) similarities before the so
     if bool(E.isnan().any()): _report_broken_maps()
     return E.view(maps.shape[:-2])
 
-# %% ../nbs/05_entropy.ipynb #226b6fac
+# %% ../nbs/05_entropy.ipynb #e0b3c39e
 class SpatialEntropyLoss(nn.Module):
-    """Mean spatial entropy over all maps: the paper's regulariser (section 3.3), to be multiplied by λ = 0.01.
+    """Mean spatial entropy over all maps: the regulariser of arXiv 2206.04636, to be multiplied by λ = 0.01.
 
     `left_out` counts the maps with NaN or infinite cells seen so far; they enter neither mean nor gradient. Raises as
     `spatial_entropy` does.

@@ -25,12 +25,12 @@ def attended(maps: torch.Tensor, # (..., h, w) similarities before the softmax
     kept = keep_mass(maps.flatten(-2).softmax(-1).unflatten(-1, (h, w)), mass)
     return F.interpolate(kept.reshape(1, -1, h, w).float(), size=size, mode="nearest").bool().view(*maps.shape[:-2], *size)
 
-# %% ../nbs/08_evaluation.ipynb #5495061a
+# %% ../nbs/08_evaluation.ipynb #366f053f
 def mask_jaccard(maps: torch.Tensor, # (B, H, h, w) similarities before the softmax
                  masks: torch.Tensor, # (B, S, S) bool, True on the object
                  mass: float = .6, # share of attention to keep, in (0, 1]
                 ) -> torch.Tensor: # (B, H) in 0–1
-    """Jaccard index of each head's attended patches with the object (protocol of DINO; paper, section 5.2).
+    """Jaccard index of each head's attended patches with the object (protocol of DINO).
 
     `.amax(1)` is the best head of every image. An empty mask met by an attended patch gives 0. Raises ValueError when
     the batch sizes differ.

@@ -28,10 +28,10 @@ def _check_maps(maps, name="maps"):
     if 0 in maps.shape[-2:]:
         raise ValueError(f"{name}: got shape {tuple(maps.shape)}; a map needs at least one cell")
 
-# %% ../nbs/04_regions.ipynb #2ffef5a9
+# %% ../nbs/04_regions.ipynb #0c3f83fb
 def above_mean(maps: torch.Tensor, # (..., h, w) similarities, any real dtype
               ) -> torch.Tensor: # (..., h, w) bool
-    """The cells strictly above their own map's mean (paper, section 3.2).
+    """The cells strictly above their own map's mean (arXiv 2206.04636).
 
     A constant map has none. NaN is never above anything. Raises TypeError or ValueError for anything that is
     not a (..., h, w) tensor.

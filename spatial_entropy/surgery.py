@@ -36,10 +36,10 @@ class LastSkipSurgery:
     def __enter__(self): return self
     def __exit__(self, *error): self.undo()
 
-# %% ../nbs/03_surgery.ipynb #a5d93553
+# %% ../nbs/03_surgery.ipynb #d63c2c43
 def drop_last_skip(model: nn.Module, # timm's VisionTransformer
                   ) -> LastSkipSurgery: # keep it to call .undo()
-    """Remove the last block's skip around attention and its norm2, in place (paper, section 3.3).
+    """Remove the last block's skip around attention and its norm2, in place (arXiv 2206.04636).
 
     Load stock weights *before*, and weights of a model trained without the skip *after*; names and shapes do not change.
     Raises UnsupportedModel for another kind of block, ValueError when the skip is gone already.

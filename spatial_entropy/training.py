@@ -36,13 +36,13 @@ from .pictures import show_heads
 from .regions import above_mean, label_regions
 from .surgery import drop_last_skip
 
-# %% ../nbs/07_training.ipynb #b4f55e7e
+# %% ../nbs/07_training.ipynb #fd95ab07
 def entropy_weight(epoch: float, # epochs done so far, from 0
                    epochs: int, # of the whole run
                    weight: float = .01, # the peak λ; 0.01 in the paper
                    warmup: int = 10, # epochs until the peak; 10 in the paper
                   ) -> float: # λ, from 0 to weight
-    "Linear warm-up from 0, then cosine to 0 at the end (paper, section 4). Raises ValueError for a warm-up beyond the end."
+    "Linear warm-up from 0, then cosine to 0 at the end (arXiv 2206.04636). Raises ValueError for a warm-up beyond the end."
     if not 0 <= warmup <= epochs: raise ValueError(f"warmup: got {warmup}, expected from 0 to epochs = {epochs}")
     if epoch < warmup: return weight*epoch/warmup
     if epochs == warmup: return weight if epoch == warmup else 0.
