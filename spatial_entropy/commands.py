@@ -180,9 +180,9 @@ def _open(path):
     try: return Image.open(path).convert("RGB")
     except (OSError, SyntaxError): raise ValueError(f"{path}: not a picture that can be read") from None
 
-# %% ../nbs/10_commands.ipynb #e560e2e1
+# %% ../nbs/10_commands.ipynb #bca22588
 def main(argv=None) -> int: # the exit code
-    "The console script `spatial-entropy`. 0: done; 2: the request was wrong, said in one sentence; 130: interrupted."
+    "The console script `spatial-entropy`. 0: done; 1: the run had to stop; 2: the request was wrong; 130: interrupted."
     args = _parser().parse_args(argv)
     try:
         try: work = {"train": _train, "evaluate": _evaluate, "draw": _draw}[args.command](args)
@@ -190,6 +190,9 @@ def main(argv=None) -> int: # the exit code
             print(f"spatial-entropy {args.command}: {e}", file=sys.stderr)
             return 2
         work()
+    except (FloatingPointError, OSError) as e:
+        print(f"spatial-entropy {args.command}: stopped: {e}; what was saved stays in the run folder", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted; what was saved so far is in the run folder", file=sys.stderr)
         return 130
