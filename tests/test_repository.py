@@ -76,7 +76,7 @@ def test_notebook_form(notebook):
             assert o["output_type"] != "error", source
             assert o.get("name") != "stderr", f"a warning is kept: {o.get('text')}"
             pictures += "image/png" in o.get("data", {})
-    assert pictures or notebook.stem == "06_config", "no picture is kept"
+    assert pictures, "no picture is kept"
 
 
 def test_no_paths_of_a_machine():
