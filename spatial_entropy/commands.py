@@ -127,7 +127,7 @@ def _writable(path):
     import os
     if not os.access(folder, os.W_OK): raise PermissionError(f"{folder}: not writable; choose another --output")
 
-# %% ../nbs/10_commands.ipynb #aa604ddd
+# %% ../nbs/10_commands.ipynb #e8716610
 def _model_to_draw(args):
     "Model, image size, mean and std of a run or a timm name."
     from spatial_entropy.training import build_model, load_run, timm
@@ -143,11 +143,13 @@ def _model_to_draw(args):
 
 def _load(model, args):
     from timm.models import load_checkpoint, load_pretrained
+    if args.checkpoint and not Path(args.checkpoint).is_file(): raise FileNotFoundError(f"{args.checkpoint}: no such file of weights")
     try:
         if args.checkpoint: load_checkpoint(model, args.checkpoint)
         elif not args.no_pretrained: load_pretrained(model, num_classes=model.num_classes)
     except Exception as e:
-        raise ValueError(f"{args.model}: no weights ({str(e).splitlines()[0][:150]}); pass --checkpoint FILE or --no-pretrained") from None
+        said = " ".join((str(e) or type(e).__name__).split())[:150]
+        raise ValueError(f"{args.model}: no weights ({said}); pass --checkpoint FILE or --no-pretrained") from None
 
 # %% ../nbs/10_commands.ipynb #09fcfc30
 def _draw(args):

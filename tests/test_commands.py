@@ -118,6 +118,8 @@ def test_same_seed_same_weights(tmp_path):
     ("draw RUN file -o a.png", "file: not a picture that can be read"),
     ("draw RUN lonely/images/a.png -o a.txt", "expected .png, .pdf or .svg"),
     ("draw nothing lonely/images/a.png -o a.png", "does not know"),
+    ("draw vit_tiny_patch16_224 lonely/images/a.png -o a.png --checkpoint no.pth", "no.pth: no such file of weights"),
+    ("draw vit_tiny_patch16_224 lonely/images/a.png -o a.png --checkpoint file", "vit_tiny_patch16_224: no weights ("),
     ("draw RUN lonely/images/a.png -o a.png --block 7", "block: got 7, expected a number from -2 to 1"),
 ])
 def test_a_mistake_is_one_sentence_and_writes_nothing(line, said, trained, tmp_path, monkeypatch, capsys):
