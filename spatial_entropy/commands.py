@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/10_commands.ipynb #a973829a
+# %% ../nbs/10_commands.ipynb #e4742399
 import argparse
 import json
 import sys
@@ -13,7 +13,7 @@ import types
 from dataclasses import fields
 from pathlib import Path
 from typing import get_args, get_type_hints
-from .config import TrainConfig
+from .config import TrainConfig, load_config
 
 # %% ../nbs/10_commands.ipynb #0c73a184
 def _pairs(text):
@@ -58,14 +58,14 @@ def _add_evaluate(p):
     p.add_argument("--device", default="cpu", help="such as cuda (cpu)")
     p.add_argument("-o", "--output", help="the JSON file to write (RUN/evaluation.json)")
 
-# %% ../nbs/10_commands.ipynb #b4d96c4e
+# %% ../nbs/10_commands.ipynb #04b507d3
 def _add_draw(p):
     p.add_argument("model", metavar="run_or_model", help="a run folder, or a timm model name")
     p.add_argument("images", nargs="+", help="picture files")
     p.add_argument("-o", "--output", required=True, help="the picture to write: .png, .pdf or .svg")
     p.add_argument("--block", type=int, default=-1, help="which block; negative counts from the last (-1)")
     p.add_argument("--query", default="auto", choices=("auto", "cls", "mean"), help="whose attention (auto: what the classifier reads)")
-    p.add_argument("--img-size", type=int, help="pixels a side, for a timm model (its own)")
+    p.add_argument("--img-size", type=int, help="pixels a side, for a timm model (224)")
     p.add_argument("--no-pretrained", action="store_true", help="a timm model with random weights, without a download")
     p.add_argument("--checkpoint", help="a file of weights for the timm model, .safetensors or .pth")
 
@@ -85,7 +85,7 @@ def _train(args):
         print(f"pictures: {job.folder/'before_after.png'}")
     return work
 
-# %% ../nbs/10_commands.ipynb #4241f3e5
+# %% ../nbs/10_commands.ipynb #97e70938
 def _measure(run, output=None, **options):
     "Evaluate a run, print the table, write the JSON."
     from spatial_entropy.evaluation import evaluate
@@ -98,7 +98,6 @@ def _measure(run, output=None, **options):
     print(f"as JSON: {path}")
 
 def _evaluate(args):
-    from spatial_entropy.config import load_config
     load_config(args.run)
     _writable(args.output or Path(args.run)/"evaluation.json")
     _measure(args.run, args.output, data=args.data, masks=args.masks, device=args.device)
@@ -182,7 +181,7 @@ def _open(path):
     try: return Image.open(path).convert("RGB")
     except (OSError, SyntaxError): raise ValueError(f"{path}: not a picture that can be read") from None
 
-# %% ../nbs/10_commands.ipynb #bca22588
+# %% ../nbs/10_commands.ipynb #14303bfb
 def main(argv=None) -> int: # the exit code
     "The console script `spatial-entropy`. 0: done; 1: the run had to stop; 2: the request was wrong; 130: interrupted."
     args = _parser().parse_args(argv)
@@ -193,7 +192,7 @@ def main(argv=None) -> int: # the exit code
             return 2
         work()
     except (FloatingPointError, OSError) as e:
-        print(f"spatial-entropy {args.command}: stopped: {e}; what was saved stays in the run folder", file=sys.stderr)
+        print(f"spatial-entropy {args.command}: stopped: {e}; what was saved stays", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; what was saved so far is in the run folder", file=sys.stderr)

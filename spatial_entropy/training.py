@@ -230,7 +230,7 @@ def _append(path, row):
         if new: w.writeheader()
         w.writerow({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
 
-# %% ../nbs/07_training.ipynb #066929c4
+# %% ../nbs/07_training.ipynb #3d6735b4
 def _bars(console):
     return Progress(TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn(),
                     TextColumn("left"), TimeRemainingColumn(), console=console, transient=True)
@@ -239,7 +239,7 @@ def _ticker(bar, task, epoch, job):
     "Advance the bar; every tenth step, say how it goes."
     def tick(sums):
         bar.advance(task)
-        if sums is None: return
+        if sums is None or not sums[0]: return
         n, _, ce, hits, entropy = sums.tolist()
         bar.update(task, description=f"epoch {epoch + 1}/{job.config.epochs}  loss {ce/n:.3f}  top-1 {100*hits/n:.1f}%  entropy {entropy/n:.3f}")
     return tick
