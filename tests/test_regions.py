@@ -8,8 +8,9 @@ from hypothesis.extra.numpy import arrays
 from scipy import ndimage
 
 import spatial_entropy as se
+from kinds import STRUCTURE, serpentine
+from spatial_entropy.regions import clear_labels
 
-STRUCTURE = {8: np.ones((3, 3)), 4: ndimage.generate_binary_structure(2, 1)}
 GRIDS = [(1, 1), (1, 17), (17, 1), (2, 3), (5, 7), (7, 7), (8, 8), (13, 11), (14, 14), (16, 9), (37, 21), (64, 33)]
 
 
@@ -17,28 +18,25 @@ def oracle(masks, connectivity):
     return np.stack([ndimage.label(m, STRUCTURE[connectivity])[0] for m in masks]).astype(np.int32)
 
 
+LABELS = pytest.mark.parametrize("label", [se.label_regions, clear_labels])
+
+
 @pytest.mark.parametrize("connectivity", [4, 8])
-def test_ten_thousand_random_maps_without_a_mismatch(connectivity):
+@LABELS
+def test_ten_thousand_random_maps_without_a_mismatch(connectivity, label):
     rng, seen = np.random.default_rng(connectivity), 0
     for h, w in GRIDS:
         n = 10_000 // len(GRIDS) + 1
         masks = rng.random((n, h, w)) < rng.uniform(.05, .95, (n, 1, 1))
-        assert np.array_equal(se.label_regions(torch.tensor(masks), connectivity).numpy(), oracle(masks, connectivity)), (h, w)
+        assert np.array_equal(label(torch.tensor(masks), connectivity).numpy(), oracle(masks, connectivity)), (h, w)
         seen += n
     assert seen >= 10_000
 
 
-def serpentine(h, w):
-    m = np.zeros((h, w), bool)
-    m[::2] = True
-    m[1::4, -1] = True
-    m[3::4, 0] = True
-    return m
-
-
 @pytest.mark.parametrize("connectivity", [4, 8])
 @pytest.mark.parametrize("h,w", [(15, 15), (33, 47), (128, 128)])
-def test_adversarial_masks(h, w, connectivity):
+@LABELS
+def test_adversarial_masks(h, w, connectivity, label):
     checks = np.indices((h, w)).sum(0) % 2 == 0
     dots = np.zeros((h, w), bool)
     dots[::2, ::2] = True
@@ -46,9 +44,9 @@ def test_adversarial_masks(h, w, connectivity):
     comb[:, ::2] = True
     comb[-1] = True
     rings = np.minimum.reduce([*np.indices((h, w)), *(np.indices((h, w))[:, ::-1, ::-1])]) % 2 == 0
-    masks = np.stack([serpentine(h, w), serpentine(w, h).T, checks, dots, comb, ~comb, rings, ~rings,
+    masks = np.stack([serpentine(h, w) > 0, serpentine(w, h).T > 0, checks, dots, comb, ~comb, rings, ~rings,
                       np.zeros((h, w), bool), np.ones((h, w), bool), np.eye(h, w, dtype=bool)])
-    assert np.array_equal(se.label_regions(torch.tensor(masks), connectivity).numpy(), oracle(masks, connectivity))
+    assert np.array_equal(label(torch.tensor(masks), connectivity).numpy(), oracle(masks, connectivity))
 
 
 @settings(max_examples=200, deadline=None)

@@ -1,0 +1,30 @@
+"""The CUDA kernels without a GPU: what they compute, in Triton's interpreter, and that the compiler takes them."""
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*command, **env):
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    said = subprocess.run([sys.executable, *command], cwd=ROOT, env={**clean, "PYTHONPATH": path, **env}, capture_output=True, text=True, timeout=900)
+    assert said.returncode == 0, said.stdout[-2000:] + said.stderr[-4000:]
+    return said.stdout
+
+
+def test_in_the_interpreter_against_the_oracle():
+    done = eval(run("tests/interpreted.py").splitlines()[-1])
+    assert done["entropy"] >= 600 and done["gradient"] >= 600 and done["labels"] >= 500, done
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_kernel_compiles(capability, tmp_path):
+    said = run("tools/compile_kernels.py", str(capability), TRITON_CACHE_DIR=str(tmp_path))
+    assert int(re.search(r"(\d+) kernels", said).group(1)) >= 50, said
