@@ -319,26 +319,43 @@ def _cuda_peak_extra(call):
     kept = call(); torch.cuda.synchronize()                             # noqa: F841
     return torch.cuda.max_memory_allocated() - before
 
-# %% ../nbs/13_benchmark.ipynb #acf58e5c
+# %% ../nbs/13_benchmark.ipynb #6816f0b4
+def _in_fork(measure, *arguments):
+    "measure(…) -> int in a copy of this process, so that nobody finds holes that another has left; None when it died."
+    read, write = os.pipe()
+    if not (pid := os.fork()):
+        try: os.write(write, str(measure(*arguments)).encode())
+        finally: os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as answer: said = answer.read()
+    os.waitpid(pid, 0)
+    return int(said) if said else None
+
+def _peak_of(name, maps, source):
+    contender = _contender(name, tuple(maps.shape), source)
+    leaf = contender.leaf(maps)
+    return _peak_extra(lambda: contender.call(leaf))
+
+# %% ../nbs/13_benchmark.ipynb #62832057
 def _memory_child():
-    "Read a request from stdin, write {case: {name: bytes}} as the last line of stdout."
+    "Read a request from stdin, write [{name: bytes}], one for each case, as the last line of stdout."
     asked = json.load(sys.stdin)
     warnings.simplefilter("ignore")
     libc = ctypes.CDLL(None)
     libc.mallopt(-3, 1 << 16)                                           # M_MMAP_THRESHOLD: freed blocks go back at once
     libc.prctl(41, 1, 0, 0, 0)                                          # PR_SET_THP_DISABLE: no rounding up to 2 MiB pages
-    torch.set_num_threads(1)
+    for shape, _, names in asked["cases"]:
+        for name in names: _contender(name, tuple(shape), asked["source"])          # loads what the forks will share
+    _set_threads(1)
+    SpatialEntropyLoss()(torch.rand(1, 1, 4, 4, requires_grad=True))    # compiled once; a backward pass here would forbid forks
+    gc.collect(); gc.freeze()
     peaks = []
     for shape, kind, names in asked["cases"]:
         maps = _make_maps(kind, shape, dtype=getattr(torch, asked["dtype"]))
-        peaks.append({})
-        for name in names:
-            c = _contender(name, tuple(shape), asked["source"])
-            leaf = c.leaf(maps)
-            peaks[-1][name] = _peak_extra(lambda: c.call(leaf))
-            gc.freeze()                                                 # what is loaded by now need not be searched again
+        peaks.append({name: _in_fork(_peak_of, name, maps, asked["source"]) for name in names})
     print(json.dumps(peaks))
 
+# %% ../nbs/13_benchmark.ipynb #6ab23cb2
 def _measure_memory(cases, dtype, source): # cases: (shape, kind, names)
     "([{name: bytes}], why not) of the cases, from a child process."
     if not Path("/proc/self/clear_refs").exists(): return [{} for _ in cases], "needs Linux"
@@ -557,16 +574,17 @@ def _measure_case(job, shape, kind, threads):
     if "ms" in facts.get("authors", {}) and shape[-2:] != (14, 14): facts["authors"]["note"] = "measured with its 14×14 replaced in memory"
     return facts
 
-# %% ../nbs/13_benchmark.ipynb #4442d76c
+# %% ../nbs/13_benchmark.ipynb #008ae189
 def _add_memory(job, results):
-    "Peak extra memory in inputs, added to the facts; says why not."
+    "Add the peak extra memory, in inputs, to the facts. Returns why it could not be measured, or None."
     each_grid = {(r["kind"], *r["shape"][2:]): r for r in results if r["kind"] in ("mix", "dots") and r["threads"] == 1}
     wanted = list(each_grid.values())
     names = [[n for n, f in r["contenders"].items() if f.get("ms", 1e9) < 4000] for r in wanted]
     dtype = str(job.dtype).removeprefix("torch.")
     peaks, trouble = _measure_memory([(r["shape"], r["kind"], n) for r, n in zip(wanted, names)], dtype, job.source)
     for r, peak in zip(wanted, peaks):
-        for name, extra in peak.items(): r["contenders"][name]["memory"] = extra/(np.prod(r["shape"])*job.dtype.itemsize)
+        for name, extra in peak.items():
+            if extra is not None: r["contenders"][name]["memory"] = extra/(np.prod(r["shape"])*job.dtype.itemsize)
     return trouble
 
 def _growth(results):
