@@ -26,17 +26,27 @@ _options = dict(nogil=True, error_model="numpy", cache=_keeps())
 _compiled = njit(**_options)
 _summing = njit(**_options, fastmath={"reassoc", "contract"})
 
-# %% ../nbs/06_kernels.ipynb #08303a77
+# %% ../nbs/06_kernels.ipynb #1e9bcfb6
+@_summing
+def _differences(s, first, d):
+    "Fill d with s - first; return the sums of that and of |s|."
+    total = size = 0.
+    for i in range(s.size):
+        cell = np.float64(s[i])
+        d[i] = cell - first
+        total += cell - first
+        size += abs(cell)
+    return total, size
+
 @_summing
 def _load(flat, at, w, sy, sx, d):
     "Fill d (h*w, and spare) with s - s[0]; return the sums of d and of |s|."
-    first, total, size = np.float64(flat[at]), 0., 0.
-    for y in range((d.size - 64)//w):
-        for x in range(w):
-            s = np.float64(flat[at + y*sy + (x if sx == 1 else x*sx)])
-            d[y*w + x] = s - first
-            total += s - first
-            size += abs(s)
+    n, first, total, size = d.size - 64, np.float64(flat[at]), 0., 0.
+    if sx == 1 and sy == w: return _differences(flat[at:at + n], first, d)
+    for y in range(n//w):
+        row = at + y*sy
+        t, a = _differences(flat[row:row + (w - 1)*sx + 1:sx], first, d[y*w:])
+        total, size = total + t, size + a
     return total, size
 
 # %% ../nbs/06_kernels.ipynb #285ccbd0
