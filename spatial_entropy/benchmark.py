@@ -254,8 +254,8 @@ def _check(name, maps, ours, source):
     wrong = _differs(value.float(), contender.grad(g), *ours, maps.dtype)
     return (None, dict(status="wrong", note=wrong)) if wrong else (lambda: contender.call(leaf), dict(status="ok"))
 
-# %% ../nbs/13_benchmark.ipynb #23fd3ca7
-_SLOW = .5 # seconds a call, from which one repeat must do
+# %% ../nbs/13_benchmark.ipynb #68d4c3c2
+_SLOW = .3 # seconds a call, from which one repeat must do
 
 def _interleave(calls: dict, # name -> function of nothing
                timed: Callable, # function -> seconds that it took
@@ -503,7 +503,7 @@ def _checked_device(name):
     try: return torch.zeros(0, device=name).device
     except (RuntimeError, AssertionError) as e: raise ValueError(f"device: got {name!r}, which torch refuses ({str(e).splitlines()[0]})") from None
 
-# %% ../nbs/13_benchmark.ipynb #1a19e39d
+# %% ../nbs/13_benchmark.ipynb #c446a370
 def prepare_benchmark(shapes: list[str] | None = None, # such as 256x6x14; default: six loads
                       kinds: list[str] | None = None, # such as mix, spiral; default: all
                       peers: list[str] | None = None, # such as scipy, opencv-strip; default: all
@@ -514,14 +514,14 @@ def prepare_benchmark(shapes: list[str] | None = None, # such as 256x6x14; defau
                       authors_code: str | None = None, # a checkout of the authors' repository
                       quick: bool = False, # one small load, half a minute
                       step: bool | None = None, # measure a training step too; default: on a GPU
-                      budget: float | None = None, # seconds of timing; default: 50, quick 6
+                      budget: float | None = None, # seconds of timing; default: 35, quick 6
                       output: str = "benchmark-results", # a folder; an existing one is left alone
                      ) -> _Job:
     "Check a request. Raises ValueError or OSError in one sentence, before anything is measured or written."
     place = _checked_device(device)
     _one_of("dtype", [dtype], ["float32", "float16", "bfloat16"])
     many = [] if place.type == "cuda" or quick and threads is None else [_whole("threads", _cores() if threads is None else threads)]
-    budget = (6. if quick else 50.) if budget is None else budget
+    budget = (6. if quick else 35.) if budget is None else budget
     if not 0 <= budget < float("inf"): raise ValueError(f"budget: got {budget!r}, expected seconds")
     arguments = dict(shapes=shapes, kinds=kinds, peers=peers, repeats=repeats, threads=threads, device=device, dtype=dtype,
                      authors_code=bool(authors_code), quick=quick, step=step, budget=budget)

@@ -71,7 +71,7 @@ def _add_draw(p):
     p.add_argument("--no-pretrained", action="store_true", help="a timm model with random weights, without a download")
     p.add_argument("--checkpoint", help="a file of weights for the timm model, .safetensors or .pth")
 
-# %% ../nbs/14_commands.ipynb #41598af5
+# %% ../nbs/14_commands.ipynb #908ced72
 def _add_benchmark(p):
     p.add_argument("--quick", action="store_true", help="one small load and three kinds of map, no memory")
     p.add_argument("--shapes", nargs="+", metavar="BxHxS", help="images x heads x side, such as 256x6x14 (six loads)")
@@ -79,7 +79,7 @@ def _add_benchmark(p):
     p.add_argument("--peers", nargs="+", metavar="NAME", help="such as authors, scipy, opencv-strip, kornia (all)")
     p.add_argument("--authors-code", metavar="PATH", help="a checkout of the authors' repository, to measure their loss too")
     p.add_argument("--repeats", type=int, default=31, help="of each contender, at most (31)")
-    p.add_argument("--budget", type=float, metavar="SECONDS", help="of timing, in all (50; quick 6)")
+    p.add_argument("--budget", type=float, metavar="SECONDS", help="of timing, in all (35; quick 6)")
     p.add_argument("--threads", type=int, help="measured beside one thread (all cores)")
     p.add_argument("--device", default="cpu", help="such as cuda (cpu)")
     p.add_argument("--dtype", default="float32", help="float32, float16 or bfloat16 (float32)")
