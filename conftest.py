@@ -38,7 +38,17 @@ def pytest_configure(config):
     cfg = settings()
     config.nb_home = ROOT / cfg["nbs_path"]
     config.nb_off = set(cfg.get("tst_flags", "").split()) - set(config.getoption("--flags").split())
+    interpret_triton()
     config.nb_ipython = tempfile.TemporaryDirectory(prefix="ipython")  # leaves the user's profile alone
+
+
+def interpret_triton():
+    "Without a GPU, Triton's kernels run in its interpreter, which has to be chosen before Triton is first imported."
+    if "triton" not in sys.modules:
+        import torch
+
+        if not torch.cuda.is_available():
+            os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_unconfigure(config):

@@ -17,7 +17,8 @@ from spatial_entropy import kernels as k
 from spatial_entropy.benchmark import _machine, _make_maps
 
 STAGES = ("load", "pack", "cut and join", "settle", "weigh", "logarithms", "paint")
-LOADS = [((256, 6, 14, 14), kind) for kind in ("mix", "white", "dots", "spiral")] + [((64, 12, 37, 37), "mix"), ((8, 16, 64, 64), "mix"), ((2, 16, 128, 128), "mix")]
+LOADS = [((256, 6, 14, 14), kind) for kind in ("mix", "white", "dots", "spiral")]
+LOADS += [(shape, "mix") for shape in ((64, 12, 37, 37), (8, 16, 64, 64), (2, 16, 128, 128))]
 
 
 @njit
@@ -47,7 +48,7 @@ def main():
     output, best, pieces = p.parse_args().output, {}, {}
     torch.set_num_threads(1)
     maps = {(shape, kind): _make_maps(kind, shape).numpy().reshape(-1) for shape, kind in LOADS}
-    for repeat in range(151):                                        # the first compiles
+    for _ in range(151):                                             # the first compiles
         for case, flat in maps.items():
             g = np.empty((case[0][0]*case[0][1], case[0][2]*case[0][3]), np.float32)
             for stages in range(1, 8):

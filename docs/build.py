@@ -265,6 +265,10 @@ def main():
     failed = build_main(["-W", "--keep-going", "-q", "-b", "html", "-c", str(DOCS), "-d", str(SOURCE / ".doctrees"),
                          str(SOURCE), str(SITE)])
     prune()
+    raw = [page.name for page in SITE.glob("*.html") if "<p>| " in page.read_text(encoding="utf-8")]
+    if raw:
+        print(f"a table is shown as text: {', '.join(raw)}", file=sys.stderr)
+        return 1
     if not failed:
         size = sum(o.stat().st_size for o in SITE.rglob("*") if o.is_file()) / 2**20
         print(f"{len(pages)} pages, {size:.1f} MB: {(SITE / 'index.html').relative_to(ROOT)}")

@@ -26,6 +26,7 @@ suppress_warnings = ["myst.header"]  # a notebook may step from # to ###
 
 nb_execution_mode = "off"
 nb_merge_streams = True
+nb_render_markdown_format = "myst"  # plain CommonMark has no tables
 myst_enable_extensions = ["alert", "amsmath", "colon_fence", "deflist", "dollarmath", "html_image"]
 myst_dmath_double_inline = True
 myst_heading_anchors = 4

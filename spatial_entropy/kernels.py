@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['entropy_and_gradient', 'label_regions', 'mean_entropy']
 
-# %% ../nbs/06_kernels.ipynb #671ed603
+# %% ../nbs/06_kernels.ipynb #9cd151ac
 import os
 from concurrent.futures import ThreadPoolExecutor
-from math import inf, isfinite, log, nan
+from math import isfinite, log, nan
 
 import numpy as np
 import torch

@@ -189,12 +189,12 @@ def _backward_mean(ctx, grad, *_):
 
 _mean.register_autograd(_backward_mean, setup_context=_keep_mean)
 
-# %% ../nbs/08_operators.ipynb #0ea217e6
+# %% ../nbs/08_operators.ipynb #62cc99bb
 class SpatialEntropyLoss(nn.Module):
     """Mean spatial entropy over all maps: the regulariser of arXiv 2206.04636, to be multiplied by λ = 0.01.
 
-    `left_out` counts the maps with NaN or infinite cells seen so far, on the device: read it when you log, not in every
-    step. They enter neither mean nor gradient. Arguments and errors are those of `spatial_entropy`.
+    `left_out` counts the maps with NaN or infinite cells seen so far, on the maps' device: read it when you log, not in
+    every step. They enter neither mean nor gradient. Arguments and errors are those of `spatial_entropy`.
     """
     def __init__(self, connectivity: int = 8, # 8 as in the paper, or 4
                  *, times_mean: float = 1., mass: float | None = None, floor: float = FLOOR):
@@ -206,10 +206,9 @@ class SpatialEntropyLoss(nn.Module):
     def forward(self, maps: Tensor # (..., h, w), usually (B, H, h, w)
                ) -> Tensor: # a scalar in nats
         mean, facts, _ = _mean(*_prepare(maps, self.connectivity, **self.threshold))
-        if not _should_look(maps): self.left_out += facts[1].to(self.left_out)
-        elif left_out := int(facts[1]):
-            self.left_out += left_out
-            _report_broken_maps()
+        if self.left_out.device != maps.device: self.left_out = self.left_out.to(maps.device)
+        self.left_out += facts[1].to(torch.int64)
+        if _should_look(maps) and facts[1] > 0: _report_broken_maps()
         return mean
 
     def extra_repr(self): return ", ".join(f"{k}={v}" for k, v in dict(connectivity=self.connectivity, **self.threshold).items())

@@ -4,11 +4,10 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from kinds import kinds, oracle
 from torch.testing import assert_close
 
 import spatial_entropy as se
-from kinds import kinds, oracle
-
 
 GRIDS = [(1, 1), (1, 9), (9, 1), (5, 7), (14, 14), (13, 29), (37, 37), (3, 70)]
 

@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from kinds import kinds, oracle
 
 import spatial_entropy as se
-from kinds import kinds, oracle
 from spatial_entropy import kernels
 from spatial_entropy.entropy import clear_entropy
 from spatial_entropy.regions import clear_labels

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from kinds import STRUCTURE, serpentine
 from scipy import ndimage
 
 import spatial_entropy as se
-from kinds import STRUCTURE, serpentine
 from spatial_entropy.regions import clear_labels
 
 GRIDS = [(1, 1), (1, 17), (17, 1), (2, 3), (5, 7), (7, 7), (8, 8), (13, 11), (14, 14), (16, 9), (37, 21), (64, 33)]
