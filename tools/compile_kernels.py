@@ -27,9 +27,11 @@ def compiling(capability, built):
     "Inside, a launch compiles into `built`, once for each specialisation, and does not run."
     target = GPUTarget("cuda", capability, 32)
     backend, launch = make_backend(target), JITFunction.run
+    known = backend.parse_options({}).__dict__                  # which of what a launch adds this Triton knows
+    usual = dict(debug=False, instrumentation_mode="", fpsan_homomorphic_casts=False)
 
     def run(self, *args, grid, warmup, **kwargs):
-        kwargs.update(debug=False, instrumentation_mode="", fpsan_homomorphic_casts=False)
+        kwargs.update({k: v for k, v in usual.items() if k in known})
         bound, special, _ = create_function_from_signature(self.signature, self.params, backend)(*args, **kwargs)
         key = self.__name__, str(special), kwargs["num_warps"]
         if key not in built:
