@@ -136,7 +136,7 @@ def variant(folder, number, **constants):
     return module
 
 
-def tune(folder):
+def tune():
     "Warps, jumps and regions weighed at once for small maps; tile and warps for large ones. Microseconds by kind, forward with gradient."
     from tempfile import TemporaryDirectory
     rows = []
@@ -152,9 +152,9 @@ def tune(folder):
             m = variant(Path(temporary), next(number))
             m.TILE, m.TILE_WARPS = tile, warps
             rows.append(dict(form="tiled", tile=tile, warps=warps, **timed(m, maps, large)))
-    best = {s: min((r for r in rows if f"{s}.mix" in r), key=lambda r: r[f"{s}.mix"]) for s in (*small, *large)}
+    best = {s: min((r for r in rows if f"{s}.mix" in r), key=lambda r: r[f"{s}.mix"], default={}) for s in (*small, *large)}
     for s, r in best.items():
-        print(s, {k: round(v, 1) if isinstance(v, float) else v for k, v in r.items()}, flush=True)
+        print(s, {k: round(v, 1) if isinstance(v, float) else v for k, v in r.items()} or "no variant ran", flush=True)
     return dict(best=best, rows=rows)
 
 
@@ -197,13 +197,12 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     from spatial_entropy.benchmark import _machine
     machine = _machine(torch.device("cuda"))
-    command = [sys.executable, "-m", "spatial_entropy.commands", "benchmark", "--device", "cuda", "-o", str(folder / "benchmark")]
-    command += ["--authors-code", args.authors_code] if args.authors_code else []
 
     def benchmark():
+        words = ["benchmark", "--device", "cuda", "-o", str(folder / "benchmark"), *(["--authors-code", args.authors_code] if args.authors_code else [])]
         code = "import sys; from spatial_entropy.commands import main; sys.exit(main(sys.argv[1:]))"
-        return dict(exit=subprocess.run([command[0], "-c", code, *command[3:]], check=True).returncode)
-    for name, part in dict(values=check_values, behaviour=check_behaviour, growth=growth, benchmark=benchmark, tune=lambda: tune(folder)).items():
+        return dict(exit=subprocess.run([sys.executable, "-c", code, *words], check=True).returncode)
+    for name, part in dict(values=check_values, behaviour=check_behaviour, growth=growth, benchmark=benchmark, tune=tune).items():
         if name in args.skip:
             continue
         start = time.time()
