@@ -24,8 +24,8 @@ import spatial_entropy
 from .entropy import clear_entropy
 from .operators import SpatialEntropyLoss, backend
 
-# %% ../nbs/16_benchmark.ipynb #fba5d3d9
-from .attention import AttentionTap
+# %% ../nbs/16_benchmark.ipynb #688a01b7
+from .tap import AttentionTap
 from .pictures import _Drawing
 from .surgery import drop_last_skip
 

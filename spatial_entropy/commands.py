@@ -167,9 +167,9 @@ def _load(model, args):
         said = " ".join((str(e) or type(e).__name__).split())[:150]
         raise ValueError(f"{args.model}: no weights ({said}); pass --checkpoint FILE or --no-pretrained") from None
 
-# %% ../nbs/17_commands.ipynb #21e177c9
+# %% ../nbs/17_commands.ipynb #b7cb8b50
 def _draw(args):
-    from spatial_entropy.attention import AttentionTap
+    from spatial_entropy.tap import AttentionTap
     from spatial_entropy.training import picture_of_maps, torch
     from timm.data import create_transform
     _writable(args.output)

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['attended', 'mask_jaccard', 'accuracy', 'score_masks', 'evaluate']
 
-# %% ../nbs/13_evaluation.ipynb #35e02509
+# %% ../nbs/13_evaluation.ipynb #1487d3ec
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from .attention import AttentionTap
+from .tap import AttentionTap
 from .data import loaders, mask_pairs
 from .regions import keep_mass
 from .training import load_run, validate

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['LastSkipSurgery', 'drop_last_skip']
 
-# %% ../nbs/05_surgery.ipynb #ec439ef5
+# %% ../nbs/05_surgery.ipynb #85a0fd97
 from torch import nn
 from timm.models.vision_transformer import Block
-from .attention import UnsupportedModel, _facts, _unwrap
+from .families import UnsupportedModel, find
 
 # %% ../nbs/05_surgery.ipynb #af442bb4
 class _NoSkipBlock(Block):
@@ -36,7 +36,7 @@ class LastSkipSurgery:
     def __enter__(self): return self
     def __exit__(self, *error): self.undo()
 
-# %% ../nbs/05_surgery.ipynb #d63c2c43
+# %% ../nbs/05_surgery.ipynb #eeb962a7
 def drop_last_skip(model: nn.Module, # timm's VisionTransformer
                   ) -> LastSkipSurgery: # keep it to call .undo()
     """Remove the last block's skip around attention and its norm2, in place (arXiv 2206.04636).
@@ -44,9 +44,10 @@ def drop_last_skip(model: nn.Module, # timm's VisionTransformer
     Load stock weights *before*, and weights of a model trained without the skip *after*; names and shapes do not change.
     Raises UnsupportedModel for another kind of block, ValueError when the skip is gone already.
     """
-    block = _facts(model)["blocks"][-1]
+    tower = find(model).model
+    block = tower.blocks[-1]
     if type(block) is _NoSkipBlock: raise ValueError("the last skip is dropped already; undo() it first, or leave it")
     if type(block) is not Block:
-        raise UnsupportedModel(f"{type(_unwrap(model)).__name__}: the last block is a {type(block).__name__}; only timm's Block "
+        raise UnsupportedModel(f"{type(tower).__name__}: the last block is a {type(block).__name__}; only timm's Block "
                                "(pre-norm, skip around attention) can lose its skip now")
     return LastSkipSurgery(block)

@@ -27,8 +27,8 @@ from timm.scheduler import create_scheduler_v2
 from torch import nn
 from torch.nn import functional as F
 
-# %% ../nbs/12_training.ipynb #cf502529
-from .attention import AttentionTap
+# %% ../nbs/12_training.ipynb #83af3815
+from .tap import AttentionTap
 from .config import TrainConfig, load_config, save_config
 from .data import Loaders, loaders
 from .pictures import show_heads

@@ -1,0 +1,232 @@
+"""The same maps by another way: unfused attention with the whole table of similarities, laid out by the models' own functions.
+
+Nothing here uses the tap or its table of families, except the names of the layers to look in.
+"""
+import math
+from contextlib import ExitStack
+from unittest.mock import patch
+
+import torch
+from torch.nn import functional as F
+
+
+class Calls:
+    """Runs a model with unfused attention and keeps, for each of the named layers, its first table of logits and its arguments."""
+
+    def __init__(self, model, names):
+        self.model, self.names, self.stack, self.seen = model, names, [], {}
+        self.softmax = torch.Tensor.softmax
+
+    def keep(self, logits):
+        if self.stack and "logits" not in self.seen[self.stack[-1]]:
+            self.seen[self.stack[-1]]["logits"] = logits
+
+    def sdpa(self, q, k, v, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
+        logits = q @ k.transpose(-2, -1) * (q.shape[-1] ** -.5 if scale is None else scale)
+        if attn_mask is not None:
+            logits = logits.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else logits + attn_mask
+        self.keep(logits)
+        return self.softmax(logits, -1) @ v
+
+    def unfused(self, x, *args, **kwargs):
+        if x.ndim > 2:
+            self.keep(x)
+        kwargs.pop("_stacklevel", None)
+        return self.softmax(x, *args, **kwargs)
+
+    def run_on(self, whole, inputs):
+        """The family's model may sit inside another one, which is what is called."""
+        modules, handles = dict(self.model.named_modules()), []
+        for name in self.names:
+            def enter(module, args, kw, name=name):
+                self.seen[name] = dict(layer=module, args=(*args, *kw.values()), name=name)
+                self.stack.append(name)
+            handles.append(modules[name].register_forward_pre_hook(enter, with_kwargs=True))
+            handles.append(modules[name].register_forward_hook(lambda *_: self.stack.pop() and None))
+        with ExitStack() as on:
+            on.enter_context(patch.object(F, "scaled_dot_product_attention", self.sdpa))
+            for where in (torch.Tensor, torch, F):
+                on.enter_context(patch.object(where, "softmax", lambda x, *a, **k: self.unfused(x, *a, **k)))
+            out = whole(**inputs) if isinstance(inputs, dict) else whole(inputs)
+        for h in handles:
+            h.remove()
+        return out, [self.seen[n] for n in self.names]
+
+
+def rows(logits, query, prefix):
+    """(…, m) of one token or the mean patch."""
+    return logits[..., prefix:, :].mean(-2) if query == "mean" else logits[..., query, :]
+
+
+def unpartition(row, unwindow):
+    """(B·W, H, n) -> (B, H, h, w) by a model's own reverse function on (B·W, n, H)."""
+    return unwindow(row.transpose(1, 2)).permute(0, 3, 1, 2)
+
+
+def windowed(call, window, shift, partition, reverse, mask=None, flat_heads=None):
+    """Blocks on (B, h, w, C): each window's mean over its real patches that see the key, un-windowed by the model's own reverse."""
+    x, logits = call["args"][0], call["logits"]
+    b, h, w = x.shape[:3]
+    hp, wp = math.ceil(h / window[0]) * window[0], math.ceil(w / window[1]) * window[1]
+    real = torch.roll(torch.ones(1, h, w, 1), (-shift[0], -shift[1]), (1, 2))
+    real = partition(F.pad(real, (0, 0, 0, wp - w, 0, hp - h)))
+    real = real.reshape(-1, window[0] * window[1]) > 0
+    see = torch.ones(len(real), real.shape[1], real.shape[1], dtype=torch.bool) if mask is None else mask.view(len(real), real.shape[1], -1) == 0
+    see = (see & real[:, :, None]).float()
+    if flat_heads:
+        logits = logits.unflatten(0, (-1, flat_heads))
+    logits = logits.unflatten(0, (b, len(real)))                       # (B, W, H, n, m)
+    row = (logits * see[:, None]).sum(-2) / see.sum(-2).clamp_min(1)[:, None]
+    out = reverse(row.flatten(0, 1).transpose(1, 2).unflatten(1, window), hp, wp)[:, :h, :w]
+    return torch.roll(out, shift, (1, 2)).permute(0, 3, 1, 2)
+
+
+def _plain(c, m, spec, size):
+    grid = tuple(s // spec.step for s in size)
+    n = grid[0] * grid[1]
+    one = c["logits"].shape[-2] == 1 or "attn_pool" in c["name"]
+    row = rows(c["logits"], 0 if one or spec.reads == "cls" else "mean", c["logits"].shape[-1] - n)
+    return row[..., -n:].unflatten(-1, grid)
+
+
+def _class(c, m, spec, size):
+    grid = tuple(s // 8 for s in size)
+    row = rows(c["logits"], 0 if c["logits"].shape[-2] == 1 else "mean", 0)
+    return row[..., -grid[0] * grid[1]:].unflatten(-1, grid)
+
+
+def _volo(c, m, spec, size):
+    return _class(c, m, spec, [s // 2 for s in size]) if "post" in c["name"] else _nhwc(c)
+
+
+def _nhwc(c, *_):
+    return c["logits"].mean(-2).unflatten(-1, c["args"][0].shape[1:3])
+
+
+def _nchw(c, *_):
+    return c["logits"].mean(-2).unflatten(-1, c["args"][0].shape[2:4])
+
+
+def _convit(c, m, spec, size):
+    grid = tuple(s // 8 for s in size)
+    late = type(c["layer"]).__name__ == "MHSA"
+    return (c["logits"][..., 0, 1:] if late else c["logits"].mean(-2)).unflatten(-1, grid)
+
+
+def _pit(c, m, spec, size):
+    x, cls = m.patch_embed(torch.zeros(1, 3, *size)), m.cls_token
+    for i, stage in enumerate(m.transformers):
+        if stage.pool is not None:
+            x, cls = stage.pool(x, cls)
+        if c["name"].startswith(f"transformers.{i}."):
+            return c["logits"][..., 0, cls.shape[1]:].unflatten(-1, x.shape[-2:])
+
+
+def _crossvit(c, m, spec, size):
+    part = c["name"].split(".")
+    i = int(part[3]) if part[2] == "blocks" else 1 - int(part[3])
+    grid = [s // p for s, p in zip(m.img_size_scaled[i], ((12, 12), (16, 16))[i])]
+    return c["logits"][..., 0, 1:].unflatten(-1, grid)
+
+
+def _swin(c, m, spec, size):
+    from timm.models import swin_transformer as v1, swin_transformer_v2 as v2, swin_transformer_v2_cr as cr
+    b, home = c["layer"], {"swin_transformer": v1, "swin_transformer_v2": v2, "swin_transformer_v2_cr": cr}[type(m).__module__.split(".")[-1]]
+    back = (lambda t, h, w: v1.window_reverse(t, b.window_size, h, w)) if home is v1 else (lambda t, h, w: home.window_reverse(t, b.window_size, (h, w)))
+    return windowed(c, tuple(b.window_size), tuple(b.shift_size), lambda t: home.window_partition(t, b.window_size), back, b.attn_mask)
+
+
+def _gcvit(c, m, spec, size):
+    from timm.models.gcvit import window_partition, window_reverse
+    ws = c["layer"].window_size
+    return windowed(c, ws, (0, 0), lambda t: window_partition(t, ws), lambda t, h, w: window_reverse(t, ws, (h, w)))
+
+
+def _by_hand(c, ws):
+    cut = lambda t: t.unflatten(1, (-1, ws)).unflatten(3, (-1, ws)).transpose(2, 3).flatten(0, 2)
+    paste = lambda t, h, w: t.unflatten(0, (-1, h // ws, w // ws)).transpose(2, 3).flatten(1, 2).flatten(2, 3)
+    return windowed(c, (ws, ws), (0, 0), cut, paste)
+
+
+def _tiny_vit(c, m, spec, size):
+    ws = c["layer"].window_size
+    return _nhwc(c) if c["args"][0].shape[1:3] == (ws, ws) else _by_hand(c, ws)
+
+
+def _sam(c, m, spec, size):
+    from timm.models.vision_transformer_sam import window_partition, window_unpartition
+    b, (h, w) = c["layer"], c["args"][0].shape[1:3]
+    if not b.window_size:
+        return c["logits"].unflatten(0, (-1, b.attn.num_heads)).mean(-2).unflatten(-1, (h, w))
+    ws = b.window_size
+    back = lambda t, hp, wp: window_unpartition(t, ws, (hp, wp), (hp, wp))
+    return windowed(c, (ws, ws), (0, 0), lambda t: window_partition(t, ws)[0], back, flat_heads=b.attn.num_heads)
+
+
+def _sam2(c, m, spec, size):
+    from timm.models.hieradet_sam2 import window_partition, window_unpartition
+    b, ws = c["layer"], c["layer"].window_size
+    if not b.is_windowed:
+        return _nhwc(c)
+    if c["logits"].shape[-1] != c["logits"].shape[-2]:                 # pooled queries: their plain mean
+        c = c | dict(logits=c["logits"].mean(-2, keepdim=True).expand(*c["logits"].shape[:-2], ws[0] * ws[1], -1))
+        h, w = (s % k for s, k in zip(c["args"][0].shape[1:3], ws))
+        assert h == w == 0, "the reference has no padding with pooled queries"
+    return windowed(c, ws, (0, 0), lambda t: window_partition(t, ws), lambda t, h, w: window_unpartition(t, ws, (h, w)))
+
+
+def _davit(c, m, spec, size):
+    from timm.models.davit import window_partition, window_reverse
+    ws, x = tuple(c["layer"].window_size), c["args"][0].permute(0, 2, 3, 1)
+    return windowed(c | dict(args=(x,)), ws, (0, 0), lambda t: window_partition(t, ws), lambda t, h, w: window_reverse(t, ws, h, w))
+
+
+def _twins(c, m, spec, size):
+    (h, w), b = c["args"][1], c["layer"]
+    if hasattr(b, "ws"):
+        x = torch.zeros(c["args"][0].shape[0], h, w, 1)
+        return _by_hand(c | dict(args=(x,), logits=c["logits"].flatten(0, 1)), b.ws)
+    return c["logits"].mean(-2).unflatten(-1, (h // b.sr_ratio, w // b.sr_ratio))
+
+
+def _nest(c, m, spec, size):
+    from timm.models.nest import deblockify
+    row = c["logits"].mean(-2)                                         # (B, H, T, n)
+    return deblockify(row.permute(0, 2, 3, 1), math.isqrt(row.shape[-1])).permute(0, 3, 1, 2)
+
+
+def _maxvit(c, m, spec, size):
+    from timm.models import maxxvit as mx
+    b, nchw = c["layer"], "2d" in type(c["layer"]).__name__
+    if not hasattr(b, "partition_size"):
+        return _nchw(c) if nchw else _nhwc(c)
+    ps, x = tuple(b.partition_size), c["args"][0].permute(0, 2, 3, 1) if nchw else c["args"][0]
+    cut, paste = (mx.window_partition, mx.window_reverse) if b.partition_block else (mx.grid_partition, mx.grid_reverse)
+    return windowed(c | dict(args=(x,)), ps, (0, 0), lambda t: cut(t, ps), lambda t, h, w: paste(t, ps, (h, w)))
+
+
+def _pvt(c, m, spec, size):
+    (h, w), b = c["args"][1], c["layer"]
+    shape = b.sr(b.pool(torch.zeros(1, b.sr.in_channels, h, w))) if b.pool is not None else b.sr(torch.zeros(1, b.sr.in_channels, h, w)) if b.sr else None
+    return c["logits"].mean(-2).unflatten(-1, (h, w) if shape is None else shape.shape[-2:])
+
+
+def _mvit(c, m, spec, size):
+    (h, w), b, p = c["args"][1], c["layer"], int(m.cls_token is not None)
+    grid = b.pool_k(torch.zeros(1, b.pool_k.in_channels, h, w)).shape[-2:] if b.pool_k is not None else (h, w)
+    return (c["logits"][..., 0, 1:] if p else c["logits"].mean(-2)).unflatten(-1, grid)
+
+
+def _levit(c, m, spec, size):
+    n = math.isqrt(c["logits"].shape[-1])
+    return c["logits"].mean(-2).unflatten(-1, (n, n))
+
+
+def _hiera(c, m, spec, size):
+    i, b, row = int(c["name"].split(".")[1]), c["layer"], c["logits"].mean(-2)
+    if b.use_mask_unit_attn:
+        row = row.transpose(2, 3).flatten(2)                           # token j·U + u is the j-th of unit u
+    return m.reroll(row.transpose(1, 2), i - 1 if b.q_stride > 1 else i).permute(0, 3, 1, 2)
+
+
+FOLDS = {name[1:]: f for name, f in list(globals().items()) if name.startswith("_") and callable(f) and not name.startswith("__")}

@@ -1,0 +1,90 @@
+"""Small copies, with random weights, of the models people use: what test_models.py runs and what the site's table is made of."""
+from dataclasses import dataclass, field
+
+import timm
+import torch
+
+TINY = dict(embed_dim=48, depth=2, num_heads=2)
+
+
+@dataclass
+class Model:
+    """One entry point. `layers` is the number of attention layers that must be found; `fold` names the reference."""
+    name: str
+    layers: int = 2
+    fold: str = "plain"
+    kwargs: dict = field(default_factory=dict)
+    sizes: tuple = ((32, 32), (32, 48))
+    img_size: bool = True                                # the size is fixed at construction
+    step: int = 8                                        # pixels a patch, for plain folds
+    reads: str = "cls"
+
+    def make(self, size):
+        torch.manual_seed(0)
+        kwargs = dict(self.kwargs) | (dict(img_size=size) if self.img_size else {})
+        return timm.create_model(self.name, num_classes=3, **kwargs).eval()
+
+
+def plain(name, reads="cls", layers=2, **kwargs):
+    return Model(name, layers, "plain", dict(patch_size=8) | TINY | kwargs, reads=reads)
+
+
+TIMM = [
+    plain("vit_tiny_patch16_224"), plain("deit_tiny_patch16_224"), plain("deit_tiny_distilled_patch16_224"), plain("deit3_small_patch16_224"),
+    plain("vit_small_patch14_dinov2"), plain("vit_small_patch14_reg4_dinov2"), plain("vit_base_patch16_clip_224"),
+    plain("vit_base_patch16_siglip_224", "pool", 3), plain("vit_base_patch16_siglip_gap_224", "mean"), plain("vit_medium_patch16_gap_256", "mean"),
+    plain("vit_medium_patch16_reg1_gap_256", "mean"), plain("vit_little_patch16_reg4_gap_256", "mean"), plain("vit_wee_patch16_reg1_gap_256", "mean"),
+    plain("vit_small_patch16_18x2_224", layers=4), plain("aimv2_large_patch14_224", "mean"), plain("vit_intern300m_patch14_448"),
+    plain("vit_base_patch16_rpn_224", "mean"), plain("vit_small_plus_patch16_dinov3", "mean"), plain("vit_small_patch16_dinov3_qkvb", "mean"),
+    plain("eva02_tiny_patch14_224", "mean"), plain("eva_giant_patch14_224", "mean"), plain("eva02_base_patch16_clip_224"),
+    plain("vit_small_patch16_rope_224"), plain("vit_small_patch16_rope_mixed_224"), plain("vit_small_patch16_rope_ape_224"),
+    plain("vit_mediumd_patch16_rope_reg1_gap_256", "mean"), plain("vit_betwixt_patch16_rope_reg4_gap_256", "mean"),
+    plain("vit_pe_core_tiny_patch16_384", "pool", 3), plain("vit_pe_spatial_tiny_patch16_512", "mean"), plain("beit_base_patch16_224", "mean"),
+    plain("beitv2_base_patch16_224", "mean"), plain("vit_relpos_small_patch16_224", "mean"), plain("vit_relpos_base_patch16_cls_224"),
+    plain("vit_srelpos_small_patch16_224", "mean"), plain("naflexvit_base_patch16_gap", "mean"), plain("naflexvit_base_patch16_siglip", "pool", 3),
+    plain("naflexvit_so150m2_patch16_reg1_gap", "mean"),
+    Model("vit_tiny_r_s16_p8_224", 2, kwargs=TINY, sizes=((64, 64), (64, 128)), step=32),
+    Model("vitamin_small_224", 14, sizes=((64, 64), (64, 96)), step=16, reads="mean"),
+    Model("cait_xxs24_224", 4, "class", dict(patch_size=8) | TINY), Model("xcit_nano_12_p8_224", 2, "class", TINY),
+    Model("volo_d1_224", 16, "volo", sizes=((64, 64), (96, 64)), step=16),
+    Model("convit_tiny", 3, "convit", dict(patch_size=8, depth=3, embed_dim=12, num_heads=4, local_up_to_layer=2), sizes=((32, 32), (48, 48))),
+    Model("tnt_s_patch16_224", 2, kwargs=dict(embed_dim=48, depth=2, num_heads_outer=2), sizes=((32, 32), (32, 48)), step=16),
+    Model("pit_ti_224", 3, "pit", dict(base_dims=(8, 8, 8), depth=(1, 1, 1), heads=(2, 2, 2)), sizes=((64, 64), (64, 96))),
+    Model("pit_ti_distilled_224", 3, "pit", dict(base_dims=(8, 8, 8), depth=(1, 1, 1), heads=(2, 2, 2)), sizes=((64, 64), (64, 96))),
+    Model("crossvit_9_240", 10, "crossvit", dict(embed_dim=(24, 48), depth=((1, 2, 0), (1, 2, 0)), num_heads=(2, 2)), sizes=((120, 120), (120, 240))),
+]
+
+_SWIN = dict(window_size=4, embed_dim=24, depths=(2, 2), num_heads=(2, 2))
+_BOTH = ((64, 64), (64, 96))
+TIMM += [
+    Model("swin_tiny_patch4_window7_224", 4, "swin", _SWIN, ((64, 64), (64, 96))),
+    Model("swin_small_patch4_window7_224", 4, "swin", _SWIN | dict(window_size=3), ((64, 64), (40, 64))),
+    Model("swin_s3_tiny_224", 4, "swin", _SWIN | dict(window_size=(4, 4)), _BOTH),
+    Model("swinv2_tiny_window8_256", 4, "swin", _SWIN, _BOTH), Model("swinv2_cr_tiny_224", 4, "swin", _SWIN, _BOTH),
+    Model("gcvit_xxtiny", 12, "gcvit", dict(window_ratio=(8, 16, 16, 32)), ((64, 64), (64, 128))),
+    Model("tiny_vit_5m_224", 3, "tiny_vit", dict(embed_dims=(16, 16, 32, 32), depths=(1, 1, 1, 1), num_heads=(2, 2, 2, 2), window_sizes=(4, 3, 4, 2)),
+          _BOTH, False),
+    Model("samvit_base_patch16", 2, "sam", dict(patch_size=8, window_size=3, global_attn_indexes=(1,)) | TINY, ((64, 64), (48, 96))),
+    Model("sam2_hiera_tiny", 5, "sam2", dict(embed_dim=16, stages=(1, 2, 1, 1), global_att_blocks=(2,), window_spec=(4, 2, 4, 2)), ((64, 64), (96, 64)), False),
+    Model("davit_tiny", 4, "davit", dict(depths=(1, 1, 1, 1), embed_dims=(24, 48, 48, 48), num_heads=(2, 2, 2, 2), window_size=3), _BOTH, False),
+    Model("twins_svt_small", 4, "twins", dict(depths=(2, 2), embed_dims=(16, 16), num_heads=(2, 2), wss=(3, 4), sr_ratios=(4, 2), mlp_ratios=(2, 2)), _BOTH),
+    Model("twins_pcpvt_small", 2, "twins", dict(depths=(1, 1), embed_dims=(16, 16), num_heads=(2, 2), sr_ratios=(4, 2), mlp_ratios=(2, 2)), _BOTH),
+    Model("nest_tiny", 12, "nest", sizes=((64, 64), (128, 128))),
+    Model("maxvit_tiny_tf_224", 22, "maxvit", sizes=_BOTH), Model("maxvit_rmlp_nano_rw_256", 14, "maxvit", sizes=_BOTH),
+    Model("maxxvit_rmlp_nano_rw_256", 14, "maxvit", sizes=_BOTH), Model("coatnet_0_rw_224", 9, "maxvit", sizes=_BOTH),
+    Model("coatnext_nano_rw_224", 9, "maxvit", sizes=_BOTH),
+    Model("pvt_v2_b0", 8, "pvt", sizes=((64, 64), (64, 96)), img_size=False), Model("pvt_v2_b2_li", 16, "pvt", sizes=((64, 64), (64, 96)), img_size=False),
+    Model("mvitv2_tiny", 10, "mvit", sizes=((64, 64), (96, 96))), Model("mvitv2_base_cls", 24, "mvit", sizes=((64, 64), (96, 96))),
+    Model("levit_128s", 11, "levit", sizes=((224, 224),), img_size=False), Model("levit_conv_128s", 11, "levit", sizes=((224, 224),), img_size=False),
+    Model("efficientformer_l1", 1, "levit", sizes=((224, 224),), img_size=False),
+    Model("efficientformerv2_s0", 5, "levit", sizes=((224, 224),), img_size=False),
+    Model("visformer_tiny", 8, "nchw", sizes=((64, 64), (64, 96))), Model("fastvit_sa12", 2, "nchw", sizes=((128, 128), (128, 192)), img_size=False),
+    Model("hiera_tiny_224", 12, "hiera", sizes=((64, 64), (64, 96))), Model("hiera_small_abswin_256", 16, "hiera", sizes=((64, 64), (64, 96))),
+]
+
+REFUSED = {
+    "vit_dpwee_patch16_reg1_gap_256": "two softmaxes", "vit_dlittle_patch16_reg1_gap_256": "two softmaxes", "focalnet_tiny_srf": "focal modulation",
+    "efficientvit_b0": "linear attention", "edgenext_xx_small": "channels, not places", "coat_tiny": "before any query", "swiftformer_xs": "additive attention",
+    "efficientvim_m1": "state-space", "mixer_s32_224": "fixed weights", "convnext_atto": "convolutional", "resnet18": "convolutional",
+    "efficientvit_m0": "no adapter", "mobilevit_s": "no adapter", "poolformer_s12": "no module of it is called attention",
+}
