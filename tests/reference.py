@@ -229,4 +229,33 @@ def _hiera(c, m, spec, size):
     return m.reroll(row.transpose(1, 2), i - 1 if b.q_stride > 1 else i).permute(0, 3, 1, 2)
 
 
-FOLDS = {name[1:]: f for name, f in list(globals().items()) if name.startswith("_") and callable(f) and not name.startswith("__")}
+
+
+def grid_fold(c, m, spec, size):
+    """Models of other libraries: [CLS], mean, or the pool's own query; nn.MultiheadAttention gives (B·H, n, m)."""
+    logits, n = c["logits"], math.prod(s // spec.step for s in size)
+    if logits.ndim == 3:
+        logits = logits.unflatten(0, (-1, c["layer"].num_heads))
+    one = logits.shape[-2] == 1
+    row = rows(logits, 0 if one or spec.reads == "cls" else "mean", spec.prefix)
+    return row[..., -n:].unflatten(-1, [s // spec.step for s in size])
+
+
+def swin_hf_fold(c, m, spec, size):
+    """Hugging Face rolls after padding: the roll and the mask live on the padded canvas."""
+    from transformers.models.swin.modeling_swin import window_partition, window_reverse
+    b, (h, w), (batch, ws) = c["layer"], c["args"][1], (c["args"][0].shape[0], c["layer"].window_size)
+    hp, wp = -(-h // ws) * ws, -(-w // ws) * ws
+    shift = b.shift_size
+    real = torch.roll(F.pad(torch.ones(1, h, w, 1), (0, 0, 0, wp - w, 0, hp - h)), (-shift, -shift), (1, 2))
+    real = window_partition(real, ws).reshape(-1, ws * ws) > 0
+    mask = b.get_attn_mask(hp, wp, dtype=torch.float32, device="cpu")
+    see = torch.ones(len(real), ws * ws, ws * ws, dtype=torch.bool) if mask is None else mask == 0
+    see = (see & real[:, :, None]).float()
+    logits = c["logits"].unflatten(0, (batch, len(real)))
+    row = (torch.where(see[:, None] > 0, logits, 0.)).sum(-2) / see.sum(-2).clamp_min(1)[:, None]
+    out = window_reverse(row.flatten(0, 1).transpose(1, 2).unflatten(1, (ws, ws)), ws, hp, wp)
+    return torch.roll(out, (shift, shift), (1, 2))[:, :h, :w].permute(0, 3, 1, 2)
+
+
+FOLDS = {name[1:]: f for name, f in list(globals().items()) if name[0] == "_" and name[1] != "_" and callable(f)}

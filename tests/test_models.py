@@ -12,8 +12,8 @@ import spatial_entropy as se
 from spatial_entropy.families import find
 
 sys.path.insert(0, str(Path(__file__).parent))
-from reference import FOLDS, Calls  # noqa: E402
-from zoo import REFUSED, TIMM  # noqa: E402
+from reference import FOLDS, Calls, grid_fold, swin_hf_fold  # noqa: E402
+from zoo import HF, OTHERS, REFUSED, TIMM  # noqa: E402
 
 CASES = [(spec, size) for spec in TIMM for size in spec.sizes]
 
@@ -63,3 +63,29 @@ def test_timm(spec, size):
 def test_refused(name):
     with pytest.raises(se.UnsupportedModel, match=REFUSED[name]):
         se.AttentionTap(timm.create_model(name))
+
+
+def other_cases(specs):
+    return [pytest.param(s, size, id=f"{s.name}-{size[0]}x{size[1]}") for s in specs for size in s.sizes]
+
+
+def fold_of(spec, size):
+    fold = swin_hf_fold if spec.fold == "swin" else grid_fold
+    return lambda c, m: fold(c, m, spec, size)
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("spec,size", other_cases(HF))
+def test_transformers(spec, size, attn):
+    pytest.importorskip("transformers")
+    if spec.name.startswith("Swinv2") and attn == "sdpa":
+        pytest.skip("transformers has no sdpa for Swin V2")
+    model, x = spec.make(size, attn=attn), torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    against_reference(model, dict(pixel_values=x), fold_of(spec, size), spec.layers)
+
+
+@pytest.mark.parametrize("spec,size", other_cases(OTHERS))
+def test_multihead_attention(spec, size):
+    pytest.importorskip("open_clip" if "open" in spec.name else "torchvision")
+    model, x = spec.make(size), torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    against_reference(model, x, fold_of(spec, size), spec.layers)

@@ -7,6 +7,14 @@ import torch
 TINY = dict(embed_dim=48, depth=2, num_heads=2)
 
 
+def stirred(model):
+    """Moves every parameter a little: tokens, biases and position tables that start at zero would hide mistakes."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=.02)
+    return model.eval()
+
+
 @dataclass
 class Model:
     """One entry point. `layers` is the number of attention layers that must be found; `fold` names the reference."""
@@ -22,7 +30,7 @@ class Model:
     def make(self, size):
         torch.manual_seed(0)
         kwargs = dict(self.kwargs) | (dict(img_size=size) if self.img_size else {})
-        return timm.create_model(self.name, num_classes=3, **kwargs).eval()
+        return stirred(timm.create_model(self.name, num_classes=3, **kwargs))
 
 
 def plain(name, reads="cls", layers=2, **kwargs):
@@ -65,7 +73,7 @@ TIMM += [
     Model("tiny_vit_5m_224", 3, "tiny_vit", dict(embed_dims=(16, 16, 32, 32), depths=(1, 1, 1, 1), num_heads=(2, 2, 2, 2), window_sizes=(4, 3, 4, 2)),
           _BOTH, False),
     Model("samvit_base_patch16", 2, "sam", dict(patch_size=8, window_size=3, global_attn_indexes=(1,)) | TINY, ((64, 64), (48, 96))),
-    Model("sam2_hiera_tiny", 5, "sam2", dict(embed_dim=16, stages=(1, 2, 1, 1), global_att_blocks=(2,), window_spec=(4, 2, 4, 2)), ((64, 64), (96, 64)), False),
+    Model("sam2_hiera_tiny", 5, "sam2", dict(embed_dim=16, stages=(1, 2, 1, 1), global_att_blocks=(2,), window_spec=(4, 2, 4, 2)), ((64, 64), (128, 64)), False),
     Model("davit_tiny", 4, "davit", dict(depths=(1, 1, 1, 1), embed_dims=(24, 48, 48, 48), num_heads=(2, 2, 2, 2), window_size=3), _BOTH, False),
     Model("twins_svt_small", 4, "twins", dict(depths=(2, 2), embed_dims=(16, 16), num_heads=(2, 2), wss=(3, 4), sr_ratios=(4, 2), mlp_ratios=(2, 2)), _BOTH),
     Model("twins_pcpvt_small", 2, "twins", dict(depths=(1, 1), embed_dims=(16, 16), num_heads=(2, 2), sr_ratios=(4, 2), mlp_ratios=(2, 2)), _BOTH),
@@ -88,3 +96,72 @@ REFUSED = {
     "efficientvim_m1": "state-space", "mixer_s32_224": "fixed weights", "convnext_atto": "convolutional", "resnet18": "convolutional",
     "efficientvit_m0": "no adapter", "mobilevit_s": "no adapter", "poolformer_s12": "no module of it is called attention",
 }
+
+
+@dataclass
+class Other:
+    """A model of another library: a function that builds it for a size, its number of layers, and how its row is read."""
+    name: str
+    build: object
+    layers: int = 2
+    prefix: int = 1
+    reads: str = "cls"                                   # "cls", "mean"; a pool is the last layer where `layers` is 3
+    fold: str = "grid"
+    sizes: tuple = ((32, 32), (32, 48))
+    step: int = 8
+
+    def make(self, size, **kwargs):
+        torch.manual_seed(0)
+        return stirred(self.build(size, **kwargs))
+
+
+def hf(name, cls, config, attn="sdpa", flat=True, **more):
+    """A tiny random transformers model. `flat`: ViT-like configuration names."""
+    def build(size, attn=attn):
+        import transformers as tf
+        tiny = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=size, patch_size=8) if flat else {}
+        tiny |= {k: v(size) if callable(v) else v for k, v in more.items()}
+        return getattr(tf, cls)._from_config(getattr(tf, config)(**tiny), attn_implementation=attn)
+    return build
+
+
+_SQUARE = ((32, 32), (48, 48))
+_EDGE = dict(image_size=lambda s: s[0])
+_swin_hf = dict(embed_dim=24, depths=[2, 2], num_heads=[2, 2], window_size=4, image_size=lambda s: s, patch_size=4, num_labels=3, flat=False)
+HF = [
+    Other("ViTForImageClassification", hf("vit", "ViTForImageClassification", "ViTConfig")),
+    Other("ViTMSNModel", hf("vit_msn", "ViTMSNModel", "ViTMSNConfig")),
+    Other("DeiTForImageClassification", hf("deit", "DeiTForImageClassification", "DeiTConfig"), prefix=2),
+    Other("Dinov2ForImageClassification", hf("dinov2", "Dinov2ForImageClassification", "Dinov2Config", **_EDGE)),
+    Other("Dinov2WithRegistersModel", hf("dinov2", "Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", num_register_tokens=4, **_EDGE), prefix=5),
+    Other("DINOv3ViTModel", hf("dinov3", "DINOv3ViTModel", "DINOv3ViTConfig", num_register_tokens=4, **_EDGE), prefix=5),
+    Other("IJepaModel", hf("ijepa", "IJepaModel", "IJepaConfig"), prefix=0, reads="mean"),
+    Other("CLIPVisionModel", hf("clip", "CLIPVisionModel", "CLIPVisionConfig", **_EDGE), sizes=_SQUARE),
+    Other("CLIPForImageClassification", hf("clip", "CLIPForImageClassification", "CLIPConfig", flat=False, vision_config=lambda s: dict(
+        hidden_size=48, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=s[0], patch_size=8)), reads="mean", sizes=_SQUARE),
+    Other("MetaClip2VisionModel", hf("metaclip", "MetaClip2VisionModel", "MetaClip2VisionConfig", **_EDGE), sizes=_SQUARE),
+    Other("SiglipVisionModel", hf("siglip", "SiglipVisionModel", "SiglipVisionConfig", **_EDGE), layers=3, prefix=0, reads="mean", sizes=_SQUARE),
+    Other("SiglipForImageClassification", hf("siglip", "SiglipForImageClassification", "SiglipConfig", flat=False, vision_config=lambda s: dict(
+        hidden_size=48, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=s[0], patch_size=8)), prefix=0, reads="mean", sizes=_SQUARE),
+    Other("Aimv2VisionModel", hf("aimv2", "Aimv2VisionModel", "Aimv2VisionConfig", use_head=True, **_EDGE), layers=3, prefix=0, reads="mean", sizes=_SQUARE),
+    Other("BeitForImageClassification", hf("beit", "BeitForImageClassification", "BeitConfig", use_relative_position_bias=True), reads="mean", sizes=_SQUARE),
+    Other("SwinForImageClassification", hf("swin", "SwinForImageClassification", "SwinConfig", **_swin_hf), 4, 0, "mean", "swin", ((64, 64), (72, 64)), 4),
+    Other("Swinv2ForImageClassification", hf("swinv2", "Swinv2ForImageClassification", "Swinv2Config", attn="eager", **_swin_hf), 4, 0, "mean", "swin",
+          ((64, 64), (64, 96)), 4),
+]
+
+
+def _torchvision(size):
+    from torchvision.models.vision_transformer import VisionTransformer
+    return VisionTransformer(image_size=size[0], patch_size=8, num_layers=2, num_heads=2, hidden_dim=48, mlp_dim=64, num_classes=3)
+
+
+def _open_clip(size, pool="tok"):
+    from open_clip.transformer import VisionTransformer
+    return VisionTransformer(image_size=size, patch_size=8, width=48, layers=2, heads=2, mlp_ratio=2., output_dim=16, pool_type=pool)
+
+
+OTHERS = [
+    Other("torchvision ViT", _torchvision, sizes=_SQUARE), Other("open_clip ViT", _open_clip),
+    Other("open_clip ViT, mean", lambda size: _open_clip(size, "avg"), reads="mean"),
+]
