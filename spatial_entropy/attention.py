@@ -22,16 +22,16 @@ class Rows:
         if self.weight is not None: return (t*self.weight.to(t.dtype).unsqueeze(-1)).sum(-2, keepdim=True)
         return t[..., self.start:, :].mean(-2, keepdim=True) if self.token is None else t[..., self.token:self.token + 1, :]
 
-# %% ../nbs/02_attention.ipynb #24b1462e
+# %% ../nbs/02_attention.ipynb #f67c364f
 def _hidden(mask): # bool mask: True may be seen; float mask: added
     "True where a pair is masked out, by False or by half of the dtype's lowest number and less."
     return ~mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min/2
 
 def _without_padding(rows, mask):
-    "The mean over the queries that see anything; a mask with a single row tells of the keys, so of the queries too."
-    if rows.token is not None or rows.weight is not None or mask.shape[-2] == 1 and mask.shape[-1] == 1: return rows
+    "The mean over the queries that see themselves; a mask with a single row tells of the keys, so of the queries too."
+    if rows.token is not None or rows.weight is not None: return rows
     hidden = _hidden(mask)
-    real = ~hidden[..., 0, :] if mask.shape[-2] == 1 else ~hidden.all(-1)
+    real = ~(hidden[..., 0, :] if mask.shape[-2] == 1 else hidden.diagonal(dim1=-2, dim2=-1) if mask.shape[-2] == mask.shape[-1] else hidden.all(-1))
     real = real & (torch.arange(real.shape[-1], device=real.device) >= rows.start)
     return Rows(weight=real/real.sum(-1, keepdim=True).clamp_min(1))
 

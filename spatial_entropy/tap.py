@@ -109,12 +109,12 @@ def _token(query, adapter, model, kind, name):
     if i < n: return cls + i
     raise UnsupportedModel(f"{name}: query={query!r}, but this layer has {n} register token(s)")
 
-# %% ../nbs/04_tap.ipynb #3433468c
+# %% ../nbs/04_tap.ipynb #9ad53575
 class AttentionTap:
     """The similarity maps of one attention layer or several, read during the model's own forward pass.
 
     ``with AttentionTap(model) as tap: model(x); s = tap.maps()`` gives (B, H, h, w), in the graph, with fused attention left
-    on and parameter names unchanged. Without `with`, call `close` when done. Layers are counted in the order in which they run; a pool by attention
+    on and parameter names unchanged. Without `with`, call `close` when done; under activation checkpointing, not before the backward pass. Layers are counted in the order in which they run; a pool by attention
     is the last one. Raises UnsupportedModel, with family and reason, for a model without such a map, ValueError for a wrong block or query,
     RuntimeError rather than ever returning nothing.
     """
