@@ -31,6 +31,7 @@ def settings():
 
 
 def pytest_addoption(parser):
+    parser.addoption("--write-models", action="store_true", help="write docs/models.md from the run of tests/test_models.py")
     parser.addoption("--flags", default="", help="flags of tst_flags whose notebook cells run, as in 'slow cuda'")
 
 

@@ -212,7 +212,9 @@ def adapt(proc):
     symbols = api.symbols()
     (SOURCE / "symbols.json").write_text(json.dumps(symbols))
 
-    pages = [o.removesuffix(".ipynb") for o in books if o != "index.ipynb"]
+    pages, written = [o.removesuffix(".ipynb") for o in books if o != "index.ipynb"], [o.stem for o in sorted(DOCS.glob("*.md"))]
+    for page in written:
+        shutil.copy(DOCS / f"{page}.md", SOURCE)
     for name, nb in books.items():
         cells, titled = [], False
         for cell in nb["cells"]:
@@ -232,7 +234,7 @@ def adapt(proc):
                 cell = {k: cell[k] for k in ("cell_type", "id", "source")} | {"metadata": {}}
             cells.append({k: v for k, v in cell.items() if k != "has_sd"})
         if name == "index.ipynb":
-            toc = "\n".join(["```{toctree}", ":hidden:", *pages, "```"])
+            toc = "\n".join(["```{toctree}", ":hidden:", *pages, *written, "```"])
             cells.append({"cell_type": "markdown", "id": "contents", "metadata": {}, "source": toc})
         nb["cells"] = cells
         nb["metadata"] = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"},
@@ -240,7 +242,7 @@ def adapt(proc):
         (SOURCE / name).write_text(json.dumps(nb, ensure_ascii=False), encoding="utf-8")
     if (home / "images").is_dir():
         shutil.copytree(home / "images", SOURCE / "images")
-    return ["index", *pages]
+    return ["index", *pages, *written]
 
 
 def prune():

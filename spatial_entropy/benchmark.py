@@ -390,38 +390,43 @@ def _gpu_facts(call): # of our loss
     try: return facts | dict(replay_ms=1000*_replay_seconds(call))
     except RuntimeError as e: return facts | dict(replay="not recordable: " + str(e).splitlines()[0][:90])
 
-# %% ../nbs/16_benchmark.ipynb #0b5b88d9
-def _stepper(regularised, device, batch, model): # -> a function that does one step
-    "One training step of a timm model: forward, cross-entropy (and regulariser), backward, AdamW."
+# %% ../nbs/16_benchmark.ipynb #68a382b6
+def _stepper(kind, device, batch, model): # "without", "tap" or "with" the regulariser -> a function that does one step
+    "One training step of a timm model: forward, cross-entropy (and the maps' mean, or the regulariser), backward, AdamW."
     cuda = device.type == "cuda"
     torch.manual_seed(0)
     net = timm.create_model(model).to(device).train()
     drop_last_skip(net)
-    tap, loss = (AttentionTap(net), SpatialEntropyLoss().to(device)) if regularised else (None, None)
+    tap, loss = AttentionTap(net) if kind != "without" else None, SpatialEntropyLoss().to(device) if kind == "with" else torch.mean
     run = torch.compile(net) if cuda else net
     optimizer = torch.optim.AdamW(net.parameters(), 1e-4, fused=cuda)
     x, y = torch.randn(batch, 3, 224, 224, device=device), torch.randint(1000, (batch,), device=device)
     def step():
         with torch.autocast(device.type, torch.bfloat16, enabled=cuda): total = F.cross_entropy(run(x), y)
-        if regularised: total = total + .01*loss(tap.maps())
+        if tap is not None: total = total + .01*loss(tap.maps())
         total.backward(); optimizer.step(); optimizer.zero_grad()
     return step
 
-# %% ../nbs/16_benchmark.ipynb #23d4af7d
+# %% ../nbs/16_benchmark.ipynb #4331e68c
 def _measure_step(device: torch.device,
-                 batch: int | None = None, # 256 on a GPU, 4 elsewhere
+                 batch: int | None = None, # 256 on a GPU, 2 elsewhere
                  model="deit_small_patch16_224",
-                 rounds=9, steps=None, # steps in a round: 10 on a GPU, 1 elsewhere
-                ) -> dict: # ms a step with and without, and the difference in %
-    "What tap and regulariser add to a training step, measured in pairs."
+                 rounds=15, steps=None, # steps in a round: 10 on a GPU, 1 elsewhere
+                ) -> dict: # ms a step without, with the tap, and with the regulariser, and what they add in %
+    "What tap and regulariser add to a training step, measured in pairs; on a CPU in one thread's time."
     cuda = device.type == "cuda"
-    batch, steps, timed = batch or (256 if cuda else 4), steps or (10 if cuda else 1), _cuda_time if cuda else _wall_time
-    calls = {name: _stepper(on, device, batch, model) for name, on in (("without", False), ("with", True))}
-    for _ in range(3 if cuda else 1): [step() for step in calls.values()]
-    times = _interleave(calls, lambda step: timed(lambda: [step() for _ in range(steps)])/steps, 1e9, rounds)
+    batch, steps, timed = batch or (256 if cuda else 2), steps or (10 if cuda else 1), _cuda_time if cuda else _cpu_time
+    threads = torch.get_num_threads()
+    try:
+        if not cuda: _set_threads(1)
+        calls = {kind: _stepper(kind, device, batch, model) for kind in ("without", "tap", "with")}
+        for _ in range(3 if cuda else 1): [step() for step in calls.values()]
+        times = _interleave(calls, lambda step: timed(lambda: [step() for _ in range(steps)])/steps, 1e9, rounds)
+    finally: _set_threads(threads)
     facts = {f"{name}_ms": 1000*median(t) for name, t in times.items()}
-    added = median(b/a - 1 for a, b in zip(times["without"], times["with"]))
-    facts |= dict(added_percent=100*added, batch=batch, model=model, rounds=rounds, compiled=cuda, dtype="bfloat16" if cuda else "float32")
+    for name in ("tap", "with"): facts[f"{name}_adds_percent"] = 100*(median(b/a for a, b in zip(times["without"], times[name])) - 1)
+    facts["noise_percent"] = 100*median(abs(b/a - 1) for a, b in zip(times["without"], times["without"][1:]))
+    facts |= dict(batch=batch, model=model, rounds=rounds, compiled=cuda, dtype="bfloat16" if cuda else "float32")
     return facts | (dict(synchronisations={name: _synchronisations(step) for name, step in calls.items()}) if cuda else {})
 
 # %% ../nbs/16_benchmark.ipynb #be9bfc53
@@ -681,7 +686,7 @@ def _print_report(report: dict, # as benchmark.json holds it
     for part in (weighed[k:k + 7] for k in range(0, len(weighed), 7)): screen.print(_table(part, "peak extra memory, in inputs", _memory_cell))
     for line in _lines(report): screen.print(line, soft_wrap=True)
 
-# %% ../nbs/16_benchmark.ipynb #a55ed923
+# %% ../nbs/16_benchmark.ipynb #3e1af493
 def _lines(report):
     "What does not fit into a table."
     for note in _notes(report["results"]): yield f"• {note}"
@@ -695,7 +700,9 @@ def _lines(report):
         if "synchronisations" in ours:
             replay = f"{ours['replay_ms']:.3g} ms as a CUDA graph" if "replay_ms" in ours else ours["replay"]
             yield f"ours, {r['load']} {r['kind']}: {replay}; {ours['synchronisations']} synchronisations"
-    if "step" in report: yield "training step: " + ", ".join(f"{k} {v}" for k, v in report["step"].items())
+    if s := report.get("step"):
+        yield (f"training step of {s['model']}, batch {s['batch']}, {s['dtype']}: {s['without_ms']:.4g} ms; the tap adds {s['tap_adds_percent']:+.1f} %, "
+               f"tap and regulariser {s['with_adds_percent']:+.1f} % ({s['rounds']} paired rounds; two plain steps differ by {s['noise_percent']:.1f} %)")
     yield f"{machine['device']}; {machine['cpu']}, {machine['cores']} cores; ours: {machine['backend']}"
     yield f"{report['clock']}; {report['took_seconds']:.0f} s in all"
 

@@ -1,4 +1,9 @@
-"""Every family against an unfused reference: the same maps, the same gradients, at two image sizes."""
+"""Every family against an unfused reference: the same maps, the same gradients, at two image sizes.
+
+The run writes down what it saw. `docs/models.md`, a page of the site, has to say the same; after a change:
+`python -m pytest tests/test_models.py --write-models`.
+"""
+import os
 import sys
 from copy import deepcopy
 from pathlib import Path
@@ -9,13 +14,24 @@ import torch
 from torch.testing import assert_close
 
 import spatial_entropy as se
-from spatial_entropy.families import find
+from spatial_entropy.families import as_embedded, find
 
 sys.path.insert(0, str(Path(__file__).parent))
 from reference import FOLDS, Calls, grid_fold, swin_hf_fold  # noqa: E402
 from zoo import HF, OTHERS, REFUSED, TIMM  # noqa: E402
 
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
+SEEN = {}                                                # (library, entry point): what the run saw, for the page
 CASES = [(spec, size) for spec in TIMM for size in spec.sizes]
+
+
+def note(library, name, found, maps, size, **more):
+    row = SEEN.setdefault((library, name), dict(family=found.adapter.name.removesuffix(f" ({library})"), sizes=[], kinds=set(), grids=[]))
+    row["sizes"].append(f"{size[0]}×{size[1]}")
+    row["kinds"] |= {k.host.split(".")[-1] for _, _, k in found.layers}
+    row["own"] = row.get("own", False) or any(k.place is not as_embedded for _, _, k in found.layers)
+    row["layers"], row["skipped"] = len(found.layers), "; ".join(sorted(found.skipped))
+    row["grids"].append("×".join(map(str, maps[-1].shape[-2:])))
 
 
 def weights(maps):
@@ -57,12 +73,14 @@ def test_timm(spec, size):
     model, x = spec.make(size), torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
     maps = against_reference(model, x, lambda c, m: FOLDS[spec.fold](c, m, spec, size), spec.layers)
     assert all(m.dtype == torch.float32 and m.shape[0] == 2 for m in maps)
+    note("timm", spec.name, find(model), maps, size)
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name):
-    with pytest.raises(se.UnsupportedModel, match=REFUSED[name]):
+    with pytest.raises(se.UnsupportedModel, match=REFUSED[name]) as said:
         se.AttentionTap(timm.create_model(name))
+    SEEN["refused", name] = dict(why=str(said.value))
 
 
 def other_cases(specs):
@@ -81,11 +99,109 @@ def test_transformers(spec, size, attn):
     if spec.name.startswith("Swinv2") and attn == "sdpa":
         pytest.skip("transformers has no sdpa for Swin V2")
     model, x = spec.make(size, attn=attn), torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
-    against_reference(model, dict(pixel_values=x), fold_of(spec, size), spec.layers)
+    maps = against_reference(model, dict(pixel_values=x), fold_of(spec, size), spec.layers)
+    if attn == "eager":
+        note("transformers", spec.name, find(model), maps, size)
 
 
 @pytest.mark.parametrize("spec,size", other_cases(OTHERS))
 def test_multihead_attention(spec, size):
     pytest.importorskip("open_clip" if "open" in spec.name else "torchvision")
     model, x = spec.make(size), torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
-    against_reference(model, x, fold_of(spec, size), spec.layers)
+    maps = against_reference(model, x, fold_of(spec, size), spec.layers)
+    note("open_clip" if "open" in spec.name else "torchvision", spec.name, find(model), maps, size)
+
+
+def page():
+    """The page of the site, from what this run saw."""
+    works = {k: r for k, r in SEEN.items() if k[0] != "refused"}
+    families = {}
+    for (library, _), r in works.items():
+        families.setdefault((library, r["family"]), []).append(r)
+    lines = ["# Supported models", "", f"{len(works)} entry points, small copies with random weights, against an unfused reference: maps to 1e-4 of the largest value, gradients of "
+             "all parameters to 1e-3. Written by `python -m pytest tests/test_models.py --write-models`; the tests fail when it is out of date.", "",
+             "*works*: the keys lie as the patch embedding gave them. *adapter*: the family's entry says how they lie (windows, rolled or dilated; pooled keys; "
+             "another order). *refused*: there is no map of places, or no entry yet. Packed batches (NaFlex, SigLIP 2) and masked autoencoders are in "
+             "`tests/test_tap.py`.", "",
+             "## Families", "", "| library | family | | entry points | attention layers, or the reason |", "|---|---|---|---|---|"]
+    for (library, family), rows in families.items():
+        kinds, skipped = sorted(set().union(*(r["kinds"] for r in rows))), sorted({r["skipped"] for r in rows} - {""})
+        how = "adapter" if any(r["own"] for r in rows) else "works"
+        lines.append(f"| {library} | {family} | {how} | {len(rows)} | {', '.join(f'`{k}`' for k in kinds)}{'; passed over: ' * bool(skipped)}{'; '.join(skipped)} |")
+    lines += [f"| timm | `{name}` | refused | 1 | {r['why']} |" for (library, name), r in SEEN.items() if library == "refused"]
+    lines += ["", "## Entry points", "", "| library | model | layers | images | grid of the last map |", "|---|---|---|---|---|"]
+    lines += [f"| {library} | `{name}` | {r['layers']} | {', '.join(r['sizes'])} | {', '.join(r['grids'])} |" for (library, name), r in works.items()]
+    return "\n".join(lines) + "\n"
+
+
+def test_page_of_models(request):
+    expected = len(TIMM) + len(HF) + len(OTHERS) + len(REFUSED)
+    if len(SEEN) < expected:
+        pytest.skip(f"{len(SEEN)} of {expected} models ran in this process; the page needs them all")
+    if request.config.getoption("--write-models"):
+        PAGE.write_text(page(), encoding="utf-8")
+    assert PAGE.read_text(encoding="utf-8") == page(), "docs/models.md is out of date: python -m pytest tests/test_models.py --write-models"
+
+
+# ---- pretrained weights ----
+
+DATA = os.environ.get("SPATIAL_ENTROPY_DATA")            # a folder with vit_cifar10_tiny/model.safetensors and cifar10_24k/
+
+
+def test_timm_pretrained_is_the_same_path(tmp_path):
+    """`pretrained=True` reads a file instead of the hub; the tap sees the same model."""
+    from safetensors.torch import save_file
+    spec = TIMM[0]
+    model, x = spec.make((32, 32)), torch.rand(2, 3, 32, 32)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    loaded = timm.create_model(spec.name, pretrained=True, num_classes=3, img_size=32, **spec.kwargs,
+                               pretrained_cfg_overlay=dict(file=str(tmp_path / "model.safetensors"), num_classes=3)).eval()
+    maps = []
+    for m in (model, loaded):
+        with se.AttentionTap(m, "all") as tap, torch.no_grad():
+            m(x)
+        maps.append(tap.maps())
+    assert all(torch.equal(maps[0][i], maps[1][i]) for i in maps[0])
+
+
+def test_transformers_pretrained_is_the_same_path(tmp_path):
+    tf = pytest.importorskip("transformers")
+    model, x = HF[0].make((32, 32)), torch.rand(2, 3, 32, 32)
+    model.save_pretrained(tmp_path)
+    loaded = tf.AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert loaded.config._attn_implementation == "sdpa"
+    maps = []
+    for m in (model, loaded):
+        with se.AttentionTap(m) as tap, torch.no_grad():
+            m(pixel_values=x)
+        maps.append(tap.maps())
+    assert torch.equal(*maps)
+
+
+@pytest.mark.skipif(not DATA, reason="set SPATIAL_ENTROPY_DATA to a folder with vit_cifar10_tiny/ and cifar10_24k/ to test really trained weights")
+def test_a_really_trained_vit():
+    """A trained ViT through `pretrained=True`: it classifies, its maps pass the self-check, and two steps of fine-tuning lower its entropy."""
+    from timm.data import create_dataset, create_loader
+    model = timm.create_model("vit_tiny_patch16_224", pretrained=True, img_size=32, patch_size=4, num_classes=10, embed_dim=128, depth=4, num_heads=4, mlp_ratio=2,
+                              pretrained_cfg_overlay=dict(file=f"{DATA}/vit_cifar10_tiny/model.safetensors", num_classes=10)).eval()
+    pictures = create_dataset("folder", f"{DATA}/cifar10_24k/test")
+    loader = create_loader(pictures, (3, 32, 32), 200, num_workers=0, use_prefetcher=False, crop_pct=1., mean=(.4914, .4822, .4465), std=(.2470, .2435, .2616),
+                           device=torch.device("cpu"))
+    right, entropy = 0, []
+    with se.AttentionTap(model, "all") as tap, torch.no_grad():
+        for x, y in loader:
+            right += (model(x).argmax(1) == y).sum().item()
+            entropy.append(se.spatial_entropy(tap.maps()[3]))
+    assert right / len(pictures) > .65
+    with se.AttentionTap(model, "all") as tap:
+        assert all(e < 1e-5 for r in tap.check(x).values() for e in r.values())
+    optimizer, loss, before = torch.optim.SGD(model.parameters(), .05), se.SpatialEntropyLoss(), None
+    with se.AttentionTap(model) as tap:
+        for _ in range(3):
+            model(x)
+            value = loss(tap.maps())
+            before = value.item() if before is None else before
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+    assert value.item() < before
