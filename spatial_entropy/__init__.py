@@ -5,23 +5,23 @@ __version__ = "0.1.0"
 
 # %% auto #0
 __all__ = ['show_maps', 'show_regions', 'overlay', 'shapes', 'loaders', 'mask_pairs', 'similarity_maps', 'Adapter', 'Layer',
-           'UnsupportedModel', 'register_adapter', 'AttentionTap', 'drop_last_skip', 'above_mean', 'keep_mass',
-           'label_regions', 'region_mass', 'spatial_entropy', 'SpatialEntropyLoss', 'TrainConfig', 'entropy_weight',
-           'train', 'load_run', 'accuracy', 'mask_jaccard', 'evaluate']
+           'UnsupportedModel', 'register_adapter', 'AttentionTap', 'drop_last_skip', 'register_surgery', 'above_mean',
+           'keep_mass', 'label_regions', 'region_mass', 'spatial_entropy', 'SpatialEntropyLoss', 'TrainConfig',
+           'entropy_weight', 'train', 'load_run', 'accuracy', 'mask_jaccard', 'evaluate']
 
 # %% ../nbs/18_names.ipynb #00766df4
 from importlib import import_module
 
 __doc__ = "Spatial entropy for Vision Transformers: attention that falls on connected objects."
 
-# %% ../nbs/18_names.ipynb #acfdc1c9
+# %% ../nbs/18_names.ipynb #0dd94451
 _modules = {
     "pictures": ["show_maps", "show_regions", "overlay"],
     "data": ["shapes", "loaders", "mask_pairs"],
     "attention": ["similarity_maps"],
     "families": ["Adapter", "Layer", "UnsupportedModel", "register_adapter"],
     "tap": ["AttentionTap"],
-    "surgery": ["drop_last_skip"],
+    "surgery": ["drop_last_skip", "register_surgery"],
     "regions": ["above_mean", "keep_mass"],
     "entropy": ["region_mass"],
     "operators": ["label_regions", "spatial_entropy", "SpatialEntropyLoss"],
@@ -42,7 +42,7 @@ def __getattr__(name):
 
 def __dir__(): return sorted([*globals(), *_home, *_modules])
 
-# %% ../nbs/18_names.ipynb #75c6428c
-_all_ = ["show_maps", "show_regions", "overlay", "shapes", "loaders", "mask_pairs", "similarity_maps", "Adapter", "Layer",
-         "UnsupportedModel", "register_adapter", "AttentionTap", "drop_last_skip", "above_mean", "keep_mass", "label_regions", "region_mass", "spatial_entropy",
+# %% ../nbs/18_names.ipynb #5c91411b
+_all_ = ["show_maps", "show_regions", "overlay", "shapes", "loaders", "mask_pairs", "similarity_maps", "Adapter", "Layer", "UnsupportedModel",
+         "register_adapter", "AttentionTap", "drop_last_skip", "register_surgery", "above_mean", "keep_mass", "label_regions", "region_mass", "spatial_entropy",
          "SpatialEntropyLoss", "TrainConfig", "entropy_weight", "train", "load_run", "accuracy", "mask_jaccard", "evaluate"]

@@ -136,7 +136,7 @@ class AttentionTap:
     def __enter__(self): return self
     def __exit__(self, *error): self.close()
 
-# %% ../nbs/04_tap.ipynb #679656b9
+# %% ../nbs/04_tap.ipynb #32ac03b4
 def _chosen(block, n): # the layers' numbers, from 0
     numbers = list(range(n)) if isinstance(block, str) and block == "all" else [block] if not isinstance(block, (list, tuple, range)) else list(block)
     for b in numbers or [None]:
@@ -153,9 +153,9 @@ def _ear_for(tap, i):
     return _Ear(tap, name, module, kind)
 
 def _release(ear):
-    if ear.module.__dict__.get("_ear") is ear:
-        ear.module.__class__ = ear.module._stock
-        del ear.module._ear
+    if ear.module.__dict__.get("_ear") is not ear: return
+    if "_stock" in vars(type(ear.module)): ear.module.__class__ = ear.module._stock
+    del ear.module._ear
 
 # %% ../nbs/04_tap.ipynb #de9c14a7
 def _install(tap):

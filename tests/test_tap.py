@@ -421,3 +421,19 @@ def test_two_gloo_processes_equal_one():
     for n, p in model.named_parameters():
         if p.grad is not None:
             assert_close(got[n], p.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_tap_and_surgery_on_the_same_block():
+    """Swin's block is the tap's host and the surgery's block: first the surgery, then the tap, and off again in that order."""
+    model, call = zoo("swin_tiny_patch4_window7_224")
+    stock, types = heard(model, call)[3], [type(m) for m in model.modules()]
+    with se.AttentionTap(model), pytest.raises(RuntimeError, match="a tap listens in this block; drop the skip first"):
+        se.drop_last_skip(model)
+    surgery = se.drop_last_skip(model)
+    with se.AttentionTap(model) as tap:
+        call(model)
+        with pytest.raises(RuntimeError, match="a tap in it does that"):
+            surgery.undo()
+    assert_close(tap.maps(), stock)                      # the last block's own map does not depend on what follows it
+    surgery.undo()
+    assert [type(m) for m in model.modules()] == types
