@@ -8,6 +8,8 @@ here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
+frameworks = ("lightning", "transformers", "fastai", "torchmetrics")
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("peers", *frameworks)}
 status = {"1": "Planning", "2": "Pre-Alpha", "3": "Alpha", "4": "Beta", "5": "Production/Stable"}
 
 setup(
@@ -31,7 +33,7 @@ setup(
     include_package_data=True,
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split(), "peers": cfg["peers_requirements"].split()},
+    extras_require=extras | {"dev": cfg["dev_requirements"].split() + [r for name in frameworks for r in extras[name]]},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],

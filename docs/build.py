@@ -178,6 +178,8 @@ def adapt_markdown(source, symbols, home):
     def outward(m):
         path, mark, rest = m[2].partition("#")
         there = (home / path).resolve()
+        if there.parent == DOCS and there.suffix == ".md":
+            return f"{m[1]}{there.name}"
         if re.match(r"[a-z][a-z0-9+.-]*:|#", m[2], re.I) or there.is_relative_to(home) or not there.exists():
             return m[0]
         kind = "tree" if there.is_dir() else "blob"

@@ -60,14 +60,14 @@ def _add_evaluate(p):
     p.add_argument("--device", default="cpu", help="such as cuda (cpu)")
     p.add_argument("-o", "--output", help="the JSON file to write (RUN/evaluation.json)")
 
-# %% ../nbs/17_commands.ipynb #491b025e
+# %% ../nbs/17_commands.ipynb #631f5d1c
 def _add_draw(p):
     p.add_argument("model", metavar="run_or_model", help="a run folder, or a timm model name")
     p.add_argument("images", nargs="+", help="picture files")
     p.add_argument("-o", "--output", required=True, help="the picture to write: .png, .pdf or .svg")
     p.add_argument("--block", type=int, default=-1, help="which block; negative counts from the last (-1)")
     p.add_argument("--query", default="auto", choices=("auto", "cls", "mean"), help="whose attention (auto: what the classifier reads)")
-    p.add_argument("--img-size", type=int, help="pixels a side, for a timm model (224)")
+    p.add_argument("--img-size", type=int, help="pixels a side, for a timm model (what it was trained with)")
     p.add_argument("--no-pretrained", action="store_true", help="a timm model with random weights, without a download")
     p.add_argument("--checkpoint", help="a file of weights for the timm model, .safetensors or .pth")
 
@@ -143,7 +143,7 @@ def _writable(path):
     import os
     if not os.access(folder, os.W_OK): raise PermissionError(f"{folder}: not writable; choose another --output")
 
-# %% ../nbs/17_commands.ipynb #ded16145
+# %% ../nbs/17_commands.ipynb #aaa172bb
 def _model_to_draw(args):
     "Model, image size, mean and std of a run or a timm name."
     from spatial_entropy.training import build_model, load_run, timm
@@ -151,8 +151,9 @@ def _model_to_draw(args):
         model, config, facts = load_run(args.model)
         return model, config.img_size, tuple(facts["mean"]), tuple(facts["std"])
     from timm.data import resolve_data_config
-    config = TrainConfig(model=args.model, img_size=args.img_size or 224)
-    model = build_model(config, timm.get_pretrained_cfg(args.model).num_classes if timm.is_model(args.model.split(".")[0]) else 0)
+    facts = timm.get_pretrained_cfg(args.model) if timm.is_model(args.model.split(".")[0]) else None
+    config = TrainConfig(model=args.model, img_size=args.img_size or (facts.input_size[-1] if facts else 224))
+    model = build_model(config, facts.num_classes if facts else 0)
     _load(model, args)
     known = resolve_data_config({}, model=model)
     return model.eval(), config.img_size, known["mean"], known["std"]

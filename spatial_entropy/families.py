@@ -265,7 +265,7 @@ def _hiera(call):
     units = h*w//(call.layer.q_stride*call.layer.window_size) if call.layer.use_mask_unit_attn else 1
     return Raster((h, w), rearrange(y*w + x, "(n u) -> u n", u=units), queries=None if call.layer.q_stride == 1 else (0, 0))
 
-# %% ../nbs/03_families.ipynb #53558c80
+# %% ../nbs/03_families.ipynb #b63637ee
 def _v2(call): # EfficientFormer V2: the keys' grid, perhaps after a strided convolution
     return Raster(tuple(call.layer.resolution), queries=getattr(call.layer, "resolution2", None))
 
@@ -275,7 +275,8 @@ _adapters += [
             prefix=_has_cls, cls=_has_cls, reads=lambda m: "cls" if _has_cls(m) and m.global_pool == "token" else "mean"),
     Adapter("LeViT", _timm("levit.Levit"), tuple(Layer(n, _resolution) for n in _timm("levit.Attention levit.AttentionDownsample"))),
     Adapter("EfficientFormer", _timm("efficientformer.EfficientFormer"), (Layer("timm.models.efficientformer.Attention"),),
-            grid=lambda m: next(n for n, x in m.named_modules() if type(x).__name__ == "Flat"), read=lambda module, args, out: Raster(tuple(args[0].shape[2:4]))),
+            grid=lambda m: next(n for n, x in m.named_modules() if type(x).__name__ == "Flat"),
+            read=lambda module, args, out: Raster(tuple(args[0].shape[2:4]))),
     Adapter("EfficientFormer V2", _timm("efficientformer_v2.EfficientFormerV2"),
             tuple(Layer(n, _v2) for n in _timm("efficientformer_v2.Attention2d efficientformer_v2.Attention2dDownsample"))),
     Adapter("Visformer", _timm("visformer.Visformer"), (Layer("timm.models.visformer.Attention", _nchw),)),
@@ -390,7 +391,7 @@ def _layers_of(tower, adapter):
 def _other_towers(first, all_):
     return [n for n, m, a in all_ if n != first and not n.startswith(first + "." if first else "") and not a.why]
 
-# %% ../nbs/03_families.ipynb #877b37e5
+# %% ../nbs/03_families.ipynb #76cb2417
 def find(model: nn.Module, # any model that holds one vision model of the table
         ) -> Found:
     """The family of a model and its attention layers.
@@ -408,7 +409,8 @@ def find(model: nn.Module, # any model that holds one vision model of the table
     if others := _other_towers(name, towers):
         raise UnsupportedModel(f"{type(model).__name__} holds several vision models ({', '.join([name, *others])}); pass the one to tap")
     layers, skipped = _layers_of(tower, adapter)
-    if not layers: raise UnsupportedModel(f"{type(tower).__name__} ({adapter.name}): {'; '.join(sorted(skipped)) or 'none of its attention layers is in the table'}")
+    why = "; ".join(sorted(skipped)) or "none of its attention layers is in the table"
+    if not layers: raise UnsupportedModel(f"{type(tower).__name__} ({adapter.name}): {why}")
     return Found(adapter, tower, layers, skipped)
 
 # %% ../nbs/03_families.ipynb #fa18b2de

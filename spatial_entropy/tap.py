@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AttentionTap']
 
-# %% ../nbs/04_tap.ipynb #a9ce30b0
+# %% ../nbs/04_tap.ipynb #e526610b
 from copy import deepcopy
 from functools import cache
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from .attention import Rows, _attention, _hidden, _row, _row_of_logits, _weights, _wide
-from .families import Call, Raster, UnsupportedModel, _ask, find
+from .families import Call, UnsupportedModel, _ask, find
 
 # %% ../nbs/04_tap.ipynb #471b49f7
 _SOFTMAX = (torch.Tensor.softmax, torch.softmax, F.softmax)
@@ -109,14 +109,14 @@ def _token(query, adapter, model, kind, name):
     if i < n: return cls + i
     raise UnsupportedModel(f"{name}: query={query!r}, but this layer has {n} register token(s)")
 
-# %% ../nbs/04_tap.ipynb #9ad53575
+# %% ../nbs/04_tap.ipynb #63b526e8
 class AttentionTap:
     """The similarity maps of one attention layer or several, read during the model's own forward pass.
 
     ``with AttentionTap(model) as tap: model(x); s = tap.maps()`` gives (B, H, h, w), in the graph, with fused attention left
-    on and parameter names unchanged. Without `with`, call `close` when done; under activation checkpointing, not before the backward pass. Layers are counted in the order in which they run; a pool by attention
-    is the last one. Raises UnsupportedModel, with family and reason, for a model without such a map, ValueError for a wrong block or query,
-    RuntimeError rather than ever returning nothing.
+    on and parameter names unchanged. Without `with`, call `close` when done; under activation checkpointing, not before the backward pass. Layers are
+    counted in the order in which they run; a pool by attention is the last one. Raises UnsupportedModel, with family and reason, for a model without such
+    a map, ValueError for a wrong block or query, RuntimeError rather than ever returning nothing.
     """
     def __init__(self, model: nn.Module, # a timm, Hugging Face, torchvision or open_clip vision model, also compiled, in DDP, or inside another module
                  block=-1, # an attention layer's number, negative from the last; a list of them; or "all"

@@ -27,13 +27,14 @@ from timm.scheduler import create_scheduler_v2
 from torch import nn
 from torch.nn import functional as F
 
-# %% ../nbs/12_training.ipynb #83af3815
+# %% ../nbs/12_training.ipynb #5db35a44
 from .tap import AttentionTap
 from .config import TrainConfig, load_config, save_config
 from .data import Loaders, loaders
 from .pictures import show_heads
 from .operators import SpatialEntropyLoss, label_regions, spatial_entropy
 from .regions import above_mean
+from .families import UnsupportedModel, find
 from .surgery import drop_last_skip
 
 # %% ../nbs/12_training.ipynb #1acf06d4
@@ -48,20 +49,25 @@ def entropy_weight(epoch: float, # epochs done so far, from 0
     if epochs == warmup: return weight if epoch == warmup else 0.
     return weight*(1 + math.cos(math.pi*min(1., (epoch - warmup)/(epochs - warmup))))/2
 
-# %% ../nbs/12_training.ipynb #c73d9da6
+# %% ../nbs/12_training.ipynb #0bb3bd5e
 def _check_name(name):
     if timm.is_model(name.split(".")[0]): return
     near = get_close_matches(name, timm.list_models(), 3)
     raise ValueError(f"model: got {name!r}, which timm {timm.__version__} does not know" + (f"; near: {', '.join(near)}" if near else ""))
 
+def _create(config, num_classes): # models that take any size have no argument for it
+    try: return timm.create_model(config.model, num_classes=num_classes, **{"img_size": config.img_size, **config.model_kwargs})
+    except TypeError as e:
+        if "'img_size'" not in str(e): raise
+        return timm.create_model(config.model, num_classes=num_classes, **config.model_kwargs)
+
 def build_model(config: TrainConfig, num_classes: int) -> nn.Module: # without surgery
     "The timm model of a configuration. Raises ValueError for an unknown name, argument or image size."
     _check_name(config.model)
-    try: model = timm.create_model(config.model, num_classes=num_classes, **{"img_size": config.img_size, **config.model_kwargs})
+    try: model = _create(config, num_classes)
     except (TypeError, AssertionError, RuntimeError, KeyError) as e:
-        if "'img_size'" in str(e): raise ValueError(f"model: {config.model} takes no img_size; expected a Vision Transformer") from None
         raise ValueError(f"model: {config.model} cannot be built with img_size={config.img_size}, {config.model_kwargs}: {e}") from None
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))
+    patch = model.patch_embed.patch_size if isinstance(getattr(model, "patch_embed", None), timm.layers.PatchEmbed) else (1, 1)
     if any(config.img_size % p for p in patch):
         raise ValueError(f"img_size: got {config.img_size}, expected a multiple of the patch size {patch[0]}")
     return model
@@ -99,7 +105,11 @@ def _new_folder(config):
             if not folder.is_dir(): raise OSError(f"output: {folder} is a file; choose another --output or --experiment") from None
         except OSError as e: raise OSError(f"output: no run folder can be made in {config.output} ({e.strerror})") from None
 
-# %% ../nbs/12_training.ipynb #e27afd11
+# %% ../nbs/12_training.ipynb #e09ac0cd
+def _drop(model):
+    try: drop_last_skip(model)
+    except UnsupportedModel as e: raise UnsupportedModel(f"{e}; or leave the block as it is: keep_skip=True (--keep-skip)") from None
+
 def prepare(config: TrainConfig) -> Job:
     "Build everything a run needs. Raises ValueError, TypeError or OSError in one sentence, before anything is written."
     set_seed(config.seed)
@@ -110,7 +120,8 @@ def prepare(config: TrainConfig) -> Job:
     data = _data(config)
     if not len(data.train): raise ValueError(f"batch_size: got {config.batch_size}, but there are {len(data.train.dataset)} training pictures")
     model = build_model(config, len(data.classes))
-    if not config.keep_skip: drop_last_skip(model)
+    find(model)                                                        # refuses, with the reason, what has no map of places
+    if not config.keep_skip: _drop(model)
     try: optimizer = create_optimizer_v2(model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay)
     except (AssertionError, ValueError) as e: raise ValueError(f"opt: got {config.opt!r}, which timm does not know ({e})") from None
     scheduler, _ = create_scheduler_v2(optimizer, "cosine", num_epochs=config.epochs, warmup_epochs=min(config.warmup_epochs, config.epochs - 1),

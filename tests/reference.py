@@ -130,7 +130,9 @@ def _crossvit(c, m, spec, size):
 
 
 def _swin(c, m, spec, size):
-    from timm.models import swin_transformer as v1, swin_transformer_v2 as v2, swin_transformer_v2_cr as cr
+    from timm.models import swin_transformer as v1
+    from timm.models import swin_transformer_v2 as v2
+    from timm.models import swin_transformer_v2_cr as cr
     b, home = c["layer"], {"swin_transformer": v1, "swin_transformer_v2": v2, "swin_transformer_v2_cr": cr}[type(m).__module__.split(".")[-1]]
     back = (lambda t, h, w: v1.window_reverse(t, b.window_size, h, w)) if home is v1 else (lambda t, h, w: home.window_reverse(t, b.window_size, (h, w)))
     return windowed(c, tuple(b.window_size), tuple(b.shift_size), lambda t: home.window_partition(t, b.window_size), back, b.attn_mask)

@@ -101,7 +101,7 @@ def test_same_seed_same_weights(tmp_path):
     ("train --data nowhere", "nowhere: no such folder"),
     ("train --data empty", "empty: found no images"),
     ("train --model vit_tinny_patch16_224", "does not know; near: vit_tiny_patch16_224"),
-    ("train --model resnet18", "takes no img_size; expected a Vision Transformer"),
+    ("train --model resnet18", "ResNet (ResNet): a convolutional network: no attention"),
     ("train --img-size 60", "img_size: got 60, expected a multiple of the patch size 8"),
     ("train --output file/inside", "no run folder can be made in file/inside"),
     ("train --epochs 0", "epochs: got 0, expected at least 1"),

@@ -45,7 +45,7 @@ def same_gradients(model, other):
     for (name, p), (_, r) in zip(model.named_parameters(), other.named_parameters(), strict=True):
         assert (p.grad is None) == (r.grad is None), name
         if p.grad is not None:
-            assert_close(p.grad, r.grad, atol=1e-3 * largest, rtol=1e-3, msg=lambda m: f"{name}: {m}")
+            assert_close(p.grad, r.grad, atol=1e-3 * largest, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def against_reference(model, inputs, fold, layers):
@@ -60,7 +60,7 @@ def against_reference(model, inputs, fold, layers):
     got = list(tap.maps().values())
     for w, g, n in zip(want, got, names, strict=True):
         assert w.std() > 0
-        assert_close(g, w, atol=1e-4 * w.abs().max().item(), rtol=1e-4, msg=lambda m: f"{n}: {m}")
+        assert_close(g, w, atol=1e-4 * w.abs().max().item(), rtol=1e-4, msg=lambda m, n=n: f"{n}: {m}")
     scale = weights(want)
     sum((m * s).sum() for m, s in zip(got, scale)).backward()
     sum((m * s).sum() for m, s in zip(want, scale)).backward()
@@ -118,16 +118,18 @@ def page():
     families = {}
     for (library, _), r in works.items():
         families.setdefault((library, r["family"]), []).append(r)
-    lines = ["# Supported models", "", f"{len(works)} entry points, small copies with random weights, against an unfused reference: maps to 1e-4 of the largest value, gradients of "
-             "all parameters to 1e-3. Written by `python -m pytest tests/test_models.py --write-models`; the tests fail when it is out of date.", "",
-             "*works*: the keys lie as the patch embedding gave them. *adapter*: the family's entry says how they lie (windows, rolled or dilated; pooled keys; "
-             "another order). *refused*: there is no map of places, or no entry yet. Packed batches (NaFlex, SigLIP 2) and masked autoencoders are in "
+    lines = ["# Supported models", "", f"{len(works)} entry points, small copies with random weights, against an unfused reference: maps to 1e-4 of the "
+             "largest value, gradients of all parameters to 1e-3. Written by `python -m pytest tests/test_models.py --write-models`; the tests fail when "
+             "it is out of date.", "",
+             "*works*: the keys lie as the patch embedding gave them. *adapter*: the family's entry says how they lie (windows, rolled or dilated; pooled "
+             "keys; another order). *refused*: there is no map of places, or no entry yet. Packed batches (NaFlex, SigLIP 2) and masked autoencoders are in "
              "`tests/test_tap.py`.", "",
              "## Families", "", "| library | family | | entry points | attention layers, or the reason |", "|---|---|---|---|---|"]
     for (library, family), rows in families.items():
         kinds, skipped = sorted(set().union(*(r["kinds"] for r in rows))), sorted({r["skipped"] for r in rows} - {""})
         how = "adapter" if any(r["own"] for r in rows) else "works"
-        lines.append(f"| {library} | {family} | {how} | {len(rows)} | {', '.join(f'`{k}`' for k in kinds)}{'; passed over: ' * bool(skipped)}{'; '.join(skipped)} |")
+        passed = "; passed over: " * bool(skipped) + "; ".join(skipped)
+        lines.append(f"| {library} | {family} | {how} | {len(rows)} | {', '.join(f'`{k}`' for k in kinds)}{passed} |")
     lines += [f"| timm | `{name}` | refused | 1 | {r['why']} |" for (library, name), r in SEEN.items() if library == "refused"]
     lines += ["", "## Entry points", "", "| library | model | layers | images | grid of the last map |", "|---|---|---|---|---|"]
     lines += [f"| {library} | `{name}` | {r['layers']} | {', '.join(r['sizes'])} | {', '.join(r['grids'])} |" for (library, name), r in works.items()]
@@ -182,8 +184,8 @@ def test_transformers_pretrained_is_the_same_path(tmp_path):
 def test_a_really_trained_vit():
     """A trained ViT through `pretrained=True`: it classifies, its maps pass the self-check, and two steps of fine-tuning lower its entropy."""
     from timm.data import create_dataset, create_loader
-    model = timm.create_model("vit_tiny_patch16_224", pretrained=True, img_size=32, patch_size=4, num_classes=10, embed_dim=128, depth=4, num_heads=4, mlp_ratio=2,
-                              pretrained_cfg_overlay=dict(file=f"{DATA}/vit_cifar10_tiny/model.safetensors", num_classes=10)).eval()
+    model = timm.create_model("vit_tiny_patch16_224", pretrained=True, img_size=32, patch_size=4, num_classes=10, embed_dim=128, depth=4, num_heads=4,
+                              mlp_ratio=2, pretrained_cfg_overlay=dict(file=f"{DATA}/vit_cifar10_tiny/model.safetensors", num_classes=10)).eval()
     pictures = create_dataset("folder", f"{DATA}/cifar10_24k/test")
     loader = create_loader(pictures, (3, 32, 32), 200, num_workers=0, use_prefetcher=False, crop_pct=1., mean=(.4914, .4822, .4465), std=(.2470, .2435, .2616),
                            device=torch.device("cpu"))

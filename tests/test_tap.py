@@ -1,8 +1,8 @@
 """The tap against unfused attention, and under what training does to a model."""
 import io
+import sys
 import tempfile
 from copy import deepcopy
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ import spatial_entropy as se
 from spatial_entropy.families import find
 
 sys.path.insert(0, str(Path(__file__).parent))
-from reference import FOLDS, Calls, grid_fold, swin_hf_fold  # noqa: E402
+from reference import Calls  # noqa: E402
 from zoo import HF, OTHERS, TIMM  # noqa: E402
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=5)
@@ -315,7 +315,8 @@ def packed(grids, patch=8):
     """A packed batch of pictures with different grids, and the pictures."""
     g, n = torch.Generator().manual_seed(0), max(h * w for h, w in grids)
     pictures = [torch.rand(3, h * patch, w * patch, generator=g) for h, w in grids]
-    patches, coord, valid = torch.zeros(len(grids), n, patch * patch * 3), torch.zeros(len(grids), n, 2, dtype=torch.long), torch.zeros(len(grids), n, dtype=torch.bool)
+    patches, coord = torch.zeros(len(grids), n, patch * patch * 3), torch.zeros(len(grids), n, 2, dtype=torch.long)
+    valid = torch.zeros(len(grids), n, dtype=torch.bool)
     for i, ((h, w), p) in enumerate(zip(grids, pictures, strict=True)):
         patches[i, :h * w] = p.unflatten(1, (h, patch)).unflatten(3, (w, patch)).permute(1, 3, 2, 4, 0).reshape(h * w, -1)
         coord[i, :h * w] = torch.cartesian_prod(torch.arange(h), torch.arange(w))
@@ -341,7 +342,7 @@ def test_packed_pictures_equal_single_ones(name, fused):
     E.sum().backward()
     got = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    for i, ((h, w), p, alone) in enumerate(zip(grids, pictures, range(3), strict=True)):
+    for i, ((h, w), p) in enumerate(zip(grids, pictures, strict=True)):
         with se.AttentionTap(model) as tap:
             model(p[None].double())
         s = tap.maps()
@@ -353,7 +354,7 @@ def test_packed_pictures_equal_single_ones(name, fused):
     largest = max(g.abs().max().item() for g in got.values())
     for n, p in model.named_parameters():
         if p.grad is not None:
-            assert_close(got[n], p.grad, atol=1e-8 * max(largest, 1), rtol=1e-5, msg=lambda m: f"{n}: {m}")
+            assert_close(got[n], p.grad, atol=1e-8 * max(largest, 1), rtol=1e-5, msg=lambda m, n=n: f"{n}: {m}")
 
 
 def test_siglip2_packed():
