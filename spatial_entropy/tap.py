@@ -280,7 +280,7 @@ def _multihead_mask(attn_mask, padding, q, k):
 
 AttentionTap._multihead = _multihead
 
-# %% ../nbs/04_tap.ipynb #c339b5a6
+# %% ../nbs/04_tap.ipynb #063b93e6
 def _fill(s, seen):
     "Give unseen cells the mean of the seen ones, a step below, so that no threshold at the mean takes them."
     s = torch.where(seen, s, 0.)
@@ -289,8 +289,8 @@ def _fill(s, seen):
     return torch.where(seen, s, mean + step)
 
 def _map(self, ear):
-    if ear.map is None:
-        row, seen, raster = ear.heard
+    row, seen, raster = ear.heard
+    if ear.map is None or torch.is_grad_enabled() and row.requires_grad and not ear.map.requires_grad:   # first read without gradients, to log it
         if seen is None and raster.per_image: seen = torch.ones_like(row, dtype=torch.bool)
         s = raster.lay(row)
         ear.seen = None if seen is None else raster.lay(seen.expand(row.shape).to(row.dtype)) > 0
