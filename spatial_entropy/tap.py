@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from .attention import Rows, _attention, _hidden, _row, _row_of_logits, _weights, _wide
 from .families import Call, UnsupportedModel, _ask, find
 
-# %% ../nbs/04_tap.ipynb #471b49f7
+# %% ../nbs/04_tap.ipynb #f4033a0e
 _SOFTMAX = (torch.Tensor.softmax, torch.softmax, F.softmax)
 
 class _Ear(TorchFunctionMode):
@@ -24,7 +24,7 @@ class _Ear(TorchFunctionMode):
     def __init__(self, tap, name, module, kind):
         super().__init__()
         self.tap, self.name, self.module, self.kind = tap, name, module, kind
-        self.armed, self.ran, self.raster, self.batch, self.heard, self.map = False, False, None, 0, None, None
+        self.armed, self.ran, self.raster, self.batch, self.heard, self.map, self.graded = False, False, None, 0, None, None, False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -280,7 +280,7 @@ def _multihead_mask(attn_mask, padding, q, k):
 
 AttentionTap._multihead = _multihead
 
-# %% ../nbs/04_tap.ipynb #063b93e6
+# %% ../nbs/04_tap.ipynb #8c74e669
 def _fill(s, seen):
     "Give unseen cells the mean of the seen ones, a step below, so that no threshold at the mean takes them."
     s = torch.where(seen, s, 0.)
@@ -290,7 +290,8 @@ def _fill(s, seen):
 
 def _map(self, ear):
     row, seen, raster = ear.heard
-    if ear.map is None or torch.is_grad_enabled() and row.requires_grad and not ear.map.requires_grad:   # first read without gradients, to log it
+    if ear.map is None or torch.is_grad_enabled() > ear.graded:            # or first read without gradients, for a log
+        ear.graded = torch.is_grad_enabled()
         if seen is None and raster.per_image: seen = torch.ones_like(row, dtype=torch.bool)
         s = raster.lay(row)
         ear.seen = None if seen is None else raster.lay(seen.expand(row.shape).to(row.dtype)) > 0
