@@ -7,14 +7,16 @@ __version__ = "0.1.0"
 __all__ = ['show_maps', 'show_regions', 'overlay', 'shapes', 'loaders', 'mask_pairs', 'similarity_maps', 'Adapter', 'Layer',
            'UnsupportedModel', 'register_adapter', 'AttentionTap', 'drop_last_skip', 'register_surgery', 'above_mean',
            'keep_mass', 'label_regions', 'region_mass', 'spatial_entropy', 'SpatialEntropyLoss', 'TrainConfig',
-           'entropy_weight', 'train', 'load_run', 'accuracy', 'mask_jaccard', 'evaluate']
+           'entropy_weight', 'train', 'load_run', 'accuracy', 'mask_jaccard', 'evaluate', 'rank_heads', 'head_maps',
+           'entropy_heatmap', 'localization_entropy', 'localization_heads', 'outliers', 'SpatialEntropyRegularizer',
+           'spatial_entropy_task']
 
 # %% ../nbs/18_names.ipynb #00766df4
 from importlib import import_module
 
 __doc__ = "Spatial entropy for Vision Transformers: attention that falls on connected objects."
 
-# %% ../nbs/18_names.ipynb #0dd94451
+# %% ../nbs/18_names.ipynb #1549fc9f
 _modules = {
     "pictures": ["show_maps", "show_regions", "overlay"],
     "data": ["shapes", "loaders", "mask_pairs"],
@@ -28,21 +30,42 @@ _modules = {
     "config": ["TrainConfig"],
     "training": ["entropy_weight", "train", "load_run"],
     "evaluation": ["accuracy", "mask_jaccard", "evaluate"],
+    "heads": ["rank_heads", "head_maps", "entropy_heatmap", "localization_entropy", "localization_heads", "outliers"],
+    "callbacks": ["SpatialEntropyRegularizer"],
+    "timm_task": ["spatial_entropy_task"],
+}
+_frameworks = { # module: (names, the extra that brings the framework)
+    "lightning_callback": (["SpatialEntropyLightning"], "lightning"),
+    "trainer": (["SpatialEntropyTrainer", "SpatialEntropyTrainerMixin"], "transformers"),
+    "fastai_callback": (["SpatialEntropyFastai"], "fastai"),
+    "metrics": (["SpatialEntropyMetric"], "torchmetrics"),
 }
 _home = {name: module for module, names in _modules.items() for name in names}
+_optional = {name: module for module, (names, _) in _frameworks.items() for name in names}
 
-# %% ../nbs/18_names.ipynb #d23d2c35
+# %% ../nbs/18_names.ipynb #384dd819
 def __getattr__(name):
     "Load the module that defines a public name."
     if name in _home: value = getattr(import_module(f"{__name__}.{_home[name]}"), name)
+    elif name in _optional: value = getattr(_framework(_optional[name]), name)
     elif name in _modules: value = import_module(f"{__name__}.{name}")
+    elif name in _frameworks: value = _framework(name)
     else: raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(sorted(_home))}")
     globals()[name] = value
     return value
 
-def __dir__(): return sorted([*globals(), *_home, *_modules])
+def __dir__(): return sorted([*globals(), *_home, *_modules, *_optional, *_frameworks])
 
-# %% ../nbs/18_names.ipynb #5c91411b
+def _framework(module):
+    extra = _frameworks[module][1]
+    try: return import_module(f"{__name__}.{module}")
+    except ModuleNotFoundError as e:
+        if (e.name or "").split(".")[0] != extra: raise
+        raise ImportError(f"{__name__}.{module} needs {extra}, which is not installed; pip install 'spatial_entropy[{extra}]'", name=e.name) from None
+
+# %% ../nbs/18_names.ipynb #3466b87c
 _all_ = ["show_maps", "show_regions", "overlay", "shapes", "loaders", "mask_pairs", "similarity_maps", "Adapter", "Layer", "UnsupportedModel",
          "register_adapter", "AttentionTap", "drop_last_skip", "register_surgery", "above_mean", "keep_mass", "label_regions", "region_mass", "spatial_entropy",
-         "SpatialEntropyLoss", "TrainConfig", "entropy_weight", "train", "load_run", "accuracy", "mask_jaccard", "evaluate"]
+         "SpatialEntropyLoss", "TrainConfig", "entropy_weight", "train", "load_run", "accuracy", "mask_jaccard", "evaluate",
+         "rank_heads", "head_maps", "entropy_heatmap", "localization_entropy", "localization_heads", "outliers", "SpatialEntropyRegularizer",
+         "spatial_entropy_task"]

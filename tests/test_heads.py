@@ -1,0 +1,769 @@
+"""Head scores against slow oracles: plain Python loops over maps, scipy's labels, float64."""
+import csv
+import math
+from collections import UserDict
+from itertools import islice
+
+import numpy as np
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kinds import STRUCTURE, kinds
+from scipy import ndimage
+from torch.testing import assert_close
+from torch.utils.data import DataLoader
+
+from spatial_entropy import heads as module
+from spatial_entropy.evaluation import mask_jaccard
+from spatial_entropy.heads import Heads, elbow, entropy_heatmap, head_maps, localization_entropy, localization_heads, outliers, rank_heads
+from spatial_entropy.tap import AttentionTap
+
+pytestmark = pytest.mark.filterwarnings("ignore:spatial_entropy. got maps with NaN")  # said once a process, wherever that is
+NAN, INF = float("nan"), float("inf")
+
+
+# ---- the oracles -----------------------------------------------------------------------------------------------------
+
+def entropy_of_shares(P):
+    return sum(-p * math.log(p) for p in P if p > 0)
+
+
+def regions_of(on):
+    labels, R = ndimage.label(on, STRUCTURE[8])
+    return [labels == n for n in range(1, R + 1)]
+
+
+def plain_entropy(s, kept=None):
+    "Spatial entropy and number of regions of the cells that are kept."
+    s, kept = np.asarray(s, float), np.ones(np.shape(s), bool) if kept is None else kept
+    if not np.isfinite(s).all():
+        return NAN, NAN
+    if not kept.any():
+        return 0., 0
+    d = s - s[kept].min()
+    a = np.where(kept, d - d[kept].mean(), 0)
+    a[a < 0] = 0
+    found = regions_of(a > 0)
+    return entropy_of_shares([a[c].sum() / a.sum() for c in found]), len(found)
+
+
+def localization_oracle(s, variant, threshold=1e-3):
+    s = np.asarray(s, float)
+    if not np.isfinite(s).all():
+        return NAN
+    d = s - s.flat[0]
+    a = np.maximum(d - d.mean(), 0)
+    found = regions_of(a > threshold)
+    if variant == "paper":
+        total = sum(a[c].sum() for c in found)
+        return entropy_of_shares([a[c].sum() / total for c in found]) if found else INF
+    return entropy_of_shares([a[c].sum() / a.sum() for c in found]) if a.sum() > 0 else INF
+
+
+def chord_distances(values):
+    "Distance of each sorted point to the chord, in the plane."
+    y = np.sort(np.asarray(values, float))
+    start, end = np.array([0, y[0]]), np.array([len(y) - 1., y[-1]])
+    out = []
+    for i, v in enumerate(y):
+        (dx, dy), (px, py) = end - start, np.array([i, v]) - start
+        out.append(abs(dx * py - dy * px) / math.hypot(dx, dy) if len(y) > 1 else 0.)
+    return y, out
+
+
+def elbow_value(values):
+    y, far = chord_distances(values)
+    return y[int(np.argmax(far))]
+
+
+def far_oracle(s, k, most):
+    s = np.asarray(s, float)
+    d = s - s.flat[0]
+    d = d - np.median(d)
+    reach = np.sort(d.ravel())[int((1 - most) * (d.size - 1) + 1e-9)]
+    if reach <= 4 * np.finfo(float).eps * abs(s).max():
+        reach = abs(d).mean()
+    return (d > k * reach) & (d > 4 * np.finfo(float).eps * abs(s).max())
+
+
+def softmax(s):
+    return s.flatten(-2).softmax(-1).view(s.shape)
+
+
+# ---- maps and models -------------------------------------------------------------------------------------------------
+
+def weights(n, h, w, seed=0):
+    "n attention maps (n, h, w) float64 of every kind: smooth, spiky, flat, faint, one cell, none."
+    rng = np.random.default_rng(seed)
+    s = torch.tensor(kinds(n, h, w, rng))
+    p = softmax((s - s.mean()) / s.std()) * torch.tensor(rng.uniform(.1, 1, (n, 1, 1)))
+    p[0], p[1], p[2] = 0, 1 / (h * w), 0
+    p[2, h // 2, w // 2] = .7
+    faint = torch.tensor(rng.uniform(-2e-3, 2e-3, (n // 4, h, w))) + .01
+    return torch.cat([p, faint])
+
+
+def vit(heads=(3, 3), dtype=torch.float64, **kwargs):
+    torch.manual_seed(0)
+    m = timm.models.vision_transformer.VisionTransformer(img_size=32, patch_size=4, num_classes=5, embed_dim=48, depth=len(heads), num_heads=heads[0], **kwargs)
+    for block, h in zip(m.blocks, heads):
+        block.attn = timm.layers.Attention(48, h, qkv_bias=True)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in m.parameters():
+            p.add_(.2 * torch.randn_like(p))
+    return m.to(dtype).eval()
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return torch.randn(10, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def objects():
+    masks = torch.zeros(10, 16, 16, dtype=torch.bool)
+    for i in range(9):
+        masks[i, i:i + 6, 2:9] = True
+    return masks  # the last one is empty
+
+
+class Fake(torch.nn.Module):
+    "A model whose maps are given: its pictures are their numbers."
+
+    def __init__(self, maps):
+        super().__init__()
+        self.maps, self.now = maps, None
+
+    def forward(self, x):
+        self.now = x[:, 0, 0, 0].long()
+
+
+class FakeTap:
+    def __init__(self, model, block="all", query="auto", softmax=False):
+        self.model, self.softmax, self.blocks = model, softmax, list(model.maps)
+
+    def maps(self):
+        found = {b: m[self.model.now] for b, m in self.model.maps.items()}
+        return {b: softmax(m) for b, m in found.items()} if self.softmax else found
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
+def numbered(n, size):
+    x = torch.arange(n).float().view(n, 1, 1, 1).expand(n, 3, 2, 2)
+    return list(x.split(size))
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    monkeypatch.setattr(module, "AttentionTap", FakeTap)
+    return Fake
+
+
+# ---- localization_entropy --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("variant", ["paper", "as_released"])
+@pytest.mark.parametrize("h,w", [(1, 1), (1, 9), (3, 5), (8, 8), (14, 14), (5, 70)])
+def test_localization_entropy_is_the_oracles(h, w, variant):
+    maps = weights(120, h, w)
+    for threshold in (1e-3, 0., .01):
+        want = torch.tensor([localization_oracle(s, variant, threshold) for s in maps])
+        # the same cells count unless one lies on the threshold by rounding
+        assert_close(localization_entropy(maps, variant, threshold), want.double(), atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("variant", ["paper", "as_released"])
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.sampled_from([0., .0005, .00099, .00101, .0015, .002, .01, .3]), min_size=12, max_size=12))
+def test_localization_entropy_around_the_threshold(variant, excess):
+    a = np.array(excess).reshape(3, 4)
+    low = a == 0
+    s = .02 + a - np.where(low, a.sum() / max(low.sum(), 1), 0)     # the mean stays at 0.02 if a cell is left to pay for it
+    s = np.maximum(s, 0)
+    got = localization_entropy(torch.tensor(s), variant).item()
+    want = localization_oracle(s, variant)
+    assert got == want or abs(got - want) < 1e-12
+
+
+def test_the_variants_differ_where_the_page_says():
+    m = weights(200, 8, 8)
+    paper, released = (localization_entropy(m, v) for v in ("paper", "as_released"))
+    d = m - m.mean((-2, -1), keepdim=True)
+    mass, total = torch.where(d > 1e-3, d, 0).sum((-2, -1)), d.relu().sum((-2, -1))
+    q = mass / total
+    some = (mass > 0)
+    assert_close(released[some], (q * paper)[some] - (q * q.log())[some], atol=1e-9, rtol=1e-9)
+    only_faint = (mass == 0) & (total > 1e-6)
+    assert only_faint.any() and paper[only_faint].isinf().all() and (released[only_faint] == 0).all()
+    assert released[0].isinf() and released[1].isinf() and paper[0].isinf() and paper[1].isinf()    # constant maps
+
+
+def test_localization_entropy_shapes_dtypes_and_broken_maps():
+    m = weights(40, 6, 7)[:40].view(2, 4, 5, 6, 7)
+    whole = localization_entropy(m)
+    assert whole.shape == (2, 4, 5) and whole.dtype == torch.float64 and localization_entropy(m[0, 0, 0]).shape == ()
+    single = localization_entropy(m.float())
+    assert single.dtype == torch.float32 and localization_entropy(m.half()).dtype == torch.float32
+    assert (single - whole).nan_to_num().abs().median() < 1e-6
+    assert localization_entropy(m[:0]).shape == (0, 4, 5)
+    broken = m[0, 0].clone()
+    broken[1, 0, 0], broken[2, 0, 0], broken[3, 0, 0] = NAN, INF, -INF
+    for v in ("paper", "as_released"):
+        E = localization_entropy(broken, v)
+        assert E.isnan().tolist() == [False, True, True, True, False]
+    x = m.clone().requires_grad_()
+    assert not localization_entropy(x).requires_grad
+
+
+def test_localization_entropy_refuses():
+    for bad, said in [(dict(maps=torch.randn(3, 3)), "softmax=True"), (dict(maps=torch.full((3, 3), 2.)), "softmax=True"),
+                      (dict(maps=torch.rand(9)), "expected"), (dict(maps=torch.rand(3, 3), variant="released"), "as_released"),
+                      (dict(maps=torch.rand(3, 3), threshold=-1), "threshold: got -1"), (dict(maps=torch.rand(3, 3), threshold=NAN), "threshold: got nan")]:
+        with pytest.raises(ValueError, match=said):
+            localization_entropy(**bad)
+    with pytest.raises(TypeError, match="expected a tensor"):
+        localization_entropy([[.1]])
+
+
+# ---- elbow -----------------------------------------------------------------------------------------------------------
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=40))
+def test_elbow_is_the_point_furthest_from_the_chord(values):
+    at = elbow(torch.tensor(values, dtype=torch.float64)).item()
+    y, far = chord_distances(values) if max(values) > min(values) or len(values) > 1 else (np.array(values), [0.])
+    same = [f for f, v in zip(far, y) if v == values[at]]
+    assert max(same) >= max(far) - 1e-9 * (1 + max(map(abs, values)))
+    if max(far) == 0:
+        assert values[at] == min(values)
+
+
+def test_elbow_knows_neither_order_nor_units():
+    g = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        v = torch.rand(23, generator=g, dtype=torch.float64) ** 3
+        p = torch.randperm(23, generator=g)
+        assert v[elbow(v)] == v[p][elbow(v[p])] == v[elbow(1000 * v - 7)]
+        assert_close(v[elbow(v)].item(), elbow_value(v.numpy()))
+
+
+def test_elbow_in_batches_with_ties_and_nan():
+    g = torch.Generator().manual_seed(1)
+    v = torch.rand(6, 5, 17, generator=g, dtype=torch.float64) ** 4
+    v[0, 0, 3:9] = NAN
+    v[1, 2, 4:] = NAN
+    v[2] = v[2].round(decimals=1)
+    at = elbow(v)
+    assert at.shape == (6, 5) and at.dtype == torch.int64
+    for i in np.ndindex(6, 5):
+        known = v[i][~v[i].isnan()]
+        assert at[i] == elbow(v[i]) and v[i][at[i]] == known[elbow(known)]
+    assert elbow([1., 2.]) == 0 and elbow([2., 1.]) == 1 and elbow([4.]) == 0 and elbow([3, 1, 2, 9]) == 0
+    assert elbow(torch.tensor([.9801, .981, .98, .9802])) == 3     # gaps of less than a thousandth count
+    line = torch.linspace(.1, .7, 30)
+    assert elbow(line) == 0 and elbow(line.flip(0)) == 29         # float32 steps are not all alike, but that is rounding
+
+
+@pytest.mark.parametrize("bad", [[], [NAN], [1., INF], 3., [[1., 2.], [NAN, NAN]]])
+def test_elbow_refuses(bad):
+    with pytest.raises(ValueError, match="sums: got shape"):
+        elbow(bad)
+
+
+# ---- localization_heads ----------------------------------------------------------------------------------------------
+
+def slow_localization(maps, variant, top):
+    "Selection frequencies, head by head and image by image. maps: {layer: (B, H, h, w)}"
+    names = [(layer, h) for layer in sorted(maps) for h in range(maps[layer].shape[1])]
+    chosen, images = {n: 0 for n in names}, len(next(iter(maps.values())))
+    known = {n: 0 for n in names}
+    for b in range(images):
+        sums = [float(maps[layer][b, h].double().sum()) if maps[layer][b, h].isfinite().all() else NAN for layer, h in names]
+        E = [localization_oracle(maps[layer][b, h], variant) for layer, h in names]
+        fine = [s for s in sums if s == s]
+        candidates = []
+        if fine:
+            cut = elbow_value(fine)
+            at = min((i for i, s in enumerate(sums) if s == cut))
+            passing = [s == s and (s >= cut if variant == "paper" else i >= at) for i, s in enumerate(sums)]
+            candidates = sorted((e, i) for i, (e, p) in enumerate(zip(E, passing)) if p and math.isfinite(e))
+        for n, e in zip(names, E):
+            known[n] += e == e
+        for _, i in candidates[:top]:
+            chosen[names[i]] += 1
+    return {n: (chosen[n] / known[n] if known[n] else NAN, known[n]) for n in names}
+
+
+def many_maps(images=14):
+    rng = np.random.default_rng(3)
+    return {5: weights(images * 6, 5, 6, 1)[:images * 6].view(images, 6, 5, 6)[torch.tensor(rng.permutation(images))],
+            2: weights(images * 3, 4, 4, 2)[:images * 3].view(images, 3, 4, 4)}
+
+
+@pytest.mark.parametrize("variant", ["paper", "as_released"])
+@pytest.mark.parametrize("top", [1, 3, 100])
+def test_localization_heads_is_the_naive_loop(variant, top):
+    maps = many_maps()
+    maps[2][3, 1, 0, 0] = NAN
+    maps[5][7, :, 1, 1] = INF
+    maps[2][7] = NAN                                               # an image of nothing but broken maps
+    want, got = slow_localization(maps, variant, top), localization_heads(maps, variant, top)
+    assert got.by == "selected" and len(got) == 9
+    for (layer, h), (share, known) in want.items():
+        r = got[layer, h]
+        assert r["images"] == known and r["broken"] == 14 - known
+        assert_close(r["selected"], share)
+    assert [r["selected"] for r in got] == sorted((r["selected"] for r in got), reverse=True)
+
+
+@pytest.mark.parametrize("variant", ["paper", "as_released"])
+def test_localization_heads_takes_tensors_dictionaries_and_streams(variant):
+    maps = weights(7 * 2 * 3, 5, 5, 4)[:42].view(7, 2, 3, 5, 5)
+    whole = list(localization_heads(maps, variant, 2))
+    assert_rows(list(localization_heads({1: maps[:, 1], 0: maps[:, 0]}, variant, 2)), whole)
+    assert_rows(list(localization_heads(maps.split(3), variant, 2)), whole)
+    assert_rows(list(localization_heads(({0: m[:, 0], 1: m[:, 1]} for m in maps.split(2)), variant, 2)), whole)
+    assert_rows(list(localization_heads([maps[5:], maps[:0], maps[:5]], variant, 2)), whole)
+
+
+def assert_rows(got, want):
+    assert len(got) == len(want)
+    for a, b in zip(got, want):
+        assert a.keys() == b.keys()
+        for k in a:
+            assert a[k] == b[k] or a[k] != a[k] and b[k] != b[k] or abs(a[k] - b[k]) < 1e-9, (k, a, b)
+
+
+def test_localization_heads_refuses():
+    maps = weights(16, 4, 4)[:16].view(2, 2, 4, 4, 4)
+    for bad, said in [(maps[0], "expected images × layers"), ({0: maps[0, 0]}, "expected \\(B, H, h, w\\)"), ({0: maps[0], 1: maps[1, :1]}, "as many"),
+                      (maps[:0], "no image"), ([], "no image"), ([maps, maps[:, :, :2]], "block 0: got 2 heads after 4"), (-maps - 1, "softmax=True")]:
+        with pytest.raises(ValueError, match=said):
+            localization_heads(bad)
+    with pytest.raises(TypeError, match="expected a tensor or a dictionary"):
+        localization_heads([[1.]])
+    for top in (0, 2.5):
+        with pytest.raises(ValueError, match="top: got"):
+            localization_heads(maps, top=top)
+    with pytest.raises(ValueError, match="variant"):
+        localization_heads(maps, "code")
+
+
+# ---- rank_heads ------------------------------------------------------------------------------------------------------
+
+def slow_rank(model, pictures, masks=None):
+    "One picture, one block at a time, and every number by a loop."
+    found = {}
+    for i, x in enumerate(pictures):
+        for block in range(len(model.blocks)):
+            s, p = (one_pass(model, x, block, soft) for soft in (False, True))
+            for h in range(s.shape[1]):
+                E, R = plain_entropy(s[0, h])
+                row = [E, R, R == 0, float(p[0, h].sum())]
+                if masks is not None:
+                    m = masks[i].numpy()
+                    y, c = np.unravel_index(int(s[0, h].argmax()), s.shape[-2:])
+                    at = [int((v + .5) * S / n) for v, S, n in zip((y, c), m.shape, s.shape[-2:])]
+                    row += [float(mask_jaccard(s[:, h:h + 1], masks[i:i + 1])), float(m[at[0], at[1]])]
+                found.setdefault((block, h), []).append(row)
+    return {k: np.mean(np.array(v, float), 0) for k, v in found.items()}
+
+
+def one_pass(model, x, block, soft):
+    with torch.no_grad(), AttentionTap(model, block, softmax=soft) as tap:
+        model(x[None])
+        return tap.maps()
+
+
+@pytest.mark.parametrize("kwargs", [{}, dict(class_token=False, global_pool="avg"), dict(reg_tokens=2)])
+def test_rank_heads_is_the_naive_loop(pictures, objects, kwargs):
+    model = vit((3, 4), **kwargs)
+    want = slow_rank(model, pictures, objects)
+    got = rank_heads(model, list(zip(pictures.split(4), objects.split(4))))
+    assert len(got) == 7 and got.blocks == [0, 1]
+    for k, v in want.items():
+        r = got[k]
+        assert_close(torch.tensor([r[c] for c in ("entropy", "regions", "empty", "attention", "jaccard", "pointing")], dtype=torch.float64),
+                     torch.tensor(v), atol=1e-6, rtol=0)                                    # Jaccard and maps' sums come in float32
+        assert r["images"] == 10 and r["broken"] == 0
+    assert got.grid().shape == (2, 4) and got.grid().isnan().tolist() == [[False] * 3 + [True], [False] * 4]
+
+
+def test_neither_order_nor_batch_size_is_seen(pictures, objects):
+    model, whole = vit((3, 6)), None
+    for size, seed in [(10, None), (1, 0), (3, 1), (7, 2)]:
+        at = torch.arange(10) if seed is None else torch.randperm(10, generator=torch.Generator().manual_seed(seed))
+        rows = list(rank_heads(model, list(zip(pictures[at].split(size), objects[at].split(size)))))
+        whole = whole or rows
+        assert_rows(rows, whole)
+
+
+def test_what_loaders_give(pictures):
+    model = vit()
+    want = list(rank_heads(model, [pictures]))
+    labels = torch.zeros(10, dtype=torch.long)
+    for batch in [(pictures, labels), [pictures, labels, labels], dict(pixel_values=pictures, labels=labels), UserDict(pixel_values=pictures),
+                  dict(image=pictures), (pictures,), pictures.float()]:
+        got = rank_heads(model, [batch])
+        assert_rows(list(got), want) if _double(batch) else len(got) == len(want)
+        assert "jaccard" not in got[0]
+    data = torch.utils.data.TensorDataset(pictures, labels)
+    assert_rows(list(rank_heads(model, DataLoader(data, 4))), want)
+    assert_rows(list(rank_heads(model, [pictures[:0], pictures])), want)
+    for bad, error, said in [([pictures[0]], ValueError, "got pictures of shape \\(3, 32, 32\\), expected batches"), (data, ValueError, "DataLoader"),
+                             ([dict(pixels=pictures)], TypeError, "keys pixels; expected one of pixel_values"), ([["a"]], TypeError, "batch of str"),
+                             ([], ValueError, "no picture"), ([pictures[:0]], ValueError, "no picture")]:
+        with pytest.raises(error, match=said):
+            rank_heads(model, bad)
+
+
+def _double(batch):
+    x = batch if isinstance(batch, torch.Tensor) else next(iter(batch.values())) if hasattr(batch, "values") else batch[0]
+    return x.dtype == torch.float64
+
+
+def test_masks_from_the_loader_or_a_function(pictures, objects):
+    model = vit()
+    want = list(rank_heads(model, [(pictures, objects)], by="jaccard"))
+    assert want[0]["jaccard"] == max(r["jaccard"] for r in want) > 0
+    assert_rows(list(rank_heads(model, [dict(pixel_values=pictures, mask=objects)], by="jaccard")), want)
+    assert_rows(list(rank_heads(model, [(pictures, 0, objects.int())], by="jaccard", masks=lambda batch: batch[2])), want)
+    assert "jaccard" not in rank_heads(model, [(pictures, objects)], masks=None)[0]
+    for batch, said in [((pictures, objects), "expected \\(10, S, S\\) bool"), ((pictures, 0), "expected \\(10, S, S\\) bool")]:
+        with pytest.raises(ValueError, match=said):
+            rank_heads(model, [batch], masks=lambda b: b[1][:3] if isinstance(b[1], torch.Tensor) else b[1])
+    for by, masks in [("jaccard", "auto"), ("pointing", "auto"), ("jaccard", None), ("images", "auto"), ("selected", "auto")]:
+        with pytest.raises(ValueError, match="by: got"):
+            rank_heads(model, [pictures], by=by, masks=masks)
+
+
+def test_the_model_is_left_as_it_was(pictures):
+    model = vit(pos_drop_rate=.5).train()
+    model.blocks[0].eval()                                         # frozen by its owner
+    was = {n: m.training for n, m in model.named_modules()}
+    classes = {n: type(m) for n, m in model.named_modules()}
+    first = list(rank_heads(model, [pictures]))
+    assert_rows(list(rank_heads(model, [pictures])), first)        # dropout was off
+    after = lambda: ({n: m.training for n, m in model.named_modules()}, {n: type(m) for n, m in model.named_modules()})
+    assert after() == (was, classes)
+    with pytest.raises(ValueError):
+        rank_heads(model, [pictures, pictures[0]])
+    assert after() == (was, classes)
+    stream = head_maps(model, [pictures, pictures])
+    next(stream)
+    assert not model.training and torch.is_grad_enabled()          # gradients are off in the forward pass only
+    stream.close()
+    assert after() == (was, classes) and all(p.grad is None for p in model.parameters())
+
+
+def test_head_maps_are_the_taps_and_lazy(pictures):
+    model = vit((3, 4, 2))
+
+    def endless():
+        while True:
+            yield pictures[:2]
+
+    for soft in (False, True):
+        want = [torch.stack([one_pass(model, x, block, soft)[0] for x in pictures[:2]]) for block in range(3)]
+        for maps in islice(head_maps(model, endless(), softmax=soft), 3):
+            for block in range(3):
+                assert_close(maps[block], want[block])
+            assert not maps[0].requires_grad
+    assert list(next(head_maps(model, endless(), block=-1))) == [2]
+    assert sorted(next(head_maps(model, endless(), block=[0, 2]))) == [0, 2]
+    patch = next(head_maps(model, endless(), block=1, query=(2, 3)))[1]
+    assert patch.shape == (2, 4, 8, 8) and not torch.equal(patch, next(head_maps(model, endless(), block=1))[1])
+
+
+def test_blocks_of_a_hierarchy_with_different_heads_and_grids():
+    torch.manual_seed(0)
+    swin = timm.create_model("swin_tiny_patch4_window7_224", img_size=64, window_size=4, embed_dim=24, depths=(1, 1), num_heads=(2, 4)).eval()
+    x = torch.randn(3, 3, 64, 64)
+    got = rank_heads(swin, x.split(2))
+    assert got.grid().isnan().tolist() == [[False, False, True, True], [False] * 4]
+    for block, m in next(head_maps(swin, [x])).items():
+        for h in range(m.shape[1]):
+            assert_close(got[block, h]["entropy"], float(np.mean([plain_entropy(s)[0] for s in m[:, h]])), atol=1e-5, rtol=0)
+    assert len(localization_heads(head_maps(swin, [x], softmax=True))) == 6
+
+
+def test_a_hugging_face_model_and_its_batches():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96, image_size=32, patch_size=8)
+    model = transformers.ViTModel(config).train()
+    x = torch.randn(4, 3, 32, 32)
+    batch = transformers.BatchFeature(dict(pixel_values=x, labels=torch.zeros(4)))
+    got = rank_heads(model, [batch])
+    assert len(got) == 6 and model.training and got[0]["images"] == 4
+    assert_rows(list(got), list(rank_heads(model, [x])))
+
+
+def test_broken_and_empty_maps_are_counted_and_left_out(fake):
+    torch.manual_seed(0)
+    maps = {0: torch.randn(6, 2, 4, 4), 4: torch.randn(6, 3, 3, 5)}
+    maps[0][2, 1, 0, 0], maps[0][3, 1], maps[4][:, 0], maps[4][:, 2] = NAN, .1, INF, 7.
+    got = rank_heads(fake(maps), numbered(6, 4), attention=False)
+    for b, m in maps.items():
+        for h in range(m.shape[1]):
+            E = np.array([plain_entropy(s) for s in m[:, h]])
+            fine, r = ~np.isnan(E[:, 0]), got[b, h]
+            assert (r["images"], r["broken"]) == (fine.sum(), (~fine).sum())
+            if fine.any():
+                assert_close([r["entropy"], r["regions"], r["empty"]], [*E[fine].mean(0), (E[fine, 1] == 0).mean()], atol=1e-6, rtol=0)
+            else:
+                assert all(math.isnan(r[c]) for c in ("entropy", "regions", "empty"))
+    assert [(r["block"], r["head"]) for r in got][-2:] in ([(4, 2), (4, 0)], [(4, 0), (4, 2)])   # always empty, and never a map
+    assert got[4, 2]["entropy"] == 0 and got[4, 2]["empty"] == 1
+    assert "attention" not in got[0]
+
+
+def test_memory_of_one_batch_only(fake):
+    "A million pictures would do: nothing grows with the number of batches."
+    maps = {0: torch.randn(5, 2, 4, 4)}
+    model, once = fake(maps), numbered(5, 5)
+    many = rank_heads(model, (b for _ in range(200) for b in once))
+    for r, w in zip(many, rank_heads(model, once)):
+        assert r["images"] == 1000 and w["images"] == 5
+        assert_close([r["entropy"], r["attention"]], [w["entropy"], w["attention"]], atol=1e-12, rtol=0)
+
+
+def test_device_is_checked(pictures):
+    with pytest.raises(ValueError, match="device: got 'nowhere'"):
+        rank_heads(vit(), [pictures], device="nowhere")
+    assert rank_heads(vit(dtype=torch.float32), [pictures], device="cpu")[0]["images"] == 10       # float64 pictures, float32 model
+
+
+# ---- the table and its picture ---------------------------------------------------------------------------------------
+
+def rows(blocks=(0, 3), heads=(2, 3)):
+    return [dict(block=b, head=h, entropy=(b + 1) / (h + 2), jaccard=.1 * h + .01 * b, images=4, broken=0) for b, n in zip(blocks, heads) for h in range(n)]
+
+
+def test_the_table(tmp_path):
+    t = Heads(rows())
+    assert t[0] == min(rows(), key=lambda r: r["entropy"]) and t[-1] == max(rows(), key=lambda r: r["entropy"]) and len(t[:2]) == 2
+    assert t[3, 2]["jaccard"] == pytest.approx(.23) and [r["block"] for r in t.sort("jaccard")][0] == 3
+    assert t.sort("jaccard").by == "jaccard" and t.by == "entropy"
+    lines = t.table().splitlines()
+    assert lines[0].split() == list(rows()[0]) and len(lines) == 6 and len({len(line) for line in lines}) == 1 and str(t) == t.table()
+    assert t.table(2).splitlines()[-1] == "… and 3 more" and len(t.table(2).splitlines()) == 4
+    assert "<th" in t._repr_html_() and t._repr_html_().count("<tr>") == 6
+    t.to_csv(tmp_path / "heads.csv")
+    with open(tmp_path / "heads.csv", newline="") as f:
+        back = list(csv.DictReader(f))
+    assert [{k: float(v) for k, v in r.items()} for r in back] == list(t)
+    big = Heads(rows(range(24), [16] * 24))
+    assert repr(big).splitlines()[-1] == "… and 372 more" and "372 more" in big._repr_html_() and len(str(big).splitlines()) == 385
+
+
+def test_ties_and_unknown_values_have_an_order():
+    r = lambda b, h, E, J=.5: dict(block=b, head=h, entropy=E, jaccard=J)
+    t = Heads([r(1, 1, .2), r(0, 2, NAN), r(1, 0, .2), r(0, 1, .1), r(0, 0, .2)])
+    assert [(x["block"], x["head"]) for x in t] == [(0, 1), (0, 0), (1, 0), (1, 1), (0, 2)]
+    t = Heads([r(0, 0, .3), r(0, 1, .1), r(0, 2, .2, NAN), r(0, 3, 9., .6)], "jaccard")
+    assert [x["head"] for x in t] == [3, 1, 0, 2]
+    with pytest.raises(ValueError, match="got 'area', expected one of block"):
+        Heads([r(0, 0, 1.)], "area")
+    with pytest.raises(KeyError, match="no head 9 in block 0"):
+        t[0, 9]
+
+
+@pytest.mark.parametrize("blocks,heads", [(1, 1), (4, 3), (12, 12), (24, 16), (32, 32)])
+def test_heatmaps_draw_every_size(blocks, heads, tmp_path):
+    from matplotlib import image
+    counts = [heads if b % 3 or heads == 1 else heads // 2 for b in range(blocks)]
+    t = Heads(rows(range(blocks), counts))
+    fig = entropy_heatmap(t)
+    ax = fig.axes[0]
+    fig.savefig(tmp_path / "map.png")
+    a = image.imread(tmp_path / "map.png")[..., :3]
+    grey = (abs(a - 0xd9 / 255) < .01).all(-1).mean()
+    missing = blocks * heads - sum(counts)
+    assert (grey > .2 * missing / (blocks * heads)) if missing else grey < .02
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("head", "block")
+    assert len(ax.texts) == (sum(counts) if max(blocks, heads) <= 16 else 0) and len(ax.patches) == 1
+    best = ax.patches[0]
+    assert (best.get_x() + .5, best.get_y() + .5) == (t[0]["head"], t[0]["block"])
+    assert len(ax.get_xticks()) <= 24 and a.shape[0] > 100
+
+
+def test_heatmap_into_given_axes_and_of_other_columns():
+    from matplotlib.figure import Figure
+    fig = Figure()
+    axes = fig.subplots(1, 2)
+    t = Heads(rows((2, 5)))
+    assert entropy_heatmap(t, ax=axes[0]) is fig and entropy_heatmap(t, "jaccard", axes[1]) is fig
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == ["2", "5"]
+    assert fig.axes[3].get_ylabel() == "Jaccard index"
+    with pytest.raises(ValueError, match="expected one of block"):
+        entropy_heatmap(t, "area")
+    unknown = entropy_heatmap(Heads([dict(block=0, head=h, entropy=NAN) for h in range(3)]))
+    assert [x.get_text() for x in unknown.axes[0].texts] == ["–"] * 3 and not unknown.axes[0].patches
+
+
+# ---- outliers --------------------------------------------------------------------------------------------------------
+
+def slow_outliers(maps, k=5., recur=.5, most=.1, log=False, of=None):
+    maps = np.asarray(maps, float)
+    B, H, h, w = maps.shape
+    of = maps if of is None else np.asarray(of, float)
+    votes, broken = np.zeros((B, h, w)), np.zeros(B, int)
+    for b in range(B):
+        for head in range(H):
+            s = maps[b, head]
+            if not np.isfinite(s).all():
+                broken[b] += 1
+                continue
+            votes[b] += far_oracle(np.log(np.maximum(s, np.finfo(np.float32).tiny)) if log else s, k, most)
+        votes[b] /= max(H - broken[b], 1)
+    mask = (votes >= recur) & (votes > 0)
+    before = np.array([[plain_entropy(s)[0] for s in image] for image in of])
+    after = np.array([[plain_entropy(s, ~mask[b])[0] for s in image] for b, image in enumerate(of)])
+    share = np.where(broken == H, NAN, mask.mean((1, 2)))
+    return dict(mask=mask, votes=votes, share=share, before=before, after=after, broken=broken)
+
+
+def assert_outliers(got, want):
+    assert torch.equal(got.mask, torch.tensor(want["mask"])) and torch.equal(got.broken, torch.tensor(want["broken"]))
+    for name in ("votes", "share", "before", "after"):
+        assert_close(getattr(got, name).double(), torch.tensor(want[name]), atol=1e-6, rtol=0, equal_nan=True)
+    assert_close(got.change.double(), torch.tensor(want["after"] - want["before"]), atol=1e-6, rtol=0, equal_nan=True)
+
+
+def spiky(B, H, h, w, seed=0):
+    "Maps of every kind, some with spikes in the same cells of all heads."
+    rng = np.random.default_rng(seed)
+    m = kinds(B * H, h, w, rng)
+    m = m[rng.permutation(len(m))].reshape(B, H, h, w)
+    for b in range(0, B, 2):
+        for _ in range(rng.integers(1, 3)):
+            m[b, :, rng.integers(h), rng.integers(w)] += rng.uniform(5, 60) * (m[b].std() + .1)
+    return torch.tensor(m)
+
+
+@pytest.mark.parametrize("shape", [(8, 5, 8, 8), (6, 6, 14, 14), (10, 4, 3, 7), (30, 1, 1, 30), (40, 3, 2, 2)])
+@pytest.mark.parametrize("options", [{}, dict(k=3., recur=1.), dict(k=8., recur=.01, most=.25)])
+def test_outliers_are_the_oracles(shape, options):
+    maps = spiky(*shape)
+    found = outliers(maps, softmax=False, **options)
+    assert_outliers(found, slow_outliers(maps, **options))
+    if shape[-1] > 4 and not options:
+        assert found.mask.any() and not found.mask.all()
+
+
+def test_outliers_of_attention_judge_logarithms():
+    s = 3 * torch.randn(8, 4, 10, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    s[::2, :, 2, 3] += 60
+    p = softmax(s)
+    for recur in (.5, .25):
+        assert_outliers(outliers(p, recur=recur), slow_outliers(p, log=True, recur=recur))
+        assert_outliers(outliers(p, recur=recur, softmax=False), slow_outliers(p, recur=recur))
+    assert outliers(p, recur=.25).mask.sum() == 4 and outliers(p[1::2], recur=.25, softmax=False).mask.sum() > 10    # the tail of a healthy softmax
+    assert torch.equal(outliers(p).mask, outliers(s).mask)
+    p[0, 0], p[1, 1] = NAN, INF                                      # a broken map does not hide that the others are weights
+    assert_outliers(outliers(p, recur=.25), slow_outliers(p, log=True, recur=.25))
+
+
+def test_outliers_know_no_units_and_no_neighbours():
+    s = spiky(8, 4, 6, 9, 2)
+    found = outliers(s, softmax=False)
+    assert found.mask.any()
+    for other in (3 * s, s * 2**-10, s + 5):
+        assert torch.equal(outliers(other, softmax=False).mask, found.mask)
+    apart = [outliers(one[None], softmax=False) for one in s]
+    assert torch.equal(torch.cat([o.mask for o in apart]), found.mask)
+    assert_close(torch.cat([o.after for o in apart]), found.after)
+    assert torch.equal(outliers(s.flip(1), softmax=False).mask, found.mask)
+
+
+def test_a_cell_has_to_recur():
+    s = torch.zeros(1, 4, 8, 8).double() + torch.rand(1, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    s[0, :2, 1, 1] += 100
+    s[0, 0, 5, 5] += 100
+    assert outliers(s).mask.nonzero().tolist() == [[0, 1, 1]] and outliers(s).votes[0, 1, 1] == .5 and outliers(s).votes[0, 5, 5] == .25
+    assert outliers(s, recur=.25).mask.sum() == 2 and outliers(s, recur=.75).mask.sum() == 0
+    s[0, 2:] = NAN                                                  # broken heads have no vote: one of two is a half
+    assert outliers(s).mask.sum() == 2 and outliers(s).broken.tolist() == [2]
+
+
+def test_a_removed_bridge_parts_its_regions():
+    s = torch.zeros(1, 1, 5, 7)
+    s[0, 0, 2] = 1.
+    s[0, 0, 2, 3] = 100.
+    found = outliers(s, softmax=False)
+    assert found.mask.nonzero().tolist() == [[0, 2, 3]]
+    assert found.before.item() == 0 and found.after.item() == pytest.approx(math.log(2), abs=1e-6)
+    assert found.change.item() == pytest.approx(math.log(2), abs=1e-6) and found.share.item() == pytest.approx(1 / 35)
+
+
+def test_constant_tied_broken_and_tiny_maps():
+    for value in (0., .1, -3.3, 1e30):
+        found = outliers(torch.full((2, 3, 5, 7), value))
+        assert not found.mask.any() and (found.before == 0).all() and (found.after == 0).all()
+    noise = torch.full((1, 1, 9, 9), .1) + 1e-8 * torch.randn(1, 1, 9, 9)     # rounding around a constant
+    noise[0, 0, 3, 3] = torch.nextafter(torch.tensor(.1), torch.tensor(1.))
+    assert not outliers(noise, softmax=False).mask.any()
+    step = torch.full((1, 1, 9, 9), .1)
+    step[0, 0, 3, 3] = torch.nextafter(torch.tensor(.1), torch.tensor(1.))
+    assert not outliers(step, softmax=False).mask.any() and not outliers(step).mask.any()
+    one = torch.full((1, 1, 8, 8), -2.)
+    one[0, 0, 0, 0] = -1.9                                          # the first cell, which everything is measured from
+    assert outliers(one).mask.nonzero().tolist() == [[0, 0, 0]] and outliers(one).after.item() == 0
+    few = torch.zeros(1, 1, 8, 8)
+    few[0, 0, 2, 1:6] = 1.                                           # five of 64, all alike
+    assert outliers(few, softmax=False).mask.sum() == 5
+    assert not outliers(torch.rand(4, 3, 1, 1)).mask.any() and not outliers(torch.rand(4, 1, 1)).mask.any()
+    for none in (torch.rand(0, 3, 4, 4), torch.rand(0, 4, 4), torch.rand(2, 0, 4, 4)):
+        found = outliers(none)
+        assert found.mask.shape == (len(none), 4, 4) and not found.mask.any() and "0 cells" in repr(found)
+    broken = torch.rand(2, 2, 4, 4)
+    broken[0, 0, 0, 0], broken[0, 1, 2, 2] = NAN, INF
+    found = outliers(broken)
+    assert found.broken.tolist() == [2, 0] and found.share.isnan().tolist() == [True, False] and found.before.isnan().tolist() == [[True] * 2, [False] * 2]
+    assert "2 broken maps" in repr(found)
+
+
+def test_norms_and_dtypes():
+    g = torch.Generator().manual_seed(0)
+    norms = 40 + 5 * torch.randn(6, 14, 14, generator=g)
+    norms[:, 3, 4], norms[2, 0, 0] = 300., 180.
+    maps = torch.randn(6, 3, 14, 14, generator=g)
+    found = outliers(norms, of=maps)
+    assert_outliers(found, slow_outliers(norms[:, None], of=maps))
+    assert found.mask.sum() == 7 and found.before.shape == (6, 3)
+    for dtype in (torch.float16, torch.bfloat16, torch.float64, torch.int32):
+        assert torch.equal(outliers(norms.to(dtype)).mask, found.mask)
+    assert outliers(norms).before.shape == (6, 1) and not outliers(maps.requires_grad_()).after.requires_grad
+
+
+@pytest.mark.parametrize("call,said", [(dict(maps=torch.rand(4, 4)), "expected \\(B, H, h, w\\), or \\(B, h, w\\)"),
+                                       (dict(maps=torch.rand(1, 1, 2, 4, 4)), "norms"),
+                                       (dict(maps=torch.rand(2, 3, 0, 4)), "at least one cell"), (dict(maps=torch.rand(1, 4, 4), k=0), "k: got 0"),
+                                       (dict(maps=torch.rand(1, 4, 4), recur=0), "recur: got 0"), (dict(maps=torch.rand(1, 4, 4), recur=1.5), "recur: got 1.5"),
+                                       (dict(maps=torch.rand(1, 4, 4), most=.5), "most: got 0.5"),
+                                       (dict(maps=torch.rand(2, 4, 4), of=torch.rand(2, 3, 4, 5)), "of: got shape \\(2, 3, 4, 5\\), expected \\(2, H, 4, 4\\)"),
+                                       (dict(maps=torch.rand(2, 4, 4), of=torch.rand(1, 3, 4, 4)), "of: got shape")])
+def test_outliers_refuse(call, said):
+    with pytest.raises(ValueError, match=said):
+        outliers(**call)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_the_same(pictures):
+    p = weights(200, 14, 14)[:200].view(10, 4, 5, 14, 14)
+    for v in ("paper", "as_released"):
+        assert_close(localization_entropy(p.cuda(), v).cpu(), localization_entropy(p, v), atol=1e-9, rtol=1e-9)
+        assert_rows(list(localization_heads(p.cuda(), v)), list(localization_heads(p, v)))
+    s = spiky(6, 6, 14, 14)
+    a, b = outliers(s.cuda()), outliers(s)
+    assert torch.equal(a.mask.cpu(), b.mask)
+    assert_close(a.after.cpu(), b.after, atol=1e-6, rtol=0)
+    assert_rows(list(rank_heads(vit(), [pictures], device="cuda")), list(rank_heads(vit(), [pictures])))
