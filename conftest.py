@@ -20,6 +20,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers with all threads each would wait for one another
 CHECKS = re.compile(r"assert\w*$|test_\w+$|(raises|warns|fail|expect_fail|ExceptionExpected|gradcheck)$")
 EXPORTS = ("export", "exporti", "exports")
 

@@ -103,6 +103,39 @@ def check_behaviour():
     return facts
 
 
+def check_taps(device="cuda", models=None, compiled=("vit_tiny_patch16_224", "vit_small_patch16_rope_224", "beit_base_patch16_224",
+                                                     "swin_tiny_patch4_window7_224", "cait_xxs24_224", "hiera_tiny_224")):
+    "Every family of the tests: maps on the device against the CPU's, under bfloat16, and compiled."
+    import spatial_entropy as se
+    sys.path.insert(0, str(ROOT / "tests"))
+    from zoo import TIMM
+
+    def heard(model, x):
+        with se.AttentionTap(model, "all") as tap, torch.no_grad():
+            model(x)
+        return [m.cpu() for m in tap.maps().values()]
+
+    def error(got, want):
+        return max(((g - w).abs().max() / w.abs().max()).item() for g, w in zip(got, want, strict=True))
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    report = {}
+    for spec in [s for s in TIMM if models is None or s.name in models]:
+        model, x = spec.make(spec.sizes[0]), torch.rand(2, 3, *spec.sizes[0], generator=torch.Generator().manual_seed(0))
+        want, model, x = heard(model, x), model.to(device), x.to(device)
+        facts = report[spec.name] = dict(float32=error(heard(model, x), want))
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            half = heard(model, x)
+        assert all(m.dtype == torch.float32 for m in half), spec.name
+        facts["bfloat16"] = error(half, want)
+        if spec.name in compiled:
+            torch._dynamo.reset()
+            facts["compiled"] = error(heard(torch.compile(model, fullgraph=True), x), want)
+    worst = {k: max(f[k] for f in report.values() if k in f) for k in ("float32", "bfloat16", "compiled") if any(k in f for f in report.values())}
+    assert worst["float32"] < 1e-3 and worst.get("compiled", 0) < 1e-3 and worst["bfloat16"] < .2, worst
+    return dict(models=len(report), worst=worst, errors=report)
+
+
 def replay_us(call, replays=200):
     "Microseconds a replay of a recorded CUDA graph, the median of seven rounds."
     for _ in range(3):
@@ -189,7 +222,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("-o", "--output", required=True)
     p.add_argument("--authors-code")
-    p.add_argument("--skip", nargs="*", default=[], choices=("values", "behaviour", "growth", "benchmark", "tune"))
+    p.add_argument("--skip", nargs="*", default=[], choices=("values", "behaviour", "taps", "growth", "benchmark", "tune"))
     args = p.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("on_gpu.py: torch sees no CUDA device on this machine; nothing was run")
@@ -202,7 +235,7 @@ def main():
         words = ["benchmark", "--device", "cuda", "-o", str(folder / "benchmark"), *(["--authors-code", args.authors_code] if args.authors_code else [])]
         code = "import sys; from spatial_entropy.commands import main; sys.exit(main(sys.argv[1:]))"
         return dict(exit=subprocess.run([sys.executable, "-c", code, *words], check=True).returncode)
-    for name, part in dict(values=check_values, behaviour=check_behaviour, growth=growth, benchmark=benchmark, tune=tune).items():
+    for name, part in dict(values=check_values, behaviour=check_behaviour, taps=check_taps, growth=growth, benchmark=benchmark, tune=tune).items():
         if name in args.skip:
             continue
         start = time.time()

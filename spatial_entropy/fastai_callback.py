@@ -10,14 +10,15 @@ from fastai.callback.core import Callback
 from fastai.metrics import ValueMetric
 from .callbacks import SpatialEntropyRegularizer, _for_run, _operate
 
-# %% ../nbs/22_fastai.ipynb #d2d895dd
+# %% ../nbs/22_fastai.ipynb #a6304b6f
 class SpatialEntropyFastai(Callback):
     """Adds the spatial entropy of a ViT's attention to fastai's training loss (arXiv 2206.04636), and the columns entropy and entropy_weight to its table.
 
     Right under GradientAccumulation, MixedPrecision and in lr_find; validation is untouched. Give it to the Learner, or to one `fit` if the skip
     stays. Raises UnsupportedModel when there is not exactly one model to tap, ValueError for settings that cannot be.
     """
-    order, run_valid = -1, False
+    order, run_valid, _stateattrs = -1, False, ("surgery",)
+    surgery = None                                                # the handle, until the Learner is exported
 
     def __init__(self, weight=.01, # λ, the peak; or a function of the share of the run that is done (0–1)
                  warmup: float | None = None, # share of the run until the peak; None: a tenth
@@ -26,12 +27,12 @@ class SpatialEntropyFastai(Callback):
                  drop_skip: bool = False): # remove the last skip first
         super().__init__()
         self.settings, self.drop_skip = _for_run(weight, warmup, schedule, block, query), drop_skip
-        self.regularizer, self.surgery, self._columns, self._listens = None, None, [], False
+        self.regularizer, self._columns, self._listens, self._operated = None, [], False, False
 
     def after_create(self):
-        if self.drop_skip and self.surgery is None: self.surgery = _operate(self.learn.model)
+        if self.drop_skip and not self._operated: self.surgery, self._operated = _operate(self.learn.model), True
 
-# %% ../nbs/22_fastai.ipynb #d0a0354c
+# %% ../nbs/22_fastai.ipynb #1c3cd7f8
 def _before_fit(self):
     self.after_fit()
     if self.learn.lock.locked(): return                           # validate, get_preds, predict
@@ -40,7 +41,7 @@ def _before_fit(self):
 
 def _before_train(self):
     if self._listens: return                                      # a later epoch
-    if self.drop_skip and self.surgery is None:
+    if self.drop_skip and not self._operated:
         raise ValueError("drop_skip: the optimiser exists already; give the callback to the Learner, not to fit: "
                          "Learner(..., cbs=SpatialEntropyFastai(drop_skip=True))")
     self.regularizer, self._listens = SpatialEntropyRegularizer(self.learn.model, **self.settings), True

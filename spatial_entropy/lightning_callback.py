@@ -44,7 +44,7 @@ class SpatialEntropyLightning(Callback):
             children = ", ".join(n for n, _ in pl_module.named_children()) or "none"
             raise ValueError(f"model: got {self.path!r}, which {type(pl_module).__name__} does not have; its parts: {children}") from None
 
-# %% ../nbs/20_lightning.ipynb #9f10eb22
+# %% ../nbs/20_lightning.ipynb #19b818dd
 def _setup(self, trainer, pl_module, stage):
     if self.drop_skip and self._operated is not pl_module:
         self.surgery, self._operated = _operate(self._vit(pl_module)), pl_module
@@ -58,7 +58,10 @@ def _on_fit_start(self, trainer, pl_module):
     if self._state is not None: self.regularizer.load_state_dict(self._state)
     self._wrap(pl_module)
 
+def _without_handle(self): return {**self.__dict__, "surgery": None}
+
 SpatialEntropyLightning.setup, SpatialEntropyLightning.on_fit_start = _setup, _on_fit_start
+SpatialEntropyLightning.__getstate__ = _without_handle            # for strategies that start processes by pickling
 
 # %% ../nbs/20_lightning.ipynb #ca12c9eb
 def _with_term(out, regularizer):

@@ -461,7 +461,8 @@ def hf(folder, model=None, weight=.5, schedule=False, callbacks=(), **more):
     ours = {k: more.pop(k) for k in ("drop_skip", "model_init", "entropy_warmup") if k in more}
     args = transformers.TrainingArguments(**{**dict(
         output_dir=str(folder), num_train_epochs=1, per_device_train_batch_size=4, learning_rate=.1, optim="sgd", lr_scheduler_type="constant",
-        max_grad_norm=0., logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, train_sampling_strategy="sequential"), **more})
+        max_grad_norm=0., logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
+        train_sampling_strategy="sequential"), **more})
     data = [dict(pixel_values=x, labels=i % 5) for i, x in enumerate(pictures(8))]
     trainer = se.SpatialEntropyTrainer(model=None if "model_init" in ours else model or Wrapped(), args=args, train_dataset=data, eval_dataset=data,
                                        entropy_weight=weight, entropy_schedule=schedule, callbacks=list(callbacks), **ours)
@@ -549,11 +550,13 @@ trainer.train()
 if trainer.args.process_index == 0: torch.save(trainer.model.vit.state_dict(), sys.argv[2] + "/weights.pt")
 torch.distributed.destroy_process_group()
 """, "lightning": """
-import sys, torch
+import os, sys, torch
 sys.path.insert(0, sys.argv[1])
 import lightning.pytorch as pl, test_callbacks as t
+data = torch.utils.data.Subset(t.batches().dataset, range(int(os.environ["RANK"]), 8, 2))
 module = t.lit(pl)
-trainer = t.fit(pl, module, t.se.SpatialEntropyLightning(.5, schedule=False), data=t.batches(8, 1), accumulate_grad_batches=2, devices=2, strategy="ddp")
+trainer = t.fit(pl, module, t.se.SpatialEntropyLightning(.5, schedule=False), data=t.DataLoader(data, batch_size=1), use_distributed_sampler=False,
+                accumulate_grad_batches=2, devices=2, strategy="ddp")
 if trainer.global_rank == 0: torch.save(module.vit.state_dict(), sys.argv[2] + "/weights.pt")
 """}
 
@@ -782,7 +785,8 @@ def test_metric_forward_collection_and_copies():
     (lambda: metric_of(3).update(random_maps()[0]), ValueError, "expected"), (lambda: metric_of(3).update({0: random_maps()}), TypeError, r"got blocks \[0\]"),
     (lambda: metric_of({0: 3}).update(random_maps()), TypeError, r"expected a dict of the blocks \[0\]"),
     (lambda: metric_of({0: 3, 1: 3}).update({0: random_maps()}), TypeError, r"got blocks \[0\]"),
-    (lambda: metric_of(0), ValueError, "heads: got 0"), (lambda: metric_of({}), ValueError, "heads: got {}"), (lambda: metric_of(3, per="map"), ValueError, "per: got"),
+    (lambda: metric_of(0), ValueError, "heads: got 0"), (lambda: metric_of({}), ValueError, "heads: got {}"),
+    (lambda: metric_of(3, per="map"), ValueError, "per: got"),
 ])
 def test_metric_refusals(call, error, said):
     with pytest.raises(error, match=said):
