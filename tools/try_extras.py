@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TUTORIALS = {"lightning": "20_lightning", "transformers": "21_trainer", "fastai": "22_fastai", "none": "23_timm_task", "torchmetrics": "24_torchmetrics"}
+TUTORIALS = {"lightning": "30_lightning", "transformers": "31_trainer", "fastai": "32_fastai", "none": "33_timm_task", "torchmetrics": "34_torchmetrics"}
 
 
 def script(notebook):
