@@ -222,7 +222,8 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("-o", "--output", required=True)
     p.add_argument("--authors-code")
-    p.add_argument("--skip", nargs="*", default=[], choices=("values", "behaviour", "taps", "growth", "benchmark", "tune"))
+    p.add_argument("--skip", nargs="*", default=[], choices=("values", "behaviour", "taps", "growth", "benchmark", "tune", "training"))
+    p.add_argument("--timm-train", help="train.py of timm's repository, to measure beside our loop")
     args = p.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("on_gpu.py: torch sees no CUDA device on this machine; nothing was run")
@@ -235,7 +236,15 @@ def main():
         words = ["benchmark", "--device", "cuda", "-o", str(folder / "benchmark"), *(["--authors-code", args.authors_code] if args.authors_code else [])]
         code = "import sys; from spatial_entropy.commands import main; sys.exit(main(sys.argv[1:]))"
         return dict(exit=subprocess.run([sys.executable, "-c", code, *words], check=True).returncode)
-    for name, part in dict(values=check_values, behaviour=check_behaviour, taps=check_taps, growth=growth, benchmark=benchmark, tune=tune).items():
+    def training():
+        "deit_small at 224 pixels, batch 256, bfloat16, compiled: throughput in turns, peaks, and where the time goes. Its logic was run on a CPU."
+        words = ("benchmark training --model deit_small_patch16_224 --img-size 224 --batch-size 256 --amp-dtype bfloat16 --compile --updates 8 --rounds 9 "
+                 "--workers 12 -o").split() + [str(folder / "training"), *(["--timm-train", args.timm_train] if args.timm_train else [])]
+        code = "import sys; from spatial_entropy.commands import main; sys.exit(main(sys.argv[1:]))"
+        return dict(exit=subprocess.run([sys.executable, "-c", code, *words], check=True).returncode)
+
+    parts = dict(values=check_values, behaviour=check_behaviour, taps=check_taps, growth=growth, benchmark=benchmark, training=training, tune=tune)
+    for name, part in parts.items():
         if name in args.skip:
             continue
         start = time.time()

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['place_seed', 'randomness', 'Pictures', 'Order', 'LoadingFailed', 'loading_failed', 'Batches', 'Loaders', 'loaders']
 
-# %% ../nbs/14_batches.ipynb #a6ed93d1
-import random, signal
+# %% ../nbs/14_batches.ipynb #43d99c5b
+import os, random, signal, threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 import numpy as np
@@ -79,7 +79,7 @@ class Order(Sampler):
         copies = (shuffled[:, None]*self.repeats + torch.arange(self.repeats)).flatten()
         yield from copies[self.start:self.start + len(self)].tolist()
 
-# %% ../nbs/14_batches.ipynb #760460c3
+# %% ../nbs/14_batches.ipynb #fbf7bddb
 def _collate(items):
     "A batch of the items that could be read; an empty one when none could."
     good = [i for i in items if i is not None]
@@ -87,8 +87,16 @@ def _collate(items):
     return torch.stack([x for x, _ in good]), torch.tensor([label for _, label in good])
 
 def _start_worker(_):
-    "Ctrl-C and a scheduler's SIGTERM reach every process of a group; the main one decides when loading ends."
-    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)
+    "Let the main process alone decide when loading ends."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
+
+def _obey(parent):
+    "End when the parent says SIGTERM, and for nobody else."
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent: pass
+    os._exit(0)
 
 # %% ../nbs/14_batches.ipynb #bac1e299
 class LoadingFailed(OSError):

@@ -38,7 +38,7 @@ def _add_settings(parser):
         elif const: parser.add_argument(*names, nargs="?", const=const, metavar="NAME", **options)
         else: parser.add_argument(*names, type=kind, metavar=kind.__name__.upper(), **options)
 
-# %% ../nbs/24_commands.ipynb #942a13e9
+# %% ../nbs/24_commands.ipynb #24b6958d
 def _parser():
     p = argparse.ArgumentParser("spatial-entropy", description="Vision Transformers whose attention falls on connected objects.")
     commands = p.add_subparsers(dest="command", required=True, metavar="{train,evaluate,draw,benchmark}")
@@ -49,6 +49,8 @@ def _parser():
     _add_draw(commands.add_parser("draw", help="draw the maps and regions of pictures", description="Draw maps and regions."))
     _add_benchmark(commands.add_parser("benchmark", help="measure the loss against its peers, here", description="Measure the loss, forward and "
         "backward, against every labelling tool that is installed. Takes about three minutes; --quick half a minute."))
+    _add_training_benchmark(commands.add_parser("benchmark-training", help="measure a training run against timm's own script, here",
+        description="Measure our training loop, plain, with the surgery and with the regulariser, against timm's train.py, in turns. About five minutes."))
     return p
 
 def _add_where_from(p):
@@ -75,7 +77,7 @@ def _add_draw(p):
     p.add_argument("--no-pretrained", action="store_true", help="a timm model with random weights, without a download")
     p.add_argument("--checkpoint", help="a file of weights for the timm model, .safetensors or .pth")
 
-# %% ../nbs/24_commands.ipynb #908ced72
+# %% ../nbs/24_commands.ipynb #afc8256f
 def _add_benchmark(p):
     p.add_argument("--quick", action="store_true", help="one small load and three kinds of map, no memory")
     p.add_argument("--shapes", nargs="+", metavar="BxHxS", help="images x heads x side, such as 256x6x14 (six loads)")
@@ -88,6 +90,19 @@ def _add_benchmark(p):
     p.add_argument("--device", default="cpu", help="such as cuda (cpu)")
     p.add_argument("--dtype", default="float32", help="float32, float16 or bfloat16 (float32)")
     p.add_argument("--step", action=argparse.BooleanOptionalAction, help="measure a training step of deit_small too (on a GPU: yes)")
+    p.add_argument("-o", "--output", default="benchmark-results", help="a folder; an existing one is kept, the new one gets a number (benchmark-results)")
+
+def _add_training_benchmark(p):
+    p.add_argument("--timm-train", metavar="PATH", help="train.py of timm's repository, to measure it too")
+    p.add_argument("--quick", action="store_true", help="two rounds of two updates")
+    p.add_argument("--model", help="a timm model name (deit_tiny_patch16_224)")
+    p.add_argument("--model-kwargs", nargs="+", type=_pairs, metavar="KEY=VALUE", help="arguments of timm.create_model")
+    p.add_argument("--data", help="an image folder with train/ and validation/ (generated)")
+    for flag, text in (("img-size", "pixels a side (128)"), ("batch-size", "pictures a step (32)"), ("updates", "of a contender in a round (4)"),
+                       ("rounds", "that count (9)"), ("workers", "processes that load pictures (0)")): p.add_argument("--" + flag, type=int, help=text)
+    p.add_argument("--amp-dtype", help="bfloat16 or float16 (none)")
+    p.add_argument("--compile", nargs="?", const="inductor", metavar="NAME", help="compile the model")
+    p.add_argument("--device", help="such as cpu (what accelerate finds)")
     p.add_argument("-o", "--output", default="benchmark-results", help="a folder; an existing one is kept, the new one gets a number (benchmark-results)")
 
 # %% ../nbs/24_commands.ipynb #6b49129d
@@ -210,7 +225,7 @@ def _open(path):
     try: return Image.open(path).convert("RGB")
     except (OSError, SyntaxError): raise ValueError(f"{path}: not a picture that can be read") from None
 
-# %% ../nbs/24_commands.ipynb #9fd75a56
+# %% ../nbs/24_commands.ipynb #dd26cea6
 def _benchmark(args):
     from spatial_entropy.benchmark import prepare_benchmark, run_benchmark
     job = prepare_benchmark(**{k: v for k, v in vars(args).items() if k != "command"})
@@ -218,18 +233,31 @@ def _benchmark(args):
     def work(): run_benchmark(job)
     return work
 
-# %% ../nbs/24_commands.ipynb #b8c791a8
+def _benchmark_training(args):
+    from spatial_entropy.training_benchmark import prepare_training_benchmark, run_training_benchmark
+    settings = {k: v for k, v in vars(args).items() if k != "command"}
+    settings["model_kwargs"] = dict(settings["model_kwargs"] or {})
+    request, folder = prepare_training_benchmark(**settings)
+
+    def work(): run_training_benchmark(request, folder)
+    return work
+
+# %% ../nbs/24_commands.ipynb #c146c62a
 def _dashed(word):
     "--batch_size=3 as --batch-size=3."
     flag, equals, value = word.partition("=")
     return flag.replace("_", "-") + equals + value if word.startswith("--") else word
 
+_commands = {"train": _train, "evaluate": _evaluate, "draw": _draw, "benchmark": _benchmark, "benchmark-training": _benchmark_training}
+
 def main(argv=None) -> int: # the exit code
     "The console script `spatial-entropy`. 0: done; 1: the run had to stop; 2: the request was wrong; 128 + n: stopped by signal n."
-    args = _parser().parse_args([_dashed(a) for a in (sys.argv[1:] if argv is None else argv)])
+    words = [_dashed(a) for a in (sys.argv[1:] if argv is None else argv)]
+    if words[:1] == ["benchmark"] and words[1:2] in (["loss"], ["training"]): words[:2] = ["benchmark" if words[1] == "loss" else "benchmark-training"]
+    args = _parser().parse_args(words)
     try:
-        try: work = {"train": _train, "evaluate": _evaluate, "draw": _draw, "benchmark": _benchmark}[args.command](args)
-        except (ValueError, TypeError, OSError) as e:
+        try: work = _commands[args.command](args)
+        except (ValueError, TypeError, OSError, ImportError) as e:
             print(f"spatial-entropy {args.command}: {e}", file=sys.stderr)
             return 2
         return work() or 0

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-# %% ../nbs/11_files.ipynb #1a69e6c3
+# %% ../nbs/11_files.ipynb #bbbc424d
 def _sync(path):
     "Push a file's bytes, or a folder's entries, to the disk."
     handle = os.open(path, os.O_RDONLY)
@@ -22,7 +22,7 @@ def _sync(path):
 def writing(path, tidy=lambda: None):
     "Inside, a failure to write becomes an OSError in one sentence that names `path`; then `tidy` is called."
     try: yield
-    except Exception as e: tidy(); raise _unwritten(path, e) from None
+    except Exception as e: said = _unwritten(path, e); tidy(); raise said from None
 
 def write_whole(path, # where
                 write, # called with a temporary path beside it, of the same suffix
@@ -37,25 +37,32 @@ def write_whole(path, # where
         write(temporary); _sync(temporary); os.replace(temporary, path); _sync(path.parent)
     return path
 
-# %% ../nbs/11_files.ipynb #66fa3df9
+# %% ../nbs/11_files.ipynb #384d5e45
 _disk = ("No space left", "File too large", "Read-only file system", "Permission denied", "Input/output error", "Disk quota", "file write failed",
          "failed writing file", "unexpected pos", "No such file or directory")
 
 def _unwritten(path, e):
     "The error of a failed write, as one sentence, or the error itself if it is about something else."
     if not (isinstance(e, OSError) or any(d in str(e) for d in _disk)): return e
-    why = e.strerror if isinstance(e, OSError) and e.strerror else next((d for d in _disk if d in str(e)), type(e).__name__)
-    return OSError(getattr(e, "errno", None), f"cannot be written ({why}; {_free(path)})", str(path))
+    why = e.strerror if isinstance(e, OSError) and e.strerror else next((d for d in _disk[:6] if d in str(e)), None)
+    return OSError(f"{path}: cannot be written ({'; '.join(filter(None, [why, _disk_says(path)]))})")
 
-def _free(path):
-    try: return f"{shutil.disk_usage(Path(path).parent).free/2**20:.0f} MiB free there"
-    except OSError: return "the folder cannot be read"
+def _disk_says(path):
+    "What is known of the disk that a path lies on."
+    folder = next((p for p in Path(path).absolute().parents if p.exists()), Path("/"))
+    disk = os.statvfs(folder)
+    if disk.f_flag & os.ST_RDONLY: return "Read-only file system"
+    free = disk.f_bavail*disk.f_frsize/2**20
+    return f"{free:,.1f} MiB free there" + (", or a quota is used up" if free > 100 else "")
 
-# %% ../nbs/11_files.ipynb #4efbbb30
+# %% ../nbs/11_files.ipynb #75447f66
 _manifest = "manifest.json"
 
 def _sum(path):
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+
+def _sealed(content): # the list carries a sum of its own
+    return {**content, "sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
 
 def seal(temporary, # a folder with all its files
          path, # the name that it gets; a folder of that name is replaced
@@ -65,27 +72,33 @@ def seal(temporary, # a folder with all its files
     temporary, path = Path(temporary), Path(path)
     files = sorted(p for p in temporary.rglob("*") if p.is_file())
     listed = {str(p.relative_to(temporary)): dict(bytes=p.stat().st_size, sha256=_sum(p)) for p in files}
-    (temporary/_manifest).write_text(json.dumps({"files": listed, **facts}, indent=1) + "\n")
+    (temporary/_manifest).write_text(json.dumps(_sealed({"files": listed, "facts": facts}), indent=1) + "\n")
     for p in [*files, temporary/_manifest, temporary]: _sync(p)
     if path.exists(): shutil.rmtree(path)
     os.rename(temporary, path); _sync(path.parent)
     return path
 
-# %% ../nbs/11_files.ipynb #ba43259c
+# %% ../nbs/11_files.ipynb #3f0a2cc6
 class Damaged(ValueError):
     "A sealed folder that is not what was written."
+
+def _list(path):
+    "The list of a sealed folder."
+    try: found = json.loads((path/_manifest).read_text()); said = found.pop("sha256"); whole = _sealed(found)["sha256"] == said
+    except (OSError, ValueError, KeyError, AttributeError): raise Damaged(f"{path}: has no {_manifest} that can be read") from None
+    if not whole: raise Damaged(f"{path/_manifest}: has changed since it was written")
+    return found
 
 def check(path) -> dict: # the facts that `seal` was given
     "Compare a sealed folder with its list. Raises Damaged that names the first file that is missing, cut short or changed."
     path = Path(path)
-    try: facts = json.loads((path/_manifest).read_text()); files = facts.pop("files")
-    except (OSError, ValueError, KeyError, AttributeError): raise Damaged(f"{path}: has no {_manifest} that can be read") from None
-    for name, said in files.items():
+    found = _list(path)
+    for name, said in found["files"].items():
         p = path/name
         if not p.is_file(): raise Damaged(f"{p}: missing")
         if (n := p.stat().st_size) != said["bytes"]: raise Damaged(f"{p}: has {n} bytes, expected {said['bytes']}")
         if _sum(p) != said["sha256"]: raise Damaged(f"{p}: has changed since it was written (its SHA-256 differs)")
-    return facts
+    return found["facts"]
 
 # %% ../nbs/11_files.ipynb #be20d646
 def newest_whole(paths, # sealed folders, oldest first

@@ -25,12 +25,12 @@ from timm.task import ClassificationTask, LogitDistillationTask
 from timm.utils import ModelEmaV3
 from torch import nn
 
-# %% ../nbs/17_jobs.ipynb #9a71821c
+# %% ../nbs/17_jobs.ipynb #b5722a9d
 from .batches import Loaders, loaders
 from .config import TrainConfig, load_config, save_config
 from .families import find
 from .files import Damaged, newest_whole, seal, versions, writing
-from .models import build_model, build_teacher, change_last_block, start_model
+from .models import build_model, build_teacher, change_last_block, check_name, start_model
 from .operators import SpatialEntropyLoss
 from .tap import AttentionTap
 
@@ -125,14 +125,14 @@ def _optimizer(c, model, updates, update):
                                        warmup_lr=min(c.warmup_lr, lr), min_lr=min(c.min_lr, lr), step_on_epochs=c.sched_on_epochs, updates_per_epoch=updates)
     return optimizer, scheduler
 
-# %% ../nbs/17_jobs.ipynb #bdf7ead3
+# %% ../nbs/17_jobs.ipynb #871cac24
 def prepare(config: TrainConfig,
             folder: Path | None = None, # of a run that goes on; None: a new one
             say=print, # called with a sentence on what was left out
            ) -> Job:
     "Build everything a run needs. Raises ValueError, TypeError or OSError in one sentence, before anything is written."
     c = config
-    set_seed(c.seed)
+    check_name(c.model); set_seed(c.seed)
     accelerator = _accelerator(c)
     if not accelerator.is_main_process: say = lambda said: None
     if c.device not in (None, accelerator.device.type):
@@ -225,7 +225,7 @@ def checkpoints(folder) -> list[Path]: # oldest first
     "The checkpoints in a run's folder."
     return sorted((Path(folder)/"checkpoints").glob("step-*"))
 
-# %% ../nbs/17_jobs.ipynb #c19c9fc0
+# %% ../nbs/17_jobs.ipynb #6d8ad83d
 def _checkpoint(folder, say):
     "(path, facts) of the newest whole checkpoint; None if there is not one yet."
     paths = checkpoints(folder) if folder else []
@@ -238,7 +238,7 @@ def _restore(job, found, say):
     _compare(job, say)
     if not found: return say(f"{job.folder}: no checkpoint yet; starting from scratch")
     try:
-        job.accelerator.load_state(str(found[0]))
+        job.accelerator.load_state(str(found[0])); job.accelerator.step = 0    # batches of this update so far, however many an update now has
         ours = torch.load(found[0]/"place.pt", map_location="cpu", weights_only=True)
         if job.ema: job.ema.load_state_dict(ours["ema"])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError) as e:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['entropy_weight', 'Stopped', 'validate', 'picture_of_maps', 'fit', 'Trained', 'train', 'resume', 'prepare_resume']
 
-# %% ../nbs/18_training.ipynb #3e85b6b9
-import math, shutil, signal, threading, time
+# %% ../nbs/18_training.ipynb #f78a0fd8
+import math, multiprocessing, shutil, signal, threading, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-# %% ../nbs/18_training.ipynb #c04f0442
-from .batches import loading_failed, place_seed
+# %% ../nbs/18_training.ipynb #99bb50ed
+from .batches import LoadingFailed, loading_failed, place_seed
 from .config import TrainConfig, configure, load_config
 from .files import write_rows, write_whole
 from .jobs import Job, checkpoints, prepare, save_checkpoint
@@ -102,7 +102,7 @@ def _skip(job, losses, norm, progress):
         raise FloatingPointError(said + (f", for the {p.skips}. time in a row" if p.skips > 1 else "") + "; lower --lr, and look at the data")
     progress.note(f"{said}; this update was left out ({p.skips} in a row, {job.config.max_skips} allowed)")
 
-# %% ../nbs/18_training.ipynb #ebe6d9dc
+# %% ../nbs/18_training.ipynb #d4db444d
 def _run(job, progress, stop):
     "From the place to the end of the run."
     while job.place.epoch < job.config.epochs:
@@ -117,6 +117,7 @@ def _run(job, progress, stop):
         job.sums.zero_()
         _save_epoch(job, row)
         progress.finish(row)
+        _draw(job)
         if job.place.epoch < job.config.epochs: _stop_if_asked(job, stop)
 
 # %% ../nbs/18_training.ipynb #9815ae16
@@ -216,7 +217,7 @@ def _row(job, rate, start):
                 train_ce=ce/n, train_top1=100*hits/n, train_entropy=entropy/n, val_loss=v["loss"], val_top1=v["top1"], val_entropy=v["entropy"],
                 val_regions=v["regions"], images_per_s=rate, seconds=time.perf_counter() - start)
 
-# %% ../nbs/18_training.ipynb #7aaa9039
+# %% ../nbs/18_training.ipynb #5f7c7d8e
 def picture_of_maps(pixels: torch.Tensor, # (B, 3, S, S) in 0–1
                     maps: torch.Tensor, # (B, H, h, w) similarities
                     names=None): # a text under each image
@@ -231,6 +232,7 @@ def _first_pictures(job, n=4):
     for i, label in enumerate(data.source.labels):
         if label not in chosen and (item := data[i]) is not None: chosen[label] = item[0]
         if len(chosen) == min(n, len(job.loaders.classes)): break
+    if not chosen: raise LoadingFailed(f"not one validation picture could be read, the first is {data.skipped()[0]}")
     mean, std = job.loaders.val.scale
     return (torch.stack(list(chosen.values())).to(mean.device).float() - mean)/std
 
@@ -268,7 +270,7 @@ def _last_pictures(job):
     plt.close(figure)
     write_whole(folder/"attention.gif", lambda f: film(sorted((folder/"pictures").glob("epoch-*.png")), f))
 
-# %% ../nbs/18_training.ipynb #38c76c77
+# %% ../nbs/18_training.ipynb #c8212c1e
 def fit(job: Job, console: Console | None = None, plot: bool | None = None) -> list[dict]: # the rows of metrics.csv
     """Run a prepared job to its end.
 
@@ -280,20 +282,25 @@ def fit(job: Job, console: Console | None = None, plot: bool | None = None) -> l
     with RunProgress(job.config.epochs, job.updates, console, plot) as progress, _signals() as stop:
         progress.history = list(job.place.rows)
         try: _draw(job); _run(job, progress, stop)
-        except RuntimeError as e: raise loading_failed(e) or e from None
+        except RuntimeError as e: raise loading_failed(e) or _left_alone(job, e) or e from None
     _last_pictures(job)
-    if skipped := job.loaders.skipped(): console.print(f"{len(skipped)} picture(s) could not be read and were left out: {', '.join(skipped[:5])}")
+    if skipped := job.loaders.skipped(): _say(console)(f"{len(skipped)} picture(s) could not be read and were left out: {', '.join(skipped[:5])}")
     for tracker in job.accelerator.trackers: tracker.finish()
     job.tap.close()
     return job.place.rows
 
+def _left_alone(job, e):
+    "The error of a process whose partner is gone, in one sentence; None if it is about something else."
+    if job.accelerator.num_processes > 1 and any(word in str(e) for word in ("gloo", "NCCL", "closed by peer", "Connection reset", "Broken pipe")):
+        return ConnectionError(f"another process of this run ended ({' '.join(str(e).split('] ')[-1].split())[:100]})")
+
 def _track(job):
     "Start the trackers that were asked for, in the run's folder."
-    job.accelerator.project_configuration.set_directories(str(job.folder))
+    job.accelerator.project_configuration.project_dir = job.accelerator.project_configuration.logging_dir = str(job.folder)
     flat = {k: v if isinstance(v, (int, float, bool)) else str(v) for k, v in asdict(job.config).items()}
     if job.config.trackers: job.accelerator.init_trackers("spatial_entropy", flat, {"wandb": {"dir": str(job.folder), "name": job.folder.name}})
 
-# %% ../nbs/18_training.ipynb #fce0f077
+# %% ../nbs/18_training.ipynb #16fb6202
 @dataclass
 class Trained:
     "A run: its folder and what it measured."
@@ -301,10 +308,14 @@ class Trained:
     rows: list[dict] # the lines of metrics.csv
     stopped: str | None = None # the signal that stopped it, such as "SIGINT"; resume(folder) goes on
 
+def _say(console): # a launched process cannot display in the notebook that launched it
+    console = console or (Console(force_jupyter=False) if multiprocessing.parent_process() else Console())
+    return lambda said: console.print(said, highlight=False, markup=False, soft_wrap=True)
+
 def _fit(job, console, plot):
     try: return Trained(job.folder, fit(job, console, plot))
     except Stopped as e:
-        (console or Console()).print(f"stopped by {e}, saved; go on with resume({str(job.folder)!r})", highlight=False, soft_wrap=True)
+        _say(console)(f"stopped by {e}, saved; go on with resume({str(job.folder)!r})")
         return Trained(job.folder, job.place.rows, str(e))
 
 def train(config: TrainConfig | None = None, # None: a recipe
@@ -314,9 +325,9 @@ def train(config: TrainConfig | None = None, # None: a recipe
           **settings, # changes of the configuration, by name
          ) -> Trained:
     "Train from a notebook or a script. Raises ValueError, TypeError or OSError before anything is written."
-    return _fit(prepare(replace(config, **settings) if config else configure(recipe, **settings)), console, plot)
+    return _fit(prepare(replace(config, **settings) if config else configure(recipe, **settings), say=_say(console)), console, plot)
 
-# %% ../nbs/18_training.ipynb #fc99f994
+# %% ../nbs/18_training.ipynb #3897ba18
 _machine = ("device", "workers", "grad_accum_steps", "checkpoint_hist", "recovery_interval", "max_skips", "trackers")
 
 def resume(run: str, # a run folder
@@ -334,4 +345,4 @@ def prepare_resume(run, console=None, **machine) -> Job:
     if wrong := sorted(set(machine) - set(_machine)):
         raise ValueError(f"{wrong[0]}: a run goes on with its own configuration; only {', '.join(_machine)} may change")
     config, _ = load_config(run)
-    return prepare(replace(config, **machine), Path(run), (console or Console()).print)
+    return prepare(replace(config, **machine), Path(run), _say(console))

@@ -1,8 +1,11 @@
 """Folders as people have them, and runs that go wrong."""
+import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import timm
@@ -10,6 +13,9 @@ import torch
 from PIL import Image
 
 import spatial_entropy as se
+from spatial_entropy import jobs, training
+from spatial_entropy.models import load_weights
+from spatial_entropy.progress import RunProgress
 
 
 def folder(root, **classes):
@@ -24,18 +30,20 @@ def folder(root, **classes):
 def test_train_and_val_folders_share_the_classes(tmp_path):
     root = folder(tmp_path, **{"train/b": 6, "train/a": 6, "train/c": 6, "val/c": 2, "val/a": 2})
     b = se.loaders(str(root), img_size=32, batch_size=4)
+    source = b.val.dataset.source
     assert b.classes == ("a", "b", "c") and len(b.train.dataset) == 18 and len(b.val.dataset) == 4
-    assert [Path(p).parent.name for p, _ in b.val.dataset.samples] == [b.classes[i] for _, i in b.val.dataset.samples]
-    assert sorted(i for _, i in b.val.dataset.samples) == [0, 0, 2, 2]       # c keeps its number although val has no b
+    assert [Path(source.name(i)).parent.name for i in range(4)] == [b.classes[k] for k in source.labels]
+    assert sorted(source.labels) == [0, 0, 2, 2]                             # c keeps its number although val has no b
 
 
 def test_limit_is_balanced_and_the_split_depends_on_the_seed_alone(tmp_path):
     root = str(folder(tmp_path, a=20, b=20))
     one, two, other = (se.loaders(root, 32, 4, seed=s, limit=10) for s in (1, 1, 2))
-    labels = [i for _, i in one.train.dataset.samples]
+    names = lambda part: [part.dataset.source.name(i) for i in range(len(part.dataset))]
+    labels = one.train.dataset.source.labels
     assert labels.count(0) == labels.count(1) == 5 and len(one.val.dataset) == 8
-    assert one.val.dataset.samples == two.val.dataset.samples != other.val.dataset.samples
-    assert not {p for p, _ in one.train.dataset.samples} & {p for p, _ in one.val.dataset.samples}
+    assert names(one.val) == names(two.val) != names(other.val)
+    assert not set(names(one.train)) & set(names(one.val))
 
 
 @pytest.mark.parametrize("classes,said", [
@@ -74,4 +82,57 @@ def test_the_regulariser_lowers_entropy_when_it_is_all_there_is():
 def test_a_loss_that_is_no_number_ends_in_a_sentence(tmp_path):
     said = subprocess.run([str(Path(sys.executable).with_name("spatial-entropy")), *"train --limit 96 --epochs 2 --lr 1e30 --warmup-epochs 0".split(),
                            "--output", str(tmp_path)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert said.returncode == 1 and "the loss is nan; lower --lr" in said.stderr and "Traceback" not in said.stderr
+    assert said.returncode == 1 and "lower --lr, and look at the data" in said.stderr and "Traceback" not in said.stderr
+    assert "go on with: spatial-entropy train --resume" in said.stderr
+
+
+tiny = dict(limit=32, batch_size=8, epochs=2, img_size=32, model_kwargs=dict(depth=2, embed_dim=24, num_heads=2, patch_size=8), picture_interval=9, plot=False)
+
+
+@pytest.mark.parametrize("settings", [
+    dict(amp_dtype="bfloat16"), dict(compile="aot_eager", amp_dtype="bfloat16", grad_checkpointing=True, model_ema=True, model_ema_warmup=True),
+    dict(channels_last=True, aug_repeats=3, smoothing=.1, opt="lamb"), dict(layer_decay=.7, sched_on_epochs=True, warmup_epochs=0, clip_grad=0., drop_path=.3),
+    dict(interpolation="random", aa="augmix-m3-w2", fraction=.5, limit=None), dict(keep_skip=True, entropy_weight=0., max_skips=0),
+    dict(mixup=.2, cutmix=.3, mixup_prob=.5, lr_base=1e-3, lr_base_size=16),
+], ids=lambda s: " ".join(s))
+def test_every_setting_trains_stops_and_goes_on(tmp_path, settings, monkeypatch):
+    "In one go, and interrupted in the second epoch: the same weights. (The pictures, which take most of the time, are others' affair.)"
+    monkeypatch.setattr(training, "_draw", lambda job: None)
+    monkeypatch.setattr(training, "_last_pictures", lambda job: None)
+    settings = {**tiny, **settings}
+    if "fraction" in settings:
+        settings |= dict(data=str(folder(tmp_path / "data", **{c: 40 for c in "ab"})), workers=0)
+    run = se.train(output=str(tmp_path), experiment="whole", **settings)
+    assert len(run.rows) == 2 and all(r["train_loss"] == r["train_loss"] for r in run.rows)
+    calls, run_updates = [], json.loads((run.folder / "facts.json").read_text())["updates_per_epoch"]
+
+    def update(self, images, **means):
+        calls.append(images)
+        if len(calls) == (run_updates + 1):
+            signal.raise_signal(signal.SIGTERM)
+
+    with patch.object(RunProgress, "update", update):
+        stopped = se.train(output=str(tmp_path), experiment="stopped", **settings)
+    assert stopped.stopped == "SIGTERM"
+    se.resume(stopped.folder, plot=False)
+    ours, theirs = (load_weights(f / "model.safetensors") for f in (stopped.folder, run.folder))
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+
+def test_a_teacher(tmp_path):
+    teacher = se.train(output=str(tmp_path), experiment="teacher", **tiny)
+    torch.save(timm.create_model("test_vit", num_classes=10).state_dict(), tmp_path / "teacher.pth")
+    run = se.train(output=str(tmp_path), experiment="pupil", teacher="test_vit", teacher_checkpoint=str(tmp_path / "teacher.pth"), **tiny)
+    assert run.rows[0]["train_loss"] != run.rows[0]["train_ce"] and run.rows[0]["train_loss"] != teacher.rows[0]["train_loss"]
+    size = lambda r: (jobs.checkpoints(r.folder)[-1] / "model.safetensors").stat().st_size
+    assert abs(size(run) - size(teacher)) < 1000                             # the teacher is not in the checkpoint
+
+
+def test_trackers_get_the_metrics(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    run = se.train(output=str(tmp_path), experiment="logged", trackers=["tensorboard"], **tiny)
+    logs = [EventAccumulator(str(p.parent)) for p in run.folder.rglob("events.out.tfevents.*")]
+    [log.Reload() for log in logs]
+    log = next(log for log in logs if "val_top1" in log.Tags()["scalars"])
+    assert [round(e.value, 4) for e in log.Scalars("val_top1")] == [round(r["val_top1"], 4) for r in run.rows]

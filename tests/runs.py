@@ -1,0 +1,116 @@
+"""Runs in forked children: started, killed, gone on with, compared. Everything slow is imported once, by the parent."""
+import multiprocessing
+import os
+import signal
+import socket
+from contextlib import ExitStack
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from rich.console import Console
+
+from spatial_entropy import files, jobs
+from spatial_entropy.config import TrainConfig
+from spatial_entropy.data import shapes
+from spatial_entropy.models import load_weights
+from spatial_entropy.progress import plot_metrics
+from spatial_entropy.training import picture_of_maps, resume, train
+
+processes = multiprocessing.get_context("fork")
+# Everything that draws random numbers, and everything that has a state, is on.
+everything = dict(limit=64, batch_size=8, epochs=2, model_kwargs=dict(depth=2, embed_dim=24, num_heads=2, patch_size=8), mixup=.8, cutmix=1.,
+                  aa="rand-m5-mstd0.5", reprob=.3, color_jitter=.3, drop_path=.2, grad_accum_steps=2, model_ema=True, model_ema_decay=.9, smoothing=.1,
+                  recovery_interval=1, entropy_weight=.1, entropy_warmup=0, warmup_epochs=1, picture_interval=2, layer_decay=.8, experiment="run",
+                  device="cpu", img_size=32)
+shapes(64, size=32).images, shapes(1000, "val", 32).images  # drawn once, before the forks; and what else is slow the first time:
+picture_of_maps(torch.rand(2, 3, 32, 32), torch.rand(2, 2, 2, 2)), plot_metrics([dict(epoch=1, train_loss=1., val_loss=1.)])
+
+
+def _kill_at(point):
+    "Kill this process (SIGKILL) at the n-th call of a function that writes."
+    name, n = point
+    where, what = {"sync": (files, "_sync"), "state": (jobs, "seal"), "prune": (jobs, "_prune"), "write": (jobs, "_write_state")}[name]
+    real, calls = getattr(where, what), []
+
+    def call(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+
+    return patch.object(where, what, call)
+
+
+def go(output, settings, point=None, rank=None, world=1, port=None, said=None, hook=None):
+    "Start the run, or go on with it if its folder is there."
+    torch.set_num_threads(1)
+    if world > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=str(port))
+    with open(said or os.devnull, "a", buffering=1) as out, ExitStack() as stack:
+        if point:
+            stack.enter_context(_kill_at(point))
+        if hook:
+            stack.enter_context(hook())
+        console, folder = Console(file=out, width=200), Path(output) / "run"
+        try:
+            run = resume(folder, console, False) if (folder / "config.yaml").exists() else train(TrainConfig(output=str(output), **settings), console, False)
+        except Exception as e:
+            console.print(f"{type(e).__name__}: {e}", highlight=False, markup=False, soft_wrap=True)
+            os._exit(1)
+        out.flush()
+    os._exit(3 if run.stopped else 0)
+
+
+def start(output, settings=everything, **options):
+    child = processes.Process(target=go, args=(output, settings), kwargs=options)
+    child.start()
+    return child
+
+
+def whole(output, settings=everything, **options):
+    "To the end, in one go."
+    child = start(output, settings, **options)
+    child.join()
+    assert child.exitcode == 0, child.exitcode
+    return Path(output) / "run"
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def pair(output, settings=everything, points=(None, None), said=(None, None), hook=None):
+    "Two gloo processes."
+    port = free_port()
+    return [start(output, settings, rank=r, world=2, port=port, point=points[r], said=said[r], hook=hook) for r in range(2)]
+
+
+def state(run):
+    "Everything that a run ends with: weights, averaged weights, optimiser, place."
+    last = jobs.checkpoints(run)[-1]
+    ours = torch.load(last / "place.pt", weights_only=True)
+    optimizer = torch.load(last / "optimizer.bin", weights_only=True)
+    for row in ours["place"]["rows"]:
+        row.pop("seconds"), row.pop("images_per_s")
+    return dict(saved=load_weights(run / "model.safetensors"), trained=load_weights(last / "model.safetensors"), optimizer=optimizer["state"], ours=ours)
+
+
+def assert_same(a, b, where=""):
+    "Bit for bit."
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for k in a:
+            assert_same(a[k], b[k], f"{where}.{k}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for k, (x, y) in enumerate(zip(a, b)):
+            assert_same(x, y, f"{where}[{k}]")
+    else:
+        assert a == b, (where, a, b)

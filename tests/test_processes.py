@@ -1,0 +1,87 @@
+"""Several processes: torchrun, accelerate's notebook_launcher, and the same weights as one process that accumulates."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from runs import assert_same, everything, free_port, pair, processes, state, whole
+
+from spatial_entropy import jobs
+from spatial_entropy.models import load_weights
+from spatial_entropy.training import resume
+
+here = Path(sys.executable).parent
+alone, two = {**everything, "grad_accum_steps": 4}, {**everything, "grad_accum_steps": 2}
+
+
+def close(a, b):
+    for k, v in a["trained"].items():
+        torch.testing.assert_close(v, b["trained"][k], atol=1e-6, rtol=0, msg=lambda said, k=k: f"{k}: {said}")
+
+
+def test_two_processes_equal_one_with_twice_the_accumulation(tmp_path):
+    "Crops, RandAugment, erasing, Mixup, CutMix, stochastic depth, average, clipping, AdamW: all the same draws."
+    children = pair(tmp_path / "two", two)
+    [c.join(200) for c in children]
+    assert [c.exitcode for c in children] == [0, 0]
+    ours, theirs = state(tmp_path / "two" / "run"), state(whole(tmp_path / "one", alone))
+    close(ours, theirs)
+    assert ours["ours"]["place"]["rows"][0].keys() == theirs["ours"]["place"]["rows"][0].keys()
+    for a, b in zip(ours["ours"]["place"]["rows"], theirs["ours"]["place"]["rows"]):
+        assert all(abs(a[k] - b[k]) < 1e-4 for k in a), (a, b)
+
+
+def go_on(run, accumulate):
+    torch.set_num_threads(1)
+    resume(run, plot=False, grad_accum_steps=accumulate)
+
+
+def test_one_process_goes_on_for_two(tmp_path):
+    "Two are stopped in the middle; one of them, with twice the accumulation, ends with what one alone would have."
+    children = pair(tmp_path, {**two, "recovery_interval": 0})
+    while all(c.is_alive() for c in children) and not (tmp_path / "run" / "pictures" / "epoch-0000.png").exists():
+        time.sleep(.01)
+    os.kill(children[1].pid, signal.SIGTERM)
+    [c.join(200) for c in children]
+    assert [c.exitcode for c in children] == [3, 3] and len(jobs.checkpoints(tmp_path / "run")) == 1
+    child = processes.Process(target=go_on, args=(tmp_path / "run", 4))
+    child.start()
+    child.join()
+    close(state(tmp_path / "run"), state(whole(tmp_path / "one", alone)))
+
+
+small = ("train --limit 64 -b 8 --epochs 1 --img-size 32 --model-kwargs depth=1 embed_dim=24 num_heads=2 patch_size=16 --mixup .8 "
+         "--picture-interval 9 --experiment run --output").split()
+
+
+def test_torchrun(tmp_path):
+    command = [here / "torchrun", "--nproc-per-node", "2", "--no-python", here / "spatial-entropy", *small, tmp_path]
+    said = subprocess.run(list(map(str, command)), capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.count("run folder: ") == said.stdout.count("as JSON: ") == 1 and "2 × cpu" in said.stdout
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+    assert len(list((jobs.checkpoints(tmp_path / "run")[-1]).glob("random_states_*.pkl"))) == 2
+
+
+notebook = """
+from accelerate import notebook_launcher
+from spatial_entropy import TrainConfig, train
+config = TrainConfig(limit=64, batch_size=8, epochs=1, img_size=32, mixup=.8, picture_interval=9, experiment="run", output={output!r},
+                     model_kwargs=dict(depth=1, embed_dim=24, num_heads=2, patch_size=16))
+notebook_launcher(train, (config,), num_processes=2, use_port="{port}")
+"""
+
+
+def test_notebook_launcher_gives_the_weights_of_torchrun(tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    code = notebook.format(output=str(tmp_path), port=free_port())
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=200)
+    assert said.returncode == 0, said.stderr
+    assert len(list((jobs.checkpoints(tmp_path / "run")[-1]).glob("random_states_*.pkl"))) == 2
+    command = [here / "torchrun", "--nproc-per-node", "2", "--no-python", here / "spatial-entropy", *small, tmp_path / "other"]
+    assert subprocess.run(list(map(str, command)), capture_output=True, env=environment).returncode == 0
+    assert_same(*(load_weights(p / "run" / "model.safetensors") for p in (tmp_path, tmp_path / "other")))
+

@@ -1,0 +1,458 @@
+"""Pictures from folders, tars, shards, torchvision and Hugging Face: the same ones, in the same order, or a sentence that says why not."""
+import io
+import json
+import multiprocessing
+import pickle
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from spatial_entropy.sources import Source, _by_share, _Numbered, _take_turns, sources
+
+
+def picture(i):
+    return Image.fromarray(np.random.default_rng(i).integers(0, 255, (8, 10, 3), dtype=np.uint8))
+
+
+def png(i):
+    out = io.BytesIO()
+    picture(i).save(out, "PNG")
+    return out.getvalue()
+
+
+def folder(root, **classes):
+    "folder(root, **{'train/cat': 5}): every picture is another one."
+    n = 0
+    for name, count in classes.items():
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            (root / name / f"{i}.png").write_bytes(png(n))
+            n += 1
+    return root
+
+
+def tar(path, **members):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as t:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            t.addfile(info, io.BytesIO(data))
+    return path
+
+
+def shard(path, numbers, kind="cls", label=lambda i: i % 2):
+    text = (lambda i: json.dumps({"label": label(i), "id": i})) if kind == "json" else lambda i: f"{label(i)}\n"
+    return tar(path, **{k: v for i in numbers for k, v in ((f"{i:04}.png", png(i)), (f"{i:04}.{kind}", text(i).encode()))})
+
+
+def contents(source):
+    return [(np.asarray(source.open(i)).tobytes(), source.labels[i]) for i in range(len(source))]
+
+
+def found(source):
+    return sorted(contents(source))
+
+
+# folders and tars
+
+@pytest.mark.parametrize("val", ["val", "validation", "valid"])
+def test_folder_with_parts(tmp_path, val):
+    train, valid = sources(str(folder(tmp_path, **{"train/b": 3, "train/a": 3, "train/c": 3, f"{val}/c": 2, f"{val}/a": 2})))
+    assert train.classes == valid.classes == ("a", "b", "c") and len(train) == 9 and valid.labels == [0, 0, 2, 2]
+    assert valid.name(2) == f"{val}/c/0.png" and all(train.name(i).split("/")[1] == "abc"[train.labels[i]] for i in range(9))
+    assert isinstance(train, Source) and train.open(0).mode == "RGB"
+
+
+def test_parts_of_other_names(tmp_path):
+    root = folder(tmp_path, **{"fit/a": 3, "fit/b": 3, "try/a": 1, "val/a": 5})
+    train, val = sources(root, train_split="fit", val_split="try")
+    assert len(train) == 6 and len(val) == 1
+    with pytest.raises(ValueError, match="has no learn/"):
+        sources(root, train_split="learn")
+
+
+@pytest.mark.parametrize("wrap", ["", "./", "pets/"])
+def test_a_tar_is_its_folder(tmp_path, wrap):
+    root = folder(tmp_path / "f", **{"train/a": 3, "train/b": 4, "val/b": 2})
+    with tarfile.open(tmp_path / "all.tar", "w") as t:
+        t.add(root, wrap.rstrip("/"))
+    a, b = sources(root, seed=5), sources(tmp_path / "all.tar", seed=5)
+    assert [contents(x) for x in a] == [contents(x) for x in b] and b[1].name(0) == f"all.tar:{wrap.removeprefix('./')}val/b/0.png"
+
+
+def test_one_tar_for_each_part(tmp_path):
+    root = folder(tmp_path / "f", **{"train/a": 3, "train/b": 4, "val/b": 2})
+    for part in ("train", "val"):
+        with tarfile.open(tmp_path / f"{part}.tar", "w") as t:
+            t.add(root / part, "")
+    (tmp_path / "tars").mkdir()
+    for part in ("train", "val"):
+        (tmp_path / f"{part}.tar").rename(tmp_path / "tars" / f"{part}.tar")
+    assert [contents(x) for x in sources(root)] == [contents(x) for x in sources(tmp_path / "tars")]
+
+
+def test_hidden_files_and_other_kinds(tmp_path):
+    root = folder(tmp_path, a=3, b=3, **{".ipynb_checkpoints": 2})
+    picture(7).save(root / "a" / "x.WEBP", lossless=True)
+    (root / "a" / "._1.png").write_bytes(b"junk")
+    (root / "a" / "notes.txt").write_text("no picture")
+    train, val = sources(root)
+    assert train.classes == ("a", "b") and len(train) + len(val) == 7
+
+
+def test_unreadable_pictures_raise_what_is_promised(tmp_path):
+    root = folder(tmp_path, **{"train/a": 2, "train/b": 2, "val/a": 3})
+    (root / "val/a/0.png").write_bytes(b"text")
+    (root / "val/a/1.png").write_bytes(png(0)[:60])
+    _, val = sources(root)
+    with pytest.raises(OSError, match="^val/a/0.png: is not a picture that Pillow knows$"):
+        val.open(0)
+    (root / "val/a/2.png").unlink()
+    for i in range(3):
+        with pytest.raises((OSError, SyntaxError, ValueError)):
+            val.open(i)
+
+
+def test_odd_errors_of_decoders_become_oserror(monkeypatch):
+    _, val = sources("shapes", img_size=8)
+    monkeypatch.setattr(type(val), "_open", lambda self, item: {}["no such tag"])
+    with pytest.raises(OSError, match=r"shapes/val\[4\]: cannot be decoded \(KeyError"):
+        val.open(4)
+    with pytest.raises(IndexError):
+        val.open(5000)
+
+
+# shards
+
+@pytest.mark.parametrize("kind", ["cls", "json"])
+@pytest.mark.parametrize("prefix", ["", "wds/"])
+def test_shards(tmp_path, kind, prefix):
+    shard(tmp_path / "set-train-0.tar", range(0, 8), kind)
+    shard(tmp_path / "set-train-1.tar", range(8, 14), kind)
+    shard(tmp_path / "set-validation-0.tar", range(20, 25), kind)
+    train, val = sources(f"{prefix}{tmp_path}")
+    assert train.classes == ("0", "1") and val.name(0) == "set-validation-0.tar:0020.png"
+    assert contents(val) == [(picture(i).tobytes(), i % 2) for i in range(20, 25)]
+    assert found(train) == sorted((picture(i).tobytes(), i % 2) for i in range(14))
+
+
+@pytest.mark.parametrize("where,expected", [
+    ("train-{000..001}.tar", 12), ("train-*.tar", 18), ("{train,val}-*.tar", 18), ("train-001.tar", 6), ("t*-00[02].tar", 12)])
+def test_patterns(tmp_path, where, expected):
+    for i in range(3):
+        shard(tmp_path / f"train-{i:03}.tar", range(6 * i, 6 * i + 6))
+    shard(tmp_path / "val-000.tar", range(90, 93))
+    train, val = sources(f"wds/{where}", data_dir=tmp_path)
+    if "val" in where:
+        assert (len(train), len(val)) == (expected, 3)
+    else:
+        assert len(train) + len(val) == expected and not set(found(train)) & set(found(val))
+    with pytest.raises(FileNotFoundError, match=r"train-003.tar: no such file"):
+        sources("wds/train-{000..003}.tar", data_dir=tmp_path)
+
+
+def test_shards_in_folders_of_parts(tmp_path):
+    shard(tmp_path / "train" / "0.tar", range(6))
+    shard(tmp_path / "val" / "0.tar", range(6, 9))
+    assert [len(x) for x in sources(f"wds/{tmp_path}")] == [6, 3]
+
+
+@pytest.mark.parametrize("file,text", [
+    ("classes.txt", "no\nyes\n"), ("_info.json", '{"classes": ["no", "yes"]}'),
+    ("dataset_info.json", '{"features": {"label": {"names": ["no", "yes"], "_type": "ClassLabel"}}}')])
+def test_names_beside_shards(tmp_path, file, text):
+    shard(tmp_path / "a.tar", range(10))
+    (tmp_path / file).write_text(text)
+    assert sources(f"wds/{tmp_path}")[0].classes == ("no", "yes")
+
+
+def test_labels_that_are_names(tmp_path):
+    shard(tmp_path / "a.tar", range(10), "json", lambda i: ("cat", "ant")[i % 2])
+    train, _ = sources(f"wds/{tmp_path}")
+    assert train.classes == ("ant", "cat")
+    assert found(train.take([0])) == [(picture(i).tobytes(), 1 - i % 2) for i in range(10) if picture(i).tobytes() == contents(train)[0][0]]
+
+
+@pytest.mark.parametrize("members,said", [
+    ({"1.png": png(1)}, r"1.png has no label; expected 1.cls with a number"),
+    ({"1.png": png(1), "1.cls": b""}, "has no label"),
+    ({"1.png": png(1), "1.cls": b"-1"}, "has no label"),
+    ({"1.png": png(1), "1.json": b"{"}, "has no label"),
+    ({"1.png": png(1), "1.json": b'{"label": true}'}, "has no label"),
+    ({"1.cls": b"3"}, "found no images"),
+    ({"1.png": png(1), "1.cls": b"1"}, r"found 1 class \(1\); expected labels of two or more"),
+    ({"1.png": png(1), "1.cls": b"1", "2.png": png(2), "2.cls": b"cat"}, "some labels are numbers and some are names"),
+])
+def test_shard_mistakes(tmp_path, members, said):
+    tar(tmp_path / "a.tar", **members)
+    with pytest.raises(ValueError, match=said):
+        sources(f"wds/{tmp_path}")
+
+
+def test_tars_that_are_cut_compressed_or_without_labels(tmp_path):
+    whole = shard(tmp_path / "a.tar", range(9)).read_bytes()
+    (tmp_path / "cut.tar").write_bytes(whole[:3000])
+    with tarfile.open(tmp_path / "z.tar", "w:gz") as t:
+        t.add(tmp_path / "a.tar", "a.tar")
+    for name in ("cut.tar", "z.tar"):
+        with pytest.raises(ValueError, match=f"{name}: cannot be read as a tar .*; expected a whole, uncompressed one"):
+            sources(tmp_path / name)
+    with pytest.raises(ValueError, match=r"2 picture\(s\) lie in no subfolder, first 1.png; expected one subfolder a class, or in a tar a label"):
+        sources(tar(tmp_path / "loose.tar", **{"1.png": png(1), "2.png": png(2)}))
+
+
+class Opened(Dataset):
+    def __init__(self, source): self.source = source
+    def __len__(self): return len(self.source)
+    def __getitem__(self, i): return np.asarray(self.source.open(i)).copy(), self.source.labels[i]
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
+def test_two_forked_processes_read_the_same_shard(tmp_path):
+    train, _ = sources(shard(tmp_path / "a.tar", range(60)))
+    train.open(0)                                             # whatever is open now must not be shared
+    at_home = contents(train)
+    for _ in range(2):
+        loader = DataLoader(Opened(train), 4, num_workers=2, multiprocessing_context="fork")
+        assert [(x.numpy().tobytes(), int(l)) for xs, ls in loader for x, l in zip(xs, ls)] == at_home
+
+
+def test_pickled(tmp_path):
+    for source in (*sources(shard(tmp_path / "a.tar", range(10))), *sources(folder(tmp_path / "f", a=4, b=4)), *sources(img_size=8, limit=10)):
+        few = source.take([1, 0, -1])
+        again = pickle.loads(pickle.dumps(few))
+        assert contents(again) == contents(few) and again.classes == few.classes and again.name(2) == few.name(2)
+
+
+# mistakes
+
+@pytest.mark.parametrize("classes,error,said", [
+    ({"train/a": 3, "train/b": 3}, ValueError, "has train/ but no val/; add it, or pass .*train to split it by seed"),
+    ({"train/a": 3, "train/b": 3, "val/x": 2}, ValueError, "val: has classes that train/ has not: x"),
+    ({"train": 0, "val/x": 2}, ValueError, "train: found no images; expected one subfolder a class with pictures inside"),
+    ({"only": 9}, ValueError, r"found 1 class \(only\); expected a subfolder for each"),
+    ({"a": 1, "b": 1}, ValueError, r"2 picture\(s\) are too few to split into training and validation"),
+    ({}, ValueError, "found no images"),
+    ({"": 3, "a": 1, "b": 1}, ValueError, r"3 picture\(s\) lie in no subfolder, first 0.png"),
+])
+def test_folder_mistakes(tmp_path, classes, error, said):
+    with pytest.raises(error, match=said):
+        sources(str(folder(tmp_path, **classes)))
+
+
+@pytest.mark.parametrize("wish,said", [
+    (dict(limit=0), "limit: got 0, expected at least 1 picture"), (dict(fraction=0.), "fraction: got 0.0, expected a number above 0 and at most 1"),
+    (dict(fraction=1.5), "fraction: got 1.5"), (dict(fraction=float("nan")), "fraction: got nan"),
+    (dict(limit=3, fraction=.1), "limit and fraction: got 3 and 0.1"), (dict(val_fraction=1.), "val_fraction: got 1.0, expected a number between 0 and 1")])
+def test_wishes_out_of_range(wish, said):
+    with pytest.raises(ValueError, match=said):
+        sources(**wish)
+
+
+def test_what_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match='nowhere: no such folder; expected an image folder, or "shapes"'):
+        sources("nowhere")
+    (tmp_path / "a.zip").write_bytes(b"PK")
+    with pytest.raises(ValueError, match="a.zip: is neither a folder nor a .tar"):
+        sources(tmp_path / "a.zip")
+    with pytest.raises(FileNotFoundError, match="nowhere: no such file; expected a folder of shards"):
+        sources("wds/nowhere")
+
+
+# parts of them
+
+def test_shapes():
+    train, val = sources(img_size=8)
+    assert (len(train), len(val)) == (4000, 1000) and len(sources(limit=9000)[0]) == 4000
+    few, whole = sources(img_size=8, limit=20)
+    assert contents(few) == contents(train.take(range(20))) and len(whole) == 1000
+    tenth, _ = sources(img_size=8, fraction=.1)
+    assert len(tenth) == 400 and set(np.bincount(tenth.labels)) == {40} and contents(tenth.take([5]))[0] in contents(train)
+
+
+def test_limit_takes_classes_in_turns(tmp_path):
+    root = folder(tmp_path, **{"train/a": 20, "train/b": 6, "train/c": 2, "val/a": 3})
+    train, val = sources(root, limit=12)
+    assert np.bincount(train.labels).tolist() == [5, 5, 2] and len(val) == 3
+    assert contents(sources(root, limit=7)[0]) == contents(train)[:7]
+
+
+def test_split_keeps_shares_and_depends_on_the_seed_alone(tmp_path):
+    root = folder(tmp_path, a=40, b=10)
+    train, val = sources(root, seed=1)
+    assert np.bincount(train.labels).tolist() == [32, 8] and np.bincount(val.labels).tolist() == [8, 2]
+    assert not set(found(train)) & set(found(val)) and len(set(found(train)) | set(found(val))) == 50
+    assert contents(sources(root, seed=1, fraction=.5)[1]) == contents(val) != contents(sources(root, seed=2)[1])
+
+
+def test_the_order_on_the_disk_does_not_matter(tmp_path):
+    names = [f"{c}/{i}.png" for c in "ab" for i in range(12)]
+    for where, order in (("one", names), ("two", names[::-1])):
+        tar(tmp_path / f"{where}.tar", **{n: png(names.index(n)) for n in order})
+        for n in order:
+            (tmp_path / where / n).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / where / n).write_bytes(png(names.index(n)))
+    a, *others = [sources(tmp_path / w, seed=3, fraction=.4) for w in ("one", "two", "one.tar", "two.tar")]
+    assert all(contents(x) == contents(y) for b in others for x, y in zip(a, b))
+
+
+CLASSES = st.lists(st.integers(1, 40), min_size=2, max_size=8)
+
+
+@settings(deadline=None)
+@given(CLASSES, st.integers(0, 99), st.lists(st.floats(.01, 1), min_size=2, max_size=2))
+def test_fractions_are_fair_and_nested(counts, seed, fractions):
+    labels = [c for c, n in enumerate(counts) for _ in range(n)]
+    whole = _Numbered({"x": list(range(len(labels)))}, 0, labels, range(len(counts)))
+    order = _by_share(labels, seed)
+    assert sorted(order) == list(range(len(labels))) and np.array_equal(order, _by_share(labels, seed))
+    small, large = (whole.take(order[:max(len(counts), round(f * len(labels)))]) for f in sorted(fractions))
+    assert set(small.items) <= set(large.items) and set(small.labels) == set(labels)
+    kept, n = np.bincount(large.labels), np.array(counts)
+    assert ((kept - 1) / n).max() < ((kept + 1) / n).min()    # one share fits every class, within a picture
+
+
+@settings(deadline=None)
+@given(CLASSES, st.integers(0, 99), st.data())
+def test_turns_are_even(counts, seed, data):
+    labels = [c for c, n in enumerate(counts) for _ in range(n)]
+    kept = np.bincount([labels[i] for i in _take_turns(labels, seed)[:data.draw(st.integers(1, len(labels)))]], minlength=len(counts))
+    short = kept < np.array(counts)
+    assert not short.any() or kept[short].min() >= kept.max() - 1
+
+
+# torchvision, in the layout that it keeps on the disk
+
+def cifar(root, base, files, meta, key, fine=""):
+    (root / base).mkdir(parents=True)
+    for k, name in enumerate(files):
+        rows = np.stack([np.asarray(picture(100 * k + i).resize((32, 32))).transpose(2, 0, 1).reshape(-1) for i in range(10)])
+        (root / base / name).write_bytes(pickle.dumps({"data": rows, f"{fine}labels": list(range(10))}))
+    (root / base / meta).write_bytes(pickle.dumps({key: [f"kind {i}" for i in range(10)]}))
+
+
+def test_cifar(tmp_path, monkeypatch):
+    cifar(tmp_path, "cifar-10-batches-py", [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"], "batches.meta", "label_names")
+    cifar(tmp_path, "cifar-100-python", ["train", "test"], "meta", "fine_label_names", "fine_")
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}: holds no whole cifar10; pass --download"):
+        sources("torch/cifar10", data_dir=tmp_path)           # the sums are wrong
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *a: True)
+    train, val = sources("torch/cifar10", data_dir=str(tmp_path), fraction=.4)
+    assert len(train) == 20 and set(np.bincount(train.labels)) == {2} and val.labels == list(range(10)) and train.classes[3] == "kind 3"
+    assert val.name(7) == "cifar10/test[7]" and np.array_equal(val.open(7), np.asarray(picture(507).resize((32, 32))))
+    assert contents(pickle.loads(pickle.dumps(val.take([1, 2])))) == contents(val)[1:3]
+    assert [len(s) for s in sources("torch/cifar100", data_dir=tmp_path)] == [10, 10]
+    with pytest.raises(ValueError, match='got part \'val\', expected "train" or "test"'):
+        sources("torch/cifar10", data_dir=tmp_path, val_split="val")
+
+
+def test_pets(tmp_path):
+    base = tmp_path / "oxford-iiit-pet"
+    (base / "images").mkdir(parents=True)
+    (base / "annotations").mkdir()
+    names = [(f"{breed}_{i}", k) for k, breed in enumerate(("Abyssinian", "american_bulldog", "Bengal"), 1) for i in range(6)]
+    for j, (n, _) in enumerate(names):
+        picture(j).save(base / "images" / f"{n}.jpg")
+    for part, rest in (("trainval", 0), ("test", 1)):
+        (base / "annotations" / f"{part}.txt").write_text("".join(f"{n} {k} 1 1\n" for j, (n, k) in enumerate(names) if j % 2 == rest))
+    train, val = sources("torch/pets", data_dir=tmp_path)
+    assert train.classes == ("Abyssinian", "American Bulldog", "Bengal") and np.bincount(train.labels).tolist() == [3, 3, 3]
+    assert val.open(0).size == (10, 8) and val.name(0) == "pets/test[0]"
+
+
+def test_flowers(tmp_path, monkeypatch):
+    savemat = pytest.importorskip("scipy.io").savemat
+    base = tmp_path / "flowers-102"
+    (base / "jpg").mkdir(parents=True)
+    for i in range(1, 13):
+        picture(i).save(base / "jpg" / f"image_{i:05}.jpg")
+    savemat(base / "imagelabels.mat", {"labels": np.array([[1 + i % 2 for i in range(12)]])})
+    savemat(base / "setid.mat", {"trnid": np.array([[1, 2, 3, 4]]), "valid": np.array([[5, 6, 7]]), "tstid": np.array([[8, 9, 10, 11, 12]])})
+    monkeypatch.setattr(torchvision.datasets.flowers102, "check_integrity", lambda *a: True)
+    assert [len(s) for s in sources("torch/flowers102", data_dir=tmp_path)] == [4, 3]
+    train, test = sources("torch/Flowers102", data_dir=tmp_path, train_split="train+val", val_split="test")
+    assert (len(train), len(test)) == (7, 5) and test.classes[0] in ("pink primrose", "0")
+    assert sorted(train.name(i) for i in range(7))[4] == "flowers102/val[0]"
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    with pytest.raises(ImportError, match=r"torch/flowers102: needs scipy; pip install 'spatial_entropy\[data\]'"):
+        sources("torch/flowers102", data_dir=tmp_path)
+
+
+def test_torch_mistakes(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="torch/mnist: no such set; expected one of torch/cifar10, torch/cifar100, torch/flowers102, torch/pets"):
+        sources("torch/mnist", data_dir=tmp_path)
+    with pytest.raises(ValueError, match="torch/pets: needs data_dir"):
+        sources("torch/pets")
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}: holds no whole pets; pass --download"):
+        sources("torch/pets", data_dir=tmp_path)
+
+    def offline(*args, **kwargs):
+        raise OSError("no\n network")
+    monkeypatch.setattr(torchvision.datasets.oxford_iiit_pet, "download_and_extract_archive", offline)
+    with pytest.raises(OSError, match=r"torch/pets cannot be downloaded there \(no network\)"):
+        sources("torch/pets", data_dir=tmp_path, download=True)
+
+
+# Hugging Face
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    datasets.disable_progress_bars()
+    return datasets
+
+
+def test_hugging_face_folders(tmp_path, hub):
+    root = folder(tmp_path / "f", **{"train/b": 6, "train/a": 6, "validation/b": 2})
+    ours = sources(root)
+    for train, val in (sources("hfds/imagefolder", data_dir=root), sources(f"hfds/{root}", data_dir=tmp_path / "cache")):
+        assert train.classes == ("a", "b") and found(train) == found(ours[0]) and contents(val) == contents(ours[1])
+        assert contents(pickle.loads(pickle.dumps(train))) == contents(train)
+        loader = DataLoader(Opened(train), 4, num_workers=2, multiprocessing_context="fork")
+        assert [(x.numpy().tobytes(), int(l)) for xs, ls in loader for x, l in zip(xs, ls)] == contents(train)
+    train, val = sources(f"hfds/{folder(tmp_path / 'g', a=10, b=10)}", data_dir=tmp_path / "cache")
+    assert (len(train), len(val)) == (16, 4) and len(sources(f"hfds/{root}", data_dir=tmp_path / "cache", train_split="train[25%:75%]")[0]) == 6
+
+
+def test_hugging_face_columns(tmp_path, hub):
+    def saved(name, **columns):
+        kinds = {"image": hub.Image(), "coarse": hub.ClassLabel(names=["all", "none"]), "fine": hub.ClassLabel(names=["no", "yes"])}
+        features = {k: kinds.get(k, hub.Value("int64" if isinstance(v[0], int) else "string")) for k, v in columns.items()}
+        hub.DatasetDict(train=hub.Dataset.from_dict(columns, features=hub.Features(features))).save_to_disk(str(tmp_path / name))
+        return f"hfds/{tmp_path / name}"
+    pictures = [picture(i) for i in range(10)]
+    where = saved("a", image=pictures, fine=[0, 1] * 5, coarse=[0, 1, 1, 1, 1] * 2)
+    train, val = sources(where)
+    assert train.classes == ("no", "yes") and (len(train), len(val)) == (8, 2) and train.name(0).startswith(f"{where[5:]}/train[")
+    assert found(train) == sorted((picture(i).tobytes(), i % 2) for _, i in train.items)
+    assert sources(saved("b", image=pictures, label=["cat", "ant"] * 5))[0].classes == ("ant", "cat")
+    assert sources(saved("c", image=pictures, labels=[2, 1] * 5))[0].classes == ("0", "1", "2")
+    for columns, said in ((dict(image=pictures), r"has no labels; its columns are image \(Image\)"), (dict(label=[1, 0]), "has no pictures"),
+                          (dict(image=pictures, fine=[0, -1] * 5), "some pictures have no label"),
+                          (dict(image=pictures, fine=[1] * 10), r"found 1 class \(yes\); expected two or more")):
+        with pytest.raises(ValueError, match=said):
+            sources(saved("d" + str(len(list(tmp_path.iterdir()))), **columns))
+    with pytest.raises(ValueError, match="has no part 'test'; expected one of train"):
+        sources(where, val_split="test")
+
+
+def test_hugging_face_is_not_there(tmp_path, hub):
+    with pytest.raises(OSError, match="hfds/nobody/nothing: ") as e:
+        sources("hfds/nobody/nothing", data_dir=tmp_path)
+    assert "\n" not in str(e.value)
+
+
+def test_hugging_face_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"needs the package datasets; pip install 'spatial_entropy\[data\]'"):
+        sources("hfds/beans")
