@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 
 import spatial_entropy as se
@@ -53,17 +54,19 @@ def trained(photos):
 
 def test_training_on_a_folder(trained):
     run_, said = trained
-    assert sorted(p.name for p in run_.iterdir()) == ["before_after.png", "config.json", "evaluation.json", "metrics.csv", "model.safetensors"]
+    assert sorted(p.name for p in run_.iterdir()) == sorted([
+        "attention.gif", "before_after.png", "best.safetensors", "checkpoints", "config.yaml", "curves.png", "evaluation.json", "facts.json", "metrics.csv",
+        "model.safetensors", "pictures"])
     lines = (run_ / "metrics.csv").read_text().splitlines()
     assert len(lines) == 3 and float(lines[1].split(",")[2]) == 0 and float(lines[2].split(",")[2]) > 0
-    facts = json.loads((run_ / "config.json").read_text())
-    assert facts["config"]["limit"] == 32 and facts["versions"]["torch"] and len(facts["classes"]) == 3
+    facts, config = json.loads((run_ / "facts.json").read_text()), yaml.safe_load((run_ / "config.yaml").read_text())
+    assert config["limit"] == 32 and facts["versions"]["torch"] and len(facts["classes"]) == 3
     assert np.asarray(Image.open(run_ / "before_after.png")).std() > 10
     assert "could not be read and were left out" in said and ".png" in said
 
 
 def test_stock_timm_loads_the_weights(trained):
-    config, facts = json.loads((trained[0] / "config.json").read_text())["config"], None
+    config = yaml.safe_load((trained[0] / "config.yaml").read_text())
     model = timm.create_model(config["model"], img_size=32, num_classes=3, checkpoint_path=str(trained[0] / "model.safetensors"), **config["model_kwargs"])
     ours, _, facts = se.load_run(trained[0])
     x = torch.rand(2, 3, 32, 32)

@@ -18,22 +18,24 @@ def uninterrupted(tmp_path_factory):
     return state(run), time.perf_counter() - began
 
 
-def test_killed_at_ten_random_moments_also_while_writing(tmp_path, uninterrupted):
-    truth, seconds = uninterrupted
-    draw, died = random.Random(0), []
-    points = [("sync", draw.randint(1, 40)) for _ in range(4)] + [("state", 1), ("prune", 2)] + [None] * 8
+def test_killed_at_ten_random_moments_also_while_writing(tmp_path):
+    settings = {**everything, "epochs": 4}
+    began = time.perf_counter()
+    truth = state(whole(tmp_path / "whole", settings))
+    seconds, draw, kills = time.perf_counter() - began, random.Random(0), []
+    points = [("sync", draw.randint(1, 25)) for _ in range(4)] + [("state", 1), ("prune", 2)] + [None] * 100
     for point in points:
-        child = start(tmp_path, point=point)
+        child = start(tmp_path, settings, point=point)
         if point is None:                                    # at any moment, from the first import of the run to its end
-            child.join(draw.uniform(.3, .9) * seconds)
+            child.join(draw.uniform(.05, .4) * seconds)
             if child.is_alive():
                 os.kill(child.pid, signal.SIGKILL)
         child.join()
-        died.append(child.exitcode == -signal.SIGKILL)
-        if sum(died) >= 10:
+        kills += [point] if child.exitcode == -signal.SIGKILL else []
+        if len(kills) == 10 or child.exitcode == 0:
             break
-    run = whole(tmp_path)
-    assert sum(died) >= 5
+    assert len(kills) == 10, kills                           # the run did not end before
+    run = whole(tmp_path, settings)
     assert_same(state(run), truth)
     assert not list((run / "checkpoints").glob(".*"))         # nothing half written stays
 
