@@ -154,7 +154,7 @@ def _save_epoch(job, row):
 def _keep_best(job, row):
     if row["val_top1"] > job.place.best: job.place.best, job.place.best_at = row["val_top1"], (job.place.epoch + 1)*job.updates
 
-# %% ../nbs/18_training.ipynb #7ff413ce
+# %% ../nbs/18_training.ipynb #43613474
 class Stopped(Exception):
     "A run that was asked to stop, and has saved."
     def __init__(self, number): super().__init__(signal.Signals(number).name); self.signal = number
@@ -172,6 +172,7 @@ def _signals():
     finally:
         for n, handler in before.items(): signal.signal(n, handler)
 
+# %% ../nbs/18_training.ipynb #10af6269
 def _stop_if_asked(job, stop):
     "Save and raise Stopped when any process was asked."
     a, number = job.accelerator, stop[0] if stop else 0
@@ -236,7 +237,7 @@ def _first_pictures(job, n=4):
     mean, std = job.loaders.val.scale
     return (torch.stack(list(chosen.values())).to(mean.device).float() - mean)/std
 
-# %% ../nbs/18_training.ipynb #f3624c3a
+# %% ../nbs/18_training.ipynb #8c207da8
 @torch.no_grad()
 def _maps_now(job, x):
     "Maps (B, H, h, w) of some pictures, in evaluation mode."
@@ -246,6 +247,7 @@ def _maps_now(job, x):
         model.train(was)
         return tap.maps().float().cpu()
 
+# %% ../nbs/18_training.ipynb #8835a41c
 def _draw(job):
     "A frame of the film, at its time; before the first update also the maps, to compare with."
     p, every = job.place, job.config.picture_interval or max(1, job.config.epochs//20)
@@ -270,7 +272,7 @@ def _last_pictures(job):
     plt.close(figure)
     write_whole(folder/"attention.gif", lambda f: film(sorted((folder/"pictures").glob("epoch-*.png")), f))
 
-# %% ../nbs/18_training.ipynb #c8212c1e
+# %% ../nbs/18_training.ipynb #0a3bd716
 def fit(job: Job, console: Console | None = None, plot: bool | None = None) -> list[dict]: # the rows of metrics.csv
     """Run a prepared job to its end.
 
@@ -289,6 +291,7 @@ def fit(job: Job, console: Console | None = None, plot: bool | None = None) -> l
     job.tap.close()
     return job.place.rows
 
+# %% ../nbs/18_training.ipynb #64e5293e
 def _left_alone(job, e):
     "The error of a process whose partner is gone, in one sentence; None if it is about something else."
     if job.accelerator.num_processes > 1 and any(word in str(e) for word in ("gloo", "NCCL", "closed by peer", "Connection reset", "Broken pipe")):
@@ -300,7 +303,7 @@ def _track(job):
     flat = {k: v if isinstance(v, (int, float, bool)) else str(v) for k, v in asdict(job.config).items()}
     if job.config.trackers: job.accelerator.init_trackers("spatial_entropy", flat, {"wandb": {"dir": str(job.folder), "name": job.folder.name}})
 
-# %% ../nbs/18_training.ipynb #16fb6202
+# %% ../nbs/18_training.ipynb #9463d2e3
 @dataclass
 class Trained:
     "A run: its folder and what it measured."
@@ -312,6 +315,7 @@ def _say(console): # a launched process cannot display in the notebook that laun
     console = console or (Console(force_jupyter=False) if multiprocessing.parent_process() else Console())
     return lambda said: console.print(said, highlight=False, markup=False, soft_wrap=True)
 
+# %% ../nbs/18_training.ipynb #ec42bdd8
 def _fit(job, console, plot):
     try: return Trained(job.folder, fit(job, console, plot))
     except Stopped as e:
