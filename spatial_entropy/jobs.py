@@ -74,7 +74,7 @@ class Job:
     @property
     def main(self): return self.accelerator.is_main_process
 
-# %% ../nbs/17_jobs.ipynb #2229a222
+# %% ../nbs/17_jobs.ipynb #cfb0d3f9
 def _accelerator(c):
     "accelerate, with this precision and accumulation."
     missing = [t for t in c.trackers or [] if t in LOGGER_TYPE_TO_CLASS and t not in map(str, get_available_trackers())]
@@ -86,7 +86,7 @@ def _accelerator(c):
                    project_dir=c.output, step_scheduler_with_optimizer=False,
                    dataloader_config=DataLoaderConfiguration(even_batches=False, non_blocking=True),
                    gradient_accumulation_plugin=GradientAccumulationPlugin(c.grad_accum_steps, sync_with_dataloader=False))
-    if AcceleratorState._shared_state and PartialState().num_processes == 1: AcceleratorState._reset_state(reset_partial_state=True)
+    if PartialState._shared_state and PartialState().num_processes == 1: AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(**options)
     if c.amp_dtype == "float16" and accelerator.device.type == "cpu":
         raise ValueError("amp_dtype: got 'float16', which needs a GPU; expected bfloat16 or none here (--amp-dtype)")

@@ -5,6 +5,7 @@ import signal
 import time
 
 import pytest
+from accelerate import PartialState
 from runs import assert_same, everything, pair, start, state, whole
 
 import spatial_entropy as se
@@ -84,6 +85,7 @@ def test_loading_processes_do_not_matter(tmp_path, uninterrupted):
 
 def test_two_processes_one_of_them_killed(tmp_path):
     settings = {**everything, "grad_accum_steps": 1}
+    PartialState(cpu=True)                                   # accelerate has been used here before, by one process alone
     children = pair(tmp_path / "whole", settings)
     [c.join() for c in children]
     assert [c.exitcode for c in children] == [0, 0]
