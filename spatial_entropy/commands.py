@@ -242,7 +242,7 @@ def _benchmark_training(args):
     def work(): run_training_benchmark(request, folder)
     return work
 
-# %% ../nbs/24_commands.ipynb #c146c62a
+# %% ../nbs/24_commands.ipynb #0e202b83
 def _dashed(word):
     "--batch_size=3 as --batch-size=3."
     flag, equals, value = word.partition("=")
@@ -265,5 +265,5 @@ def main(argv=None) -> int: # the exit code
         print(f"spatial-entropy {args.command}: stopped: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; what was saved so far is in the run folder", file=sys.stderr)
+        print(f"spatial-entropy {args.command}: interrupted; what was saved before, if anything, stays", file=sys.stderr)
         return 130
