@@ -28,7 +28,7 @@ def test_killed_at_ten_random_moments_also_while_writing(tmp_path):
     for point in points:
         child = start(tmp_path, settings, point=point)
         if point is None:                                    # at any moment, from the first import of the run to its end
-            child.join(draw.uniform(.05, .4) * seconds)
+            child.join(draw.uniform(.05, .2) * seconds)
             if child.is_alive():
                 os.kill(child.pid, signal.SIGKILL)
         child.join()
