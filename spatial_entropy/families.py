@@ -24,6 +24,7 @@ class Raster:
     region: torch.Tensor | None = None # (W, m): patches of a window that see one another share a number
     queries: tuple[int, int] | None = None # (h, w) of the queries, where it is another one
     per_image: bool = False # each image has an order of its own
+    real: torch.Tensor | None = None # (W, n) bool: pooled queries that are not padding; None: all, or as the keys
 
     def lay(self, t, fill=0.): # t: (..., W, m) -> (..., h, w), `fill` where no key lies
         "Put the values of the keys where they lie on the picture."
@@ -84,6 +85,7 @@ class Layer:
     prefix: Any = None # tokens before the patches, where not the family's number
     one_query: bool = False # class-attention and pools: a single query of their own
     padded: bool = False # masks may hide keys
+    applied: Callable | None = None # (call, softmax) -> what multiplies the values, where the layer mixes it
     why: str = "" # not tapped: the reason
 
 # %% ../nbs/03_families.ipynb #50acf863
@@ -169,16 +171,19 @@ def _nchw(call): return Raster(tuple(call.x.shape[2:4]))
 
 _class_attention = Layer("timm.models.cait.ClassAttn", prefix=1, one_query=True)
 
+def _mixed_heads(call, p): return call.layer.proj_w(p.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+def _gated(call, p): return call.layer.get_attention(call.x) # ConViT: contents and positions
+
 # %% ../nbs/03_families.ipynb #20d4581b
 _adapters += [
-    Adapter("CaiT", _timm("cait.Cait"), (Layer("timm.models.cait.TalkingHeadAttn", prefix=0), _class_attention), cls=1, reads="cls",
+    Adapter("CaiT", _timm("cait.Cait"), (Layer("timm.models.cait.TalkingHeadAttn", prefix=0, applied=_mixed_heads), _class_attention), cls=1, reads="cls",
             grid="patch_embed.proj"),
     Adapter("XCiT", _timm("xcit.Xcit"), (_class_attention, Layer("timm.models.xcit.XCA", why="cross-covariance attention: channels, not places")),
             cls=1, reads="cls", grid="patch_embed", read=lambda module, args, out: Raster(tuple(out[1]))),
     Adapter("VOLO", _timm("volo.VOLO"), (Layer("timm.models.volo.Attention", _nhwc), Layer("timm.models.volo.ClassAttention", prefix=1, one_query=True),
             Layer("timm.models.volo.OutlookAttention", why="outlook attention has neither queries nor keys")), cls=1, reads="cls",
             grid=lambda m: f"network.{len(m.network) - 1}", read=lambda module, args, out: Raster(tuple(out.shape[1:3]))),
-    Adapter("ConViT", _timm("convit.ConVit"), (Layer("timm.models.convit.GPSA", prefix=0), Layer("timm.models.convit.MHSA", prefix=1)),
+    Adapter("ConViT", _timm("convit.ConVit"), (Layer("timm.models.convit.GPSA", prefix=0, applied=_gated), Layer("timm.models.convit.MHSA", prefix=1)),
             cls=1, reads=_pooled, grid="patch_embed.proj"),
     Adapter("TNT", _timm("tnt.TNT"), (Layer("timm.models.tnt.Attention", lambda c: Raster(tuple(c.model.pixel_embed.grid_size)), named="attn_out$"),),
             prefix=1, cls=1, reads=_pooled),
@@ -194,9 +199,18 @@ def _pair(v): return tuple(v) if isinstance(v, (tuple, list, torch.Size)) else (
 def _windowed(call): # (B, H, W, C) blocks with a window_size, perhaps a shift
     b, grid = call.layer, tuple(call.x.shape[1:3])
     size = _pair(b.window_size)
-    pooled = (0, 0) if getattr(b, "q_stride", None) else None
+    stride = getattr(b, "q_stride", None)
+    pooled = (0, 0) if stride else None
     if size[0] < 1 or getattr(b, "is_windowed", True) is False: return Raster(grid, queries=pooled)
-    return replace(windows(grid, size, _pair(getattr(b, "shift_size", 0)), device=call.x.device), queries=pooled)
+    raster = windows(grid, size, _pair(getattr(b, "shift_size", 0)), device=call.x.device)
+    return replace(raster, queries=pooled, real=_unpadded(grid, size, stride, call.x.device) if stride else None)
+
+def _unpadded(grid, size, stride, device): # which pooled queries of a window are not cropped away; None: all
+    (h, w), (sy, sx) = grid, stride
+    if not h % size[0] and not w % size[1]: return None
+    pooled = windows((h//sy, w//sx), (size[0]//sy, size[1]//sx), device=device).cells < (h//sy)*(w//sx)
+    rows = -(-h//size[0])*-(-w//size[1])
+    return pooled if len(pooled) == rows else None
 
 def _tiny(call): # TinyViT attends globally where one window is the whole grid
     return Raster(tuple(call.x.shape[1:3])) if call.x.shape[1:3] == _pair(call.layer.window_size) else _windowed(call)
@@ -278,7 +292,7 @@ _adapters += [
             grid=lambda m: next(n for n, x in m.named_modules() if type(x).__name__ == "Flat"),
             read=lambda module, args, out: Raster(tuple(args[0].shape[2:4]))),
     Adapter("EfficientFormer V2", _timm("efficientformer_v2.EfficientFormerV2"),
-            tuple(Layer(n, _v2) for n in _timm("efficientformer_v2.Attention2d efficientformer_v2.Attention2dDownsample"))),
+            tuple(Layer(n, _v2, applied=lambda call, p: call.layer.talking_head2(p)) for n in _timm("efficientformer_v2.Attention2d efficientformer_v2.Attention2dDownsample"))),
     Adapter("Visformer", _timm("visformer.Visformer"), (Layer("timm.models.visformer.Attention", _nchw),)),
     Adapter("FastViT", _timm("fastvit.FastVit"), (Layer("timm.models.fastvit.Attention", _nchw),)),
     Adapter("Hiera", _timm("hiera.Hiera"), (Layer("timm.models.hiera.MaskUnitAttention", _hiera, "b h w n"),)),
