@@ -14,7 +14,7 @@ from typing import get_args, get_type_hints
 import yaml
 
 # %% ../nbs/12_config.ipynb #021d081d
-from .files import write_json, write_whole
+from .files import read_text, write_json, write_whole
 
 # %% ../nbs/12_config.ipynb #1c454612
 def _setting(default, help, flag=None, check=None, const=None):
@@ -208,9 +208,9 @@ def read_settings(path) -> dict:
     path = Path(path)
     if path.is_dir(): path = path/"config.yaml"
     if not path.is_file(): raise FileNotFoundError(f"{path}: no such file of settings")
-    try: found = yaml.load(path.read_text(), _Once) or {}
+    try: found = yaml.load(read_text(path), _Once) or {}
     except _Twice as e: raise ValueError(f"{path}: {e}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e: raise ValueError(f"{path}: not YAML ({' '.join(str(e).split())[:150]})") from None
+    except yaml.YAMLError as e: raise ValueError(f"{path}: not YAML ({' '.join(str(e).split())[:150]})") from None
     if not isinstance(found, dict): raise ValueError(f"{path}: holds {type(found).__name__}, expected settings as `name: value` lines")
     return _checked(found, str(path))
 
@@ -218,7 +218,8 @@ def read_settings(path) -> dict:
 def save_config(folder, config: TrainConfig, **facts):
     "Write a run's config.yaml, and the facts found at its start as facts.json."
     text = yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
-    write_whole(Path(folder)/"config.yaml", lambda p: p.write_text("# Settings of a run; `spatial-entropy train --config` on this file repeats it.\n" + text))
+    text = "# Settings of a run; `spatial-entropy train --config` on this file repeats it.\n" + text
+    write_whole(Path(folder)/"config.yaml", lambda p: p.write_text(text, encoding="utf-8"))
     write_json(Path(folder)/"facts.json", facts)
 
 def load_config(run: str # a run folder
@@ -228,5 +229,5 @@ def load_config(run: str # a run folder
     path = Path(run)/"config.yaml"
     if not path.is_file(): raise FileNotFoundError(f"{run}: not a run folder; expected a config.yaml in it, as `spatial-entropy train` writes")
     config, facts = TrainConfig(**read_settings(path)), Path(run)/"facts.json"
-    try: return config, json.loads(facts.read_text()) if facts.exists() else {}
+    try: return config, json.loads(read_text(facts)) if facts.exists() else {}
     except json.JSONDecodeError as e: raise ValueError(f"{facts}: not JSON ({e})") from None
