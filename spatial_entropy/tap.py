@@ -225,6 +225,9 @@ def _rows_of(self, ear, n):
     weight = (raster.cells == y*w + x).float()
     return Rows(weight=weight if not raster.per_image else F.pad(weight, (prefix, 0))[:, None, None])
 
+AttentionTap._rows_of = _rows_of
+
+# %% ../nbs/04_tap.ipynb #9bf9f8a7
 def _between(self, ear, n, prefix):
     "The patches, or the tokens after them where the output reads those."
     suffix = 0 if ear.kind.one_query else _ask(self.found.adapter.suffix, self.found.model)
@@ -235,8 +238,6 @@ def _between(self, ear, n, prefix):
     return Rows(weight=read/read.sum())
 
 def _prefix(self, ear): return _ask(self.found.adapter.prefix if ear.kind.prefix is None else ear.kind.prefix, self.found.model)
-
-AttentionTap._rows_of = _rows_of
 
 # %% ../nbs/04_tap.ipynb #a048e9aa
 def _fused(self, ear, q, k, v, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
@@ -278,6 +279,9 @@ def _keep(self, ear, rows, row, seen):
     patches = slice(prefix, prefix + m)
     ear.heard, ear.armed = (row[..., patches], seen if seen is None else seen[..., patches], raster), False
 
+AttentionTap._keep = _keep
+
+# %% ../nbs/04_tap.ipynb #7935b102
 def _own_share(raster): # the mean over all queries of a sequence, as a mean over those of one's own picture
     n = raster.region.shape[-1]
     return n/(raster.region[..., None] == raster.region[..., None, :]).sum(-1)
@@ -286,8 +290,6 @@ def _window_of(rows, raster): # a patch sees its own window, and its own region 
     inside = rows.weight.sum(-1, keepdim=True) > 0
     if raster.region is None: return inside.expand_as(raster.cells)
     return inside & (raster.region == (rows.weight*raster.region).sum(-1, keepdim=True))
-
-AttentionTap._keep = _keep
 
 # %% ../nbs/04_tap.ipynb #d0e46b8d
 def _multihead(self, ear, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True, is_causal=False):
