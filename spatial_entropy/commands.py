@@ -23,6 +23,20 @@ def _pairs(text):
     try: return key, json.loads(value.lower() if value in ("True", "False") else value)
     except json.JSONDecodeError: return key, value
 
+# %% ../nbs/24_commands.ipynb #b1726f12
+def _once(pairs):
+    "Such pairs as a dict."
+    keys = [k for k, _ in pairs]
+    twice = [k for k in keys if keys.count(k) > 1]
+    if twice: raise ValueError(f"model_kwargs: got {twice[0]!r} twice; keep one")
+    return dict(pairs)
+
+def _refuse_empty(args):
+    "An empty text is a mistake everywhere but in --aa."
+    for name, value in vars(args).items():
+        if name != "aa" and "" in (value if isinstance(value, list) else [value]):
+            raise ValueError(f"{name}: got an empty text; give a value, or leave it out (--{name.replace('_', '-')})")
+
 # %% ../nbs/24_commands.ipynb #6811ff6c
 def _add_settings(parser):
     "A flag for every field of TrainConfig."
@@ -108,13 +122,13 @@ def _add_training_benchmark(p):
 # %% ../nbs/24_commands.ipynb #6b49129d
 def _train(args):
     settings = {k: v for k, v in vars(args).items() if k not in ("command", "resume", "recipe", "config")}
-    if "model_kwargs" in settings: settings["model_kwargs"] = dict(settings["model_kwargs"])
-    if args.resume:
-        if args.config: raise ValueError("--resume and --config: got both; a run goes on with its own configuration")
+    if "model_kwargs" in settings: settings["model_kwargs"] = _once(settings["model_kwargs"])
+    if args.resume is not None:
+        if args.config is not None: raise ValueError("--resume and --config: got both; a run goes on with its own configuration")
         load_config(args.resume)
     else: config = configure(args.recipe, args.config, **settings)
     from spatial_entropy.training import prepare, prepare_resume
-    job = prepare_resume(args.resume, **settings) if args.resume else prepare(config)
+    job = prepare_resume(args.resume, **settings) if args.resume is not None else prepare(config)
     return lambda: _work(job)
 
 def _work(job):
@@ -238,7 +252,7 @@ def _benchmark(args):
 def _benchmark_training(args):
     from spatial_entropy.training_benchmark import prepare_training_benchmark, run_training_benchmark
     settings = {k: v for k, v in vars(args).items() if k != "command"}
-    settings["model_kwargs"] = dict(settings["model_kwargs"] or {})
+    settings["model_kwargs"] = _once(settings["model_kwargs"] or [])
     request, folder = prepare_training_benchmark(**settings)
 
     def work(): run_training_benchmark(request, folder)
@@ -258,7 +272,7 @@ def main(argv=None) -> int: # the exit code
     if words[:1] == ["benchmark"] and words[1:2] in (["loss"], ["training"]): words[:2] = ["benchmark" if words[1] == "loss" else "benchmark-training"]
     args = _parser().parse_args(words)
     try:
-        try: work = _commands[args.command](args)
+        try: _refuse_empty(args); work = _commands[args.command](args)
         except (ValueError, TypeError, OSError, ImportError) as e:
             print(f"spatial-entropy {args.command}: {e}", file=sys.stderr)
             return 2

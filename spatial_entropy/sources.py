@@ -19,6 +19,7 @@ from timm.utils.misc import natural_key
 
 # %% ../nbs/13_sources.ipynb #2af026cd
 from .data import open_picture, shapes
+from .files import read_text
 
 # %% ../nbs/13_sources.ipynb #e54f849d
 class Source:
@@ -133,7 +134,7 @@ def _labelled(sample): return bool(_picture_of(sample)) and ("cls" in sample or 
 # %% ../nbs/13_sources.ipynb #7939fdaa
 def _label(text, kind):
     "A number or a name out of the bytes of key.cls or key.json; None when there is none."
-    try: value = json.loads(text)["label"] if kind == "json" else text.decode().strip()
+    try: value = json.loads(text)["label"] if kind == "json" else text.decode("utf-8-sig").strip()
     except (ValueError, KeyError, TypeError): return None
     if isinstance(value, str) and re.fullmatch(r"-?\d+", value): value = int(value)
     return value if isinstance(value, str) and value or type(value) is int and value >= 0 else None
@@ -170,9 +171,9 @@ def _number(train, val, places, names=None, expected="a subfolder for each of tw
 
 def _names_beside(root):
     "Class names of classes.txt (one a line) or of an info file beside shards; None when there are none."
-    if (file := root/"classes.txt").is_file(): return file.read_text().strip().split("\n")
+    if (file := root/"classes.txt").is_file(): return read_text(file).strip().split("\n")
     for file in filter(Path.is_file, (root/n for n in ("_info.json", "info.json", "dataset_info.json"))):
-        info = json.loads(file.read_text())
+        info = json.loads(read_text(file))
         names = info.get("classes") or info.get("features", {}).get("label", {}).get("names")
         if names: return names
 
