@@ -6,7 +6,6 @@ import os
 import random
 import subprocess
 import sys
-from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -96,8 +95,10 @@ def pictures(tmp_path_factory):
 
 
 def small(pictures, output):
-    return ["train", "--data", str(pictures), "--img-size", "32", "-b", "8", "--epochs", "1", "--workers", "0", "--warmup-epochs", "0", "--device", "cpu", "--output", str(output),
-            "--experiment", "größe", "--model", "vit_tiny_patch16_224", "--model-kwargs", *tiny]
+    settings = dict(data=pictures, img_size=32, b=8, epochs=1, warmup_epochs=0, workers=0, device="cpu", output=output, experiment="größe",
+                    model="vit_tiny_patch16_224")
+    flags = [w for k, v in settings.items() for w in ("-b" if k == "b" else "--" + k.replace("_", "-"), str(v))]
+    return ["train", *flags, "--model-kwargs", *tiny]
 
 
 def shown(words, encoding="ascii", reader="reads"):
