@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from itertools import count
 from pathlib import Path
-import timm
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
@@ -31,7 +30,7 @@ from .batches import Loaders, loaders, randomness
 from .config import TrainConfig, load_config, save_config
 from .families import find
 from .files import Damaged, newest_whole, seal, versions, writing
-from .models import build_model, build_teacher, change_last_block, check_name, in_short, start_model
+from .models import build_model, build_teacher, change_last_block, check_name, in_short, known_of, start_model
 from .operators import SpatialEntropyLoss
 from .tap import AttentionTap
 
@@ -96,7 +95,7 @@ def _accelerator(c):
 # %% ../nbs/17_jobs.ipynb #34c87f4f
 def _data(c, accelerator):
     "Loaders with the normalisation and interpolation the model is known by; how many pictures make an update."
-    known = resolve_data_config({}, pretrained_cfg=timm.get_pretrained_cfg(c.model).to_dict())
+    known = resolve_data_config({}, pretrained_cfg=known_of(c.model))
     update = c.batch_size*accelerator.num_processes*c.grad_accum_steps
     data = loaders(c.data, c.img_size, c.batch_size, c.seed, c.limit, c.workers, known["mean"], known["std"], update, c.crop_pct,
                    c.interpolation or known["interpolation"], c.aug_repeats,
