@@ -4,15 +4,20 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import yaml
+from matplotlib.figure import Figure
 from PIL import Image
-from runs import everything, processes
+from PIL.PngImagePlugin import PngInfo
+from runs import assert_same, everything, processes
 
+from spatial_entropy import training
 from spatial_entropy.commands import main
 
 WRITES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate", "shutil.rmtree"}
@@ -52,6 +57,28 @@ def writes(then):
     sys.addaudithook(hook)
 
 
+class Quick(Figure):
+    "Stands for a drawing, of which matplotlib makes one a second: the same numbers, as grey pixels."
+    def __init__(self, numbers):
+        super().__init__()
+        self.numbers = numbers
+
+    def savefig(self, path, dpi=None, metadata=None):
+        said = PngInfo()
+        for k, v in (metadata or {}).items():
+            said.add_text(k, v)
+        grey = (self.numbers.double().flatten()[:4096] * 997).abs().remainder(256).byte()
+        Image.frombytes("L", (len(grey), 1), bytes(grey.tolist())).save(path, "PNG", pnginfo=said)
+
+
+def quick_maps(pixels, maps, names):
+    return Quick(torch.cat([pixels.flatten()[:500], maps.flatten()]))
+
+
+def quick_curves(rows):
+    return Quick(torch.tensor([v for r in rows for k, v in r.items() if k not in ("seconds", "images_per_s")]))
+
+
 def work(folder, config, at):
     "The command, in its own folder; killed before its n-th write, or never, and then it says how many there were."
     os.chdir(folder)
@@ -65,10 +92,11 @@ def work(folder, config, at):
     writes(count)
     there = Path("runs/run").exists()
     line = ["--resume", "runs/run"] if there else ["--config", str(config), "--output", "runs", "--experiment", "run"]
-    with open("../said", "a", encoding="utf-8") as said, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    drawn = patch.multiple(training, picture_of_maps=quick_maps, plot_metrics=quick_curves)
+    with open("../said", "a", encoding="utf-8") as said, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), drawn:
         code = main(["train", *line])
     os.chdir("..")                                          # what follows is not counted
-    Path("../writes").write_text(str(len(done)))
+    Path("writes").write_text(str(len(done)))
     os._exit(code)
 
 
@@ -112,3 +140,34 @@ def moments(n, writes, seconds, seed=0):
     third = n // 3
     spread = [round(1 + (writes - 1) * k / max(n - third - 1, 1)) for k in range(n - third)]
     return [dict(at=w) for w in spread] + [dict(after=draw.uniform(.02, seconds)) for _ in range(third)]
+
+
+def different(run, truth):
+    "The files that are not those of the uninterrupted run."
+    ours, found = files(run), []
+    for name in sorted(truth.keys() | ours.keys()):
+        try:
+            assert_same(content(ours[name]), truth[name])
+        except (AssertionError, KeyError) as e:
+            found.append(f"{name}: {str(e)[:100]}")
+    return found
+
+
+def whole(folder, config):
+    "The uninterrupted run: what its files hold, and how many writes made them."
+    assert run(folder, config) == 0, (folder / "said").read_text()
+    there = folder / "here" / "runs" / "run"
+    return {name: content(p) for name, p in files(there).items()}, int((folder / "writes").read_text())
+
+
+def kill_and_go_on(folder, config, moment, truth):
+    "Killed at this moment, gone on with to the end: whether it was killed, and which files are different then."
+    code = run(folder, config, **moment)
+    assert code in (0, -signal.SIGKILL), (moment, code, (folder / "said").read_text())
+    again = run(folder, config)
+    said = (folder / "said").read_text()
+    assert again == 0, (moment, again, said[-2000:])
+    found = different(folder / "here" / "runs" / "run", truth)
+    found += [f"{p}: left behind" for p in (folder / "here").rglob(".*")]
+    shutil.rmtree(folder)
+    return code == -signal.SIGKILL, found
