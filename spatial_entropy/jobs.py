@@ -107,6 +107,21 @@ def _data(c, accelerator):
     data.train.share(accelerator); data.val.share(accelerator)
     return data, update
 
+# %% ../nbs/17_jobs.ipynb #fed559a2
+def _check_machine(c):
+    "Raise ValueError for an optimiser or a compiler that does not work here."
+    tiny = nn.Linear(2, 2)
+    try:
+        optimizer = create_optimizer_v2(tiny, opt=c.opt, lr=.1)
+        tiny(torch.ones(1, 2)).sum().backward(); optimizer.step()
+    except Exception as e:
+        known = not ("not found" in str(e) and "registry" in str(e))
+        why = "which cannot be used here" if known else "which timm does not know"
+        raise ValueError(f"opt: got {c.opt!r}, {why} ({' '.join(str(e).split())[:200]})") from None
+    backends = torch.compiler.list_backends(exclude_tags=()) if c.compile else [None]
+    if c.compile not in backends:
+        raise ValueError(f"compile: got {c.compile!r}, expected one of {', '.join(backends)}")
+
 # %% ../nbs/17_jobs.ipynb #d2d50364
 def _task(c, model, teacher, device):
     "timm's task: the model with its loss, and with a teacher if there is one."
@@ -120,7 +135,9 @@ def _optimizer(c, model, updates, update):
     "timm's optimiser and schedule."
     lr = c.lr or c.lr_base*update/c.lr_base_size
     try: optimizer = create_optimizer_v2(model, opt=c.opt, lr=lr, weight_decay=c.weight_decay, layer_decay=c.layer_decay)
-    except (AssertionError, ValueError) as e: raise ValueError(f"opt: got {c.opt!r}, which timm does not know ({e})") from None
+    except (AssertionError, ValueError) as e:
+        raise ValueError(f"opt, layer_decay: {c.opt}, {c.layer_decay} do not work with {c.model} "
+                         f"({' '.join(str(e).split()) or type(e).__name__})") from None
     scheduler, _ = create_scheduler_v2(optimizer, "cosine", num_epochs=c.epochs, warmup_epochs=min(c.warmup_epochs, c.epochs - 1),
                                        warmup_lr=min(c.warmup_lr, lr), min_lr=min(c.min_lr, lr), step_on_epochs=c.sched_on_epochs, updates_per_epoch=updates)
     return optimizer, scheduler
@@ -132,7 +149,7 @@ def prepare(config: TrainConfig,
            ) -> Job:
     "Build everything a run needs. Raises ValueError, TypeError or OSError in one sentence, before anything is written."
     c = config
-    check_name(c.model); set_seed(c.seed)
+    check_name(c.model); _check_machine(c); set_seed(c.seed)
     accelerator = _accelerator(c)
     if not accelerator.is_main_process: say = lambda said: None
     if c.device not in (None, accelerator.device.type):
@@ -150,10 +167,15 @@ def prepare(config: TrainConfig,
     return job
 
 # %% ../nbs/17_jobs.ipynb #12bd6d3a
+def _recompute(c, model):
+    try: model.set_grad_checkpointing(True)
+    except (AssertionError, AttributeError, NotImplementedError):
+        raise ValueError(f"grad_checkpointing: {c.model} cannot compute them again") from None
+
 def _assemble(c, accelerator, model, teacher, updates, update):
     "What is built around a model, by name."
     if not c.keep_skip: change_last_block(model)
-    if c.grad_checkpointing: model.set_grad_checkpointing(True)
+    if c.grad_checkpointing: _recompute(c, model)
     model.to(accelerator.device, memory_format=torch.channels_last if c.channels_last else torch.preserve_format)
     ema = ModelEmaV3(model, c.model_ema_decay, use_warmup=c.model_ema_warmup) if c.model_ema else None
     tap, criterion = AttentionTap(model), SpatialEntropyLoss().to(accelerator.device)
@@ -252,8 +274,8 @@ def _restore(job, found, say):
 # %% ../nbs/17_jobs.ipynb #c621ce3a
 def _compare(job, say):
     "The data and the machine against what the run began with."
-    _, facts = load_config(job.folder)
-    if not facts: return
+    if not (job.folder/"facts.json").exists(): return
+    _, facts = load_config(job.folder, ("classes", "update", "pictures", "processes"))
     classes, pictures, processes = list(job.loaders.classes), len(job.loaders.train.dataset), job.accelerator.num_processes
     if facts["classes"] != classes:
         raise ValueError(f"{job.folder} tells {len(facts['classes'])} classes apart, the data {len(classes)}, or others; a run goes on with its own data only")

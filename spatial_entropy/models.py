@@ -18,7 +18,7 @@ from timm.models import load_state_dict
 from torch import nn
 
 # %% ../nbs/15_models.ipynb #13478811
-from .config import TrainConfig, load_config
+from .config import TrainConfig, load_config, shown
 from .families import UnsupportedModel
 from .files import write_whole
 from .surgery import drop_last_skip
@@ -37,6 +37,9 @@ def _create(name, img_size, **options): # models that take any size have no argu
         return timm.create_model(name, **options)
 
 # %% ../nbs/15_models.ipynb #acd006a8
+_unbuildable = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError,
+                RuntimeError, TypeError, ValueError) # embed_dim=0 divides by zero, a wrong name is a KeyError, …
+
 def build_model(config: TrainConfig, num_classes: int,
                 **weights, # of timm.create_model: pretrained, pretrained_cfg_overlay
                ) -> nn.Module: # without surgery
@@ -45,8 +48,10 @@ def build_model(config: TrainConfig, num_classes: int,
     options = dict(num_classes=num_classes, **config.model_kwargs, **weights)
     if config.drop_path is not None: options["drop_path_rate"] = config.drop_path
     try: model = _create(config.model, config.img_size, **options)
-    except (TypeError, AssertionError, RuntimeError, KeyError) as e:
-        raise ValueError(f"model: {config.model} cannot be built with img_size={config.img_size}, {config.model_kwargs}: {_short(e)}") from None
+    except _unbuildable as e:
+        if isinstance(e, OSError): raise        # of a download
+        raise ValueError(f"model: {config.model} cannot be built with img_size={config.img_size}, "
+                         f"{shown(config.model_kwargs)}: {_short(e)}") from None
     patch = model.patch_embed.patch_size if isinstance(getattr(model, "patch_embed", None), timm.layers.PatchEmbed) else (1, 1)
     if any(config.img_size % p for p in patch):
         raise ValueError(f"img_size: got {config.img_size}, expected a multiple of the patch size {patch[0]}")
@@ -159,9 +164,10 @@ def change_last_block(model):
 
 def load_run(run: str, # a run folder
              weights: str = "model", # "model": of its last epoch; "best": of its best epoch
+             needed=(), # facts that have to be there, beside the classes
             ) -> tuple[nn.Module, TrainConfig, dict]: # the model in evaluation mode, its settings, the facts beside them
     "The trained model of a run, with its surgery. Raises FileNotFoundError or ValueError that name the file."
-    config, facts = load_config(run)
+    config, facts = load_config(run, ("classes", *needed))
     path = Path(run)/f"{weights}.safetensors"
     if not path.is_file(): raise FileNotFoundError(f"{path}: no such file; the run ended before its first epoch did")
     model = build_model(config, len(facts["classes"]))

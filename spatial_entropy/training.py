@@ -208,8 +208,18 @@ def _looked_at(job):
     if not job.ema: yield job.model, job.tap; return
     with AttentionTap(job.ema.module) as tap: yield job.ema.module, tap
 
+def _check_weights(job):
+    "Raise FloatingPointError when weights are NaN or infinite: no update brings them back."
+    names, weights = zip(*job.model.named_parameters())
+    whole = torch.stack([w.detach().isfinite().all() for w in weights]).tolist()
+    if not all(whole):
+        raise FloatingPointError(
+            f"epoch {job.place.epoch + 1}: {whole.count(False)} weight(s) are NaN or infinite, the first "
+            f"is {names[whole.index(False)]}; lower --lr, and look at the data")
+
 def _row(job, rate, start):
     "The line of metrics.csv at the end of an epoch."
+    _check_weights(job)
     n, loss, ce, hits, entropy = job.accelerator.reduce(job.sums).tolist()
     if not n: raise FloatingPointError(f"epoch {job.place.epoch + 1}: not one update was a number; lower --lr, and look at the data")
     with _looked_at(job) as (model, tap), job.accelerator.autocast():
