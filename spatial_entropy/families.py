@@ -24,6 +24,7 @@ class Raster:
     region: torch.Tensor | None = None # (W, m): patches of a window that see one another share a number
     queries: tuple[int, int] | None = None # (h, w) of the queries, where it is another one
     per_image: bool = False # each image has an order of its own
+    overlap: bool = False # windows share keys: a cell is the mean over those that see it
 
     def lay(self, t, fill=0.): # t: (..., W, m) -> (..., h, w), `fill` where no key lies
         "Put the values of the keys where they lie on the picture."
@@ -32,6 +33,10 @@ class Raster:
         t = t.flatten(-2)
         canvas = t.new_full((*t.shape[:-1], h*w + 1), fill)
         if self.per_image: canvas = canvas.scatter(-1, self.cells[:, None].expand_as(t), t)
+        elif self.overlap:
+            cells = self.cells.flatten()
+            seen = t.new_zeros(h*w + 1).index_add(0, cells, t.new_ones(len(cells)))
+            canvas = torch.zeros_like(canvas).index_add(-1, cells, t)/seen.clamp_min(1)
         else: canvas = canvas.index_copy(-1, self.cells.flatten(), t)
         return canvas[..., :-1].unflatten(-1, (h, w))
 
@@ -79,12 +84,12 @@ class Layer:
     "One kind of attention layer of a family."
     host: str # dotted name of its class; subclasses count
     place: Callable[[Call], Raster] = as_embedded # its raster
-    axes: str = "b h n" # how images, heads, windows w and tokens lie in its queries
+    axes: str = "b h n" # how images, heads (if any), windows w and tokens lie in its queries
     named: str = "" # a pattern of its path, where the class alone says too little
     prefix: Any = None # tokens before the patches, where not the family's number
     one_query: bool = False # class-attention and pools: a single query of their own
     padded: bool = False # masks may hide keys
-    why: str = "" # not tapped: the reason
+    why: str | Callable = "" # not tapped: the reason, or a function of layer and model that gives it
 
 # %% ../nbs/03_families.ipynb #50acf863
 @dataclass
@@ -100,6 +105,7 @@ class Adapter:
     read: Callable = lambda module, args, out: Raster(tuple(out.shape[-2:])) # the grid, from that module's call
     padded: bool = False # masks may hide keys
     why: str = "" # not tapped: the reason
+    bare: str = "" # the reason for a model of the family that has no attention at all
 
 def _ask(value, model):
     if callable(value): return value(model)
@@ -284,6 +290,107 @@ _adapters += [
     Adapter("Hiera", _timm("hiera.Hiera"), (Layer("timm.models.hiera.MaskUnitAttention", _hiera, "b h w n"),)),
 ]
 
+# %% ../nbs/03_families.ipynb #a1c0de02
+def _after(step, grid): # step: a convolution or a pool
+    "The (h, w) that is left of a grid."
+    if "Same" in type(step).__name__: return tuple(-(-n//s) for n, s in zip(grid, _pair(step.stride)))
+    k, s, d = (_pair(getattr(step, f, 1)) for f in ("kernel_size", "stride", "dilation"))
+    p, up = _pair(getattr(step, "padding", 0)), int(getattr(step, "ceil_mode", False))
+    span = [n + 2*p[i] - d[i]*(k[i] - 1) - 1 for i, n in enumerate(grid)]
+    return tuple((n + up*(s[i] - 1))//s[i] + 1 for i, n in enumerate(span))
+
+def _halved_to(call, n): # n tokens
+    "The stem's grid, halved until it has n cells."
+    h, w = call.grid.grid
+    while h*w > max(n, 1): h, w = -(-h//2), -(-w//2)
+    return h, w
+
+# %% ../nbs/03_families.ipynb #a1c0de05
+def _mobilevit(call):
+    block = call.model.get_submodule(call.name.rsplit(".transformer.", 1)[0])
+    (ph, pw), n = block.patch_size, call.x.shape[1]
+    h, w = _halved_to(call, n*ph*pw)
+    h, w = -(-h//ph), -(-w//pw) # patches; a grid that does not divide is stretched
+    return windows((h*ph, w*pw), (h, w), dilated=True, device=call.x.device)
+
+def _halo(call):
+    b, (h, w), device = call.layer, call.x.shape[2:4], call.x.device
+    frame = torch.arange(b.win_size, device=device) - b.halo_size
+    y, x = (torch.arange(0, n, b.block_size, device=device)[:, None] + frame for n in (h, w))
+    y, x = y[:, None, :, None], x[None, :, None, :]
+    inside = (y >= 0) & (y < h) & (x >= 0) & (x < w)
+    cells = rearrange(torch.where(inside, y*w + x, h*w), "i j a b -> (i j) (a b)")
+    return Raster((h, w), cells, queries=(0, 0), overlap=True)
+
+# %% ../nbs/03_families.ipynb #a1c0de07
+def _keyed(call): # MobileNetV4: a strided convolution before the keys, a pool before the queries
+    grid, step = tuple(call.x.shape[2:4]), lambda branch, name: getattr(branch, name, nn.Identity())
+    asked = _after(step(call.layer.query, "down_pool"), grid)
+    return Raster(_after(step(call.layer.key, "down_conv"), grid), queries=asked)
+
+def _convolved(call): # LowFormer, CPUBone: queries and keys after one strided convolution
+    grid, b = tuple(call.x.shape[2:4]), call.layer
+    if getattr(b, "small_kernels", False): grid = tuple(-(-n//b.att_stride)*b.att_stride for n in grid)
+    return Raster(_after(b.conv_proj.conv, grid))
+
+def _next(call): return Raster(_after(call.layer.patch_embed.pool, tuple(call.x.shape[2:4])))
+def _csat(call): return Raster(_after(call.layer.pool2, tuple(call.x.shape[2:4])))
+def _tokens(call): return Raster(_halved_to(call, call.x.shape[1]))
+
+def _in_runs(block, model): # NextViT pools its keys along the sequence of tokens, not over the grid
+    return "" if block.e_mhsa.sr is None else "its keys are means of runs of tokens, row after row: no cells of a grid"
+
+def _iformer(call): # single-headed, in windows or not
+    grid, size = tuple(call.x.shape[2:4]), call.layer.window_size
+    return windows(grid, (size, size), device=call.x.device) if size else Raster(grid)
+
+# %% ../nbs/03_families.ipynb #a1c0de09
+_conv = "a convolutional network: no queries and keys over places"
+_layers = "timm.layers."
+_pools = tuple(Layer(f"{_layers}attention_pool2d.{p}AttentionPool2d", _nchw, prefix=1, one_query=True) for p in ("", "Rot"))
+_byob = (
+    Layer(_layers + "bottleneck_attn.BottleneckAttn", _nchw, "(b h) n"),
+    Layer(_layers + "halo_attn.HaloAttn", _halo, "(b h) w n"),
+    Layer(_layers + "non_local_attn.NonLocalAttn", _nchw, "b n"),
+    Layer(_layers + "attention.Attention", _mobilevit, "(b w) h n", named=r"\.transformer\.\d+\.attn$"),
+    Layer(_layers + "lambda_layer.LambdaLayer", why="lambda layers make one linear function of the context: no weights over places"),
+    Layer(_layers + "non_local_attn.BatNonLocalAttn", why="bilinear attention mixes rows, then columns: no weights over places"),
+    Layer(_layers + "global_context.GlobalContext", why="global context has one map for all of the picture, and no query"),
+    Layer("timm.models.mobilevit.LinearSelfAttention", why="separable attention: one context for all places, no row of a query"),
+)
+_mobile = (Layer(_layers + "attention2d.MultiQueryAttention2d", _keyed), Layer(_layers + "attention2d.Attention2d", _nchw))
+
+# %% ../nbs/03_families.ipynb #a1c0de0a
+_adapters += [
+    Adapter("BoTNet, HaloNet, MobileViT, CLIP's ResNets", _timm("byobnet.ByobNet"), (*_byob, *_pools), grid="stem", bare=_conv),
+    Adapter("MobileNet V4, V5", _timm("mobilenetv3.MobileNetV3 mobilenetv3.MobileNetV3Features efficientnet.EfficientNet"
+            " efficientnet.EfficientNetFeatures mobilenetv5.MobileNetV5 mobilenetv5.MobileNetV5Encoder"), _mobile, bare=_conv),
+    Adapter("CAFormer", _timm("metaformer.MetaFormer"), (Layer("timm.models.metaformer.Attention", _tokens),), grid="stem",
+            bare="its mixers pool or convolve: no attention"),
+    Adapter("NextViT", _timm("nextvit.NextViT"), (Layer("timm.models.nextvit.NextTransformerBlock", _next, why=_in_runs),)),
+    Adapter("iFormer", _timm("iformer.IFormer"), (Layer("timm.models.iformer.SHMA", _iformer, "(b w) h n"),)),
+    Adapter("SHViT", _timm("shvit.SHViT"), (Layer("timm.models.shvit.SHSA", _nchw, "b n"),)),
+    Adapter("LowFormer, CPUBone", _timm("lowformer.LowFormer cpubone.CPUBone"),
+            tuple(Layer(n, _convolved) for n in _timm("lowformer.ConvAttention cpubone.ConvAttention"))),
+    Adapter("CSATv2", _timm("csatv2.CSATv2"), (Layer("timm.models.csatv2.TransformerBlock", _csat), Layer(
+            "timm.models.csatv2.SpatialTransformerBlock", why="its softmax runs over the pictures of the batch, not over places"))),
+]
+
+# %% ../nbs/03_families.ipynb #a1c0de0d
+def _gemma(module, args, out): # out: tokens, their (x, y), and which are padding
+    x, places, padding = args[0], out[1], out[2]
+    x = x["patches"] if isinstance(x, dict) else x
+    if x.ndim == 4 and padding is None: return Raster(tuple(n//p for n, p in zip(x.shape[2:], module.patch_size)))
+    real = torch.ones_like(places[..., 0], dtype=torch.bool) if padding is None else ~padding
+    return _packed(places[..., 1], places[..., 0], real)
+
+_adapters += [
+    Adapter("Qwen 3, DeepSeek (encoders)", _timm("qwen3_vit.Qwen3VitEncoder deepseek_vit.DeepseekVitEncoder"), _plain,
+            grid="patch_embed.proj"),
+    Adapter("Gemma 4 (encoder)", _timm("gemma4_vit.Gemma4VitEncoder"), (Layer("timm.models.gemma4_vit.Gemma4Attention"),),
+            grid="patch_embed", read=_gemma, padded=True),
+]
+
 # %% ../nbs/03_families.ipynb #33abe39f
 _MHA = "torch.nn.modules.activation.MultiheadAttention"
 def _registers(m): return 1 + m.config.num_register_tokens
@@ -336,10 +443,55 @@ _adapters += [
     _hf("AIMv2", "aimv2", "Aimv2VisionModel", "Aimv2Attention", pool="Aimv2AttentionPoolingHead"),
     _hf("MAE", "vit_mae", "ViTMAEModel", "ViTMAEAttention", grid="embeddings", read=_restored, **_cls),
     _swin_of("Swin", "swin", "Swin"), _swin_of("Swin V2", "swinv2", "Swinv2"),
-    Adapter("ViT (torchvision)", "torchvision.models.vision_transformer.VisionTransformer", (Layer(_MHA),), grid="conv_proj", **_cls),
-    Adapter("ViT (open_clip)", "open_clip.transformer.VisionTransformer", (Layer(_MHA, named="resblocks"),), prefix=1, cls=1,
-            reads=lambda m: "mean" if m.pool_type == "avg" else "cls", grid="conv1"),
 ]
+
+# %% ../nbs/03_families.ipynb #a1c0de0f
+def _tv_swin(call):
+    b, grid = call.layer, tuple(call.x.shape[1:3])
+    shift = [0 if size >= -(-n//size)*size else s for n, size, s in zip(grid, b.window_size, b.shift_size)]
+    return windows(grid, b.window_size, shift, pad_first=True, device=call.x.device)
+
+def _tv_maxvit(call):
+    b, grid = call.layer, tuple(call.x.shape[2:4])
+    dilated = b.partition_type == "grid"
+    size = [n//b.p if dilated else b.p for n in grid]
+    return windows(grid, size, dilated=dilated, device=call.x.device)
+
+def _many_queries(layer, model): # open_clip: CoCa's pools
+    if layer is not model.attn_pool.attn:
+        cascade = model.attn_pool_type == "cascade"
+        return "its keys are the queries of the pool before it, not places" * cascade
+    one = model.attn_pool_type == "" and model.pool_type == "tok"
+    return "" if one else "many learned queries, of which the output reads no single one"
+
+# %% ../nbs/03_families.ipynb #a1c0de10
+def _clip_reads(m): return "cls" if m.pool_type == "tok" and m.attn_pool is None else "mean"
+
+_clip_pool = Layer(_MHA, named=r"attn_pool(_contrastive)?\.attn$", one_query=True, why=_many_queries)
+_tv, _clip = "torchvision.models.", "open_clip.transformer."
+_adapters += [
+    Adapter("ViT (torchvision)", f"{_tv}vision_transformer.VisionTransformer", (Layer(_MHA),), grid="conv_proj", **_cls),
+    Adapter("Swin (torchvision)", f"{_tv}swin_transformer.SwinTransformer",
+            (Layer(f"{_tv}swin_transformer.ShiftedWindowAttention", _tv_swin, "(b w) h n"),)),
+    Adapter("MaxViT (torchvision)", f"{_tv}maxvit.MaxVit",
+            (Layer(f"{_tv}maxvit.PartitionAttentionLayer", _tv_maxvit, "b w h n"),)),
+    Adapter("ViT (open_clip)", f"{_clip}VisionTransformer", (Layer(_MHA, named="resblocks"),
+            Layer(f"{_clip}Attention", named="resblocks"), _clip_pool), prefix=1, cls=1, reads=_clip_reads, grid="conv1"),
+    Adapter("CLIP's ResNets (open_clip)", "open_clip.modified_resnet.ModifiedResNet",
+            (Layer("open_clip.modified_resnet.AttentionPool2d", _nchw, prefix=1, one_query=True),)),
+    Adapter("Convolutional networks (torchvision)", tuple(_tv + m for m in (
+            "resnet.ResNet vgg.VGG alexnet.AlexNet densenet.DenseNet efficientnet.EfficientNet mobilenetv2.MobileNetV2"
+            " mobilenetv3.MobileNetV3 convnext.ConvNeXt regnet.RegNet squeezenet.SqueezeNet mnasnet.MNASNet"
+            " shufflenetv2.ShuffleNetV2 googlenet.GoogLeNet inception.Inception3").split()), why=_conv),
+]
+
+# %% ../nbs/03_families.ipynb #a1c0de15
+_convolutional = """convmixer.ConvMixer cspnet.CspNet cspnext.CspNext densenet.DenseNet dla.DLA nfnet.NormFreeNet dpn.DPN
+vovnet.VovNet fasternet.FasterNet ghostnet.GhostNet hgnet.HighPerfGpuNet hrnet.HighResolutionNet hrnet.HighResolutionNetFeatures
+inception_next.MetaNeXt inception_resnet_v2.InceptionResnetV2 inception_v3.InceptionV3 inception_v4.InceptionV4 lcnetv2.LCNetV2
+senet.SENet xception.Xception xception_aligned.XceptionAligned mambaout.MambaOut nasnet.NASNetALarge pnasnet.PNASNet5Large
+rdnet.RDNet regnet.RegNet repghost.RepGhostNet repvit.RepVit resnetv2.ResNetV2 rexnet.RexNet selecsls.SelecSls starnet.StarNet
+tresnet.TResNet vgg.VGG"""
 
 # %% ../nbs/03_families.ipynb #b5ef962b
 _adapters += [Adapter(name, _timm(model), why=why) for name, model, why in (
@@ -349,6 +501,8 @@ _adapters += [Adapter(name, _timm(model), why=why) for name, model, why in (
     ("CoaT", "coat.CoaT", "factorised attention takes its softmax over keys before any query: one context for all places"),
     ("SwiftFormer", "swiftformer.SwiftFormer", "additive attention: one global query, no row over places"),
     ("EfficientViM", "efficientvim.EfficientViM", "state-space layers: no queries, no keys"),
+    ("DenseNet, RegNet, RepViT, VGG and other convolutional networks", " ".join(_convolutional.split()), _conv),
+    ("Sequencer", "sequencer.Sequencer2d", "recurrent layers carry the places along rows and columns: no attention"),
     ("MLP-Mixer", "mlp_mixer.MlpMixer", "tokens are mixed by fixed weights, not by attention"),
     ("ConvNeXt", "convnext.ConvNeXt", "a convolutional network: no attention"),
     ("ResNet", "resnet.ResNet", "a convolutional network: no attention"),
@@ -383,13 +537,28 @@ def _layers_of(tower, adapter):
         if name.startswith(inside + "."): continue
         for kind in adapter.layers:
             if _is_a(module, kind.host) and re.search(kind.named, name):
-                inside = name
-                skipped.add(kind.why) if kind.why else layers.append((name, module, kind))
+                inside, why = name, kind.why(module, tower) if callable(kind.why) else kind.why
+                skipped.add(why) if why else layers.append((name, module, kind))
                 break
     return layers, skipped - {""}
 
 def _other_towers(first, all_):
     return [n for n, m, a in all_ if n != first and not n.startswith(first + "." if first else "") and not a.why]
+
+# %% ../nbs/03_families.ipynb #a1c0de13
+_QUERY_AND_KEY = [set(s.split()) for s in ("qkv", "q k", "q kv", "to_qkv", "to_q to_k", "q_proj k_proj", "query key", "in_proj_weight",
+                                          "query_key_value", "qkv_proj", "query_proj key_proj", "wq wk", "Wqkv")]
+
+def _look_alikes(model):
+    "The classes of a model's modules that are called attention, or hold queries and keys."
+    def alike(m):
+        parts = set(m._modules) | set(m._parameters)
+        return re.search(r"att(n|ention)", type(m).__name__.lower()) or any(s <= parts for s in _QUERY_AND_KEY)
+    return sorted({type(m).__name__ for m in model.modules() if alike(m)})
+
+def _nothing(tower, adapter):
+    known = _look_alikes(tower)
+    return f"none of its attention layers ({', '.join(known)}) is in the table" if known else adapter.bare or "it has no attention layer"
 
 # %% ../nbs/03_families.ipynb #76cb2417
 def find(model: nn.Module, # any model that holds one vision model of the table
@@ -401,15 +570,15 @@ def find(model: nn.Module, # any model that holds one vision model of the table
     if not isinstance(model, nn.Module): raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
     towers = list(_towers(model))
     if not towers:
-        known = sorted({type(m).__name__ for m in model.modules() if "attention" in type(m).__name__.lower()})
+        known = _look_alikes(model)
         raise UnsupportedModel(f"{type(model).__name__}: no adapter for this family" + (f" (its attention: {', '.join(known)})" if known else
-                               "; no module of it is called attention") + "; add an entry with register_adapter, see 03_families")
+            "; no module of it is called attention, or has queries and keys") + "; add an entry with register_adapter, see 03_families")
     name, tower, adapter = next((t for t in towers if not t[2].why), towers[0])
     if adapter.why: raise UnsupportedModel(f"{type(tower).__name__} ({adapter.name}): {adapter.why}")
     if others := _other_towers(name, towers):
         raise UnsupportedModel(f"{type(model).__name__} holds several vision models ({', '.join([name, *others])}); pass the one to tap")
     layers, skipped = _layers_of(tower, adapter)
-    why = "; ".join(sorted(skipped)) or "none of its attention layers is in the table"
+    why = "; ".join(sorted(skipped)) or _nothing(tower, adapter)
     if not layers: raise UnsupportedModel(f"{type(tower).__name__} ({adapter.name}): {why}")
     return Found(adapter, tower, layers, skipped)
 

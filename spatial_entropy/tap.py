@@ -6,6 +6,7 @@
 __all__ = ['AttentionTap']
 
 # %% ../nbs/04_tap.ipynb #e526610b
+import re
 from copy import deepcopy
 from functools import cache
 import torch
@@ -33,6 +34,7 @@ class _Ear(TorchFunctionMode):
             out = func(*args, **kwargs)
             if self.tap.checks is not None: self.tap._compare(self, out, *args, **kwargs)
             return out
+        if func is F.multi_head_attention_forward: self.tap._projected(self, *args, **kwargs)
         if func in _SOFTMAX and args[0].ndim > 2:
             self.tap._unfused(self, args[0])
             if self.tap.checks is not None: self.tap._compare_logits(self, args[0])
@@ -188,8 +190,9 @@ def _windows_of(raster): return 1 if raster.cells is None or raster.per_image el
 def _canonical(ear, t): # (..., n, c) in the family's layout -> (B, H, W, n, c)
     axes, w = ear.kind.axes, _windows_of(ear.raster)
     if axes == "b h w n" and t.ndim == 4: axes = "b h n"                  # Hiera's global layers
-    if "w" in axes: return rearrange(t, f"{axes} c -> b h w n c", b=ear.batch, w=w)
-    return rearrange(t, f"{axes} c -> b h 1 n c")
+    known = dict(w=w) if "w" in axes else {}
+    if re.search(r"\([^)]*b[^)]*h", axes): known["b"] = ear.batch          # heads and images share an axis
+    return rearrange(t, f"{axes} c -> {' '.join(a if a in axes else '1' for a in 'bhwn')} c", **known)
 
 def _canonical_mask(ear, mask, lead): # broadcastable to the queries' leading axes
     return None if mask is None else _canonical(ear, mask.expand(*lead, *mask.shape[-2:]))
@@ -279,6 +282,19 @@ def _multihead_mask(attn_mask, padding, q, k):
     return mask
 
 AttentionTap._multihead = _multihead
+
+# %% ../nbs/04_tap.ipynb #a1c0df02
+def _projected(self, ear, query, key, value, width, heads, weight, bias, bias_k, bias_v, add_zero_attn, *rest,
+               use_separate_proj_weight=False, q_proj_weight=None, k_proj_weight=None, **more):
+    if bias_k is not None or add_zero_attn or more.get("is_causal"):
+        raise UnsupportedModel(f"{ear.name}: bias_k, add_zero_attn and is_causal leave no map of places")
+    wq, wk = (q_proj_weight, k_proj_weight) if use_separate_proj_weight else weight.chunk(3)[:2]
+    bq, bk = bias.chunk(3)[:2] if bias is not None else (None, None)
+    q, k = (rearrange(F.linear(x, w, b), "n b (h d) -> b h 1 n d", h=heads) for x, w, b in ((query, wq, bq), (key, wk, bk)))
+    mask = _multihead_mask(more.get("attn_mask"), more.get("key_padding_mask"), q, k)
+    self._read(ear, q, k, mask, q.shape[-1]**-.5)
+
+AttentionTap._projected = _projected
 
 # %% ../nbs/04_tap.ipynb #8c74e669
 def _fill(s, seen):
