@@ -237,6 +237,7 @@ def _load(model, args):
 
 # %% ../nbs/24_commands.ipynb #b7cb8b50
 def _draw(args):
+    from spatial_entropy.pictures import one_line
     from spatial_entropy.tap import AttentionTap
     from spatial_entropy.training import picture_of_maps, torch
     from timm.data import create_transform
@@ -250,7 +251,8 @@ def _draw(args):
     pixels = [torch.tensor(_array(p.resize((size, size)))) for p in pictures]
 
     def work():
-        picture_of_maps(torch.stack(pixels), maps, [Path(p).stem for p in args.images]).savefig(args.output, dpi=150)
+        names = [one_line(Path(p).stem) for p in args.images]
+        picture_of_maps(torch.stack(pixels), maps, names).savefig(args.output, dpi=150)
         print(f"{args.output}: {len(pictures)} picture(s), {maps.shape[1]} heads, {maps.shape[2]}×{maps.shape[3]} patches")
     return work
 
@@ -261,10 +263,10 @@ def _array(image):
     return numpy.array(image)
 
 def _open(path):
-    from PIL import Image
-    if not Path(path).is_file(): raise FileNotFoundError(f"{path}: no such file")
-    try: return Image.open(path).convert("RGB")
-    except (OSError, SyntaxError): raise ValueError(f"{path}: not a picture that can be read") from None
+    from spatial_entropy.data import open_picture
+    try: return open_picture(path, "it")
+    except FileNotFoundError: raise FileNotFoundError(f"{path}: no such file") from None
+    except OSError as e: raise ValueError(f"{path}: not a picture that can be read; {e}") from None
 
 # %% ../nbs/24_commands.ipynb #dd26cea6
 def _benchmark(args):

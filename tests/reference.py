@@ -295,13 +295,26 @@ def swin_hf_fold(c, m, spec, size):
     shift = b.shift_size
     real = torch.roll(F.pad(torch.ones(1, h, w, 1), (0, 0, 0, wp - w, 0, hp - h)), (-shift, -shift), (1, 2))
     real = window_partition(real, ws).reshape(-1, ws * ws) > 0
-    mask = b.get_attn_mask(hp, wp, dtype=torch.float32, device="cpu")
+    size = [(hp, wp)] if "MaskFormer" in type(b).__name__ else [hp, wp]
+    mask = b.get_attn_mask(*size, dtype=torch.float32, device="cpu")
     see = torch.ones(len(real), ws * ws, ws * ws, dtype=torch.bool) if mask is None else mask == 0
     see = (see & real[:, :, None]).float()
     logits = c["logits"].unflatten(0, (batch, len(real)))
     row = (torch.where(see[:, None] > 0, logits, 0.)).sum(-2) / see.sum(-2).clamp_min(1)[:, None]
     out = window_reverse(row.flatten(0, 1).transpose(1, 2).unflatten(1, (ws, ws)), ws, hp, wp)
     return torch.roll(out, (shift, shift), (1, 2))[:, :h, :w].permute(0, 3, 1, 2)
+
+
+def hf_fold(c, spec, size):
+    """transformers, by the specification of tests/zoo_transformers.py."""
+    if spec.fold == "swin":
+        return swin_hf_fold(c, None, spec, size)
+    logits, grid = c["logits"], [s // spec.step for s in size]
+    if logits.ndim == 3:
+        logits = logits.unflatten(0, (-1, c["layer"].num_heads))
+    n, prefix = math.prod(grid), 0 if logits.shape[-2] == 1 else spec.prefix
+    queries = dict(cls=slice(0, 1), pool=slice(prefix, None), mean=slice(prefix, prefix + n), suffix=slice(prefix + n, None))
+    return logits[..., queries[spec.reads], :].mean(-2)[..., prefix:prefix + n].unflatten(-1, grid)
 
 
 def tv_swin_fold(c, m, spec, size):
