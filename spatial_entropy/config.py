@@ -317,10 +317,11 @@ _together = [ # (names, whether they contradict each other, what was expected)
      "two different parts"),
     ("teacher_checkpoint without teacher", lambda c: c.teacher_checkpoint and not c.teacher,
      "the name of its model too"),
-    ('data_dir with data="shapes"', lambda c: c.data == "shapes" and c.data_dir,
-     "the data to be found there; shapes are embedded"),
-    ('parts with data="shapes"', lambda c: c.data == "shapes" and (c.train_split or c.val_split),
-     "no names of parts; the embedded pictures have two of their own")]
+    ('data_dir and data="shapes"', lambda c: c.data == "shapes" and c.data_dir,
+     "data to be found there; shapes are embedded"),
+    ('names of parts and data="shapes"',
+     lambda c: c.data == "shapes" and (c.train_split or c.val_split),
+     "none; the embedded pictures have two parts of their own")]
 
 def _check_pairs(c):
     for names, both, expected in _together:

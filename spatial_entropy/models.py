@@ -7,7 +7,7 @@ __all__ = ['check_name', 'build_model', 'in_short', 'save_weights', 'load_weight
            'change_last_block', 'load_run']
 
 # %% ../nbs/15_models.ipynb #9d681e4f
-import hashlib
+import hashlib, warnings
 from difflib import get_close_matches
 from pathlib import Path
 import timm
@@ -59,7 +59,10 @@ def build_model(config: TrainConfig, num_classes: int,
     _check_arguments(config)
     options = dict(num_classes=num_classes, **config.model_kwargs, **weights)
     if config.drop_path is not None: options["drop_path_rate"] = config.drop_path
-    try: model = _create(config.model, config.img_size, **options)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Initializing zero-element")     # refused next, or meant
+            model = _create(config.model, config.img_size, **options)
     except OSError: raise                                              # weights that cannot be had
     except _unfit as e:
         asked = f"img_size={config.img_size}, {shown(config.model_kwargs)}"
