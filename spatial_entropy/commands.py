@@ -15,7 +15,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import get_type_hints
 from .config import Names, Range, TrainConfig, _recipes, configure, load_config, plain_type
-from .files import write_json
+from .files import lenient_output, write_json
 
 # %% ../nbs/24_commands.ipynb #99d4c9e4
 def _pairs(text):
@@ -295,6 +295,9 @@ _commands = {"train": _train, "evaluate": _evaluate, "draw": _draw, "benchmark":
 
 def main(argv=None) -> int: # the exit code
     "The console script `spatial-entropy`. 0: done; 1: the run had to stop; 2: the request was wrong; 128 + n: stopped by signal n."
+    with lenient_output(): return _main(argv)
+
+def _main(argv):
     words = [_dashed(a) for a in (sys.argv[1:] if argv is None else argv)]
     if words[:1] == ["benchmark"] and words[1:2] in (["loss"], ["training"]): words[:2] = ["benchmark" if words[1] == "loss" else "benchmark-training"]
     args = _parser().parse_args(words)
