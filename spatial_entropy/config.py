@@ -484,6 +484,7 @@ def _read_facts(path, needed):
             raise ValueError(f"{path}: {name}: got {shown(found[name])}, expected {expected}")
     return found
 
+# %% ../nbs/12_config.ipynb #6869ea3d
 def load_config(run: str, # a run folder
                 needed=(), # facts that have to be there, such as "classes", "mean"
                ) -> tuple[TrainConfig, dict]: # the configuration, and the facts beside it

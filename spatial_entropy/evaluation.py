@@ -69,6 +69,7 @@ def _device(name):
         said = " ".join(str(e).split())[:150]
         raise ValueError(f"device: got {name!r}, which torch cannot use here ({said})") from None
 
+# %% ../nbs/19_evaluation.ipynb #c637ffb2
 def evaluate(run: str, # a run folder
              data: str | None = None, # an image folder with the same classes; default: the run's own data
              masks: str | None = None, # a folder with images/ and masks/; default: the embedded masks, if the run saw them
