@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['sync_folder', 'new_name', 'create', 'sweep', 'writing', 'write_whole', 'seal', 'remove', 'Damaged', 'contents',
-           'check', 'newest_whole', 'read_text', 'write_rows', 'write_json', 'versions', 'Held', 'Hold', 'use', 'hold']
+           'check', 'newest_whole', 'read_text', 'Lenient', 'lenient_output', 'write_rows', 'write_json', 'versions',
+           'Held', 'Hold', 'use', 'hold']
 
 # %% ../nbs/11_files.ipynb #b52e8b3f
-import csv, errno, hashlib, json, os, platform, re, secrets, shutil, time
+import csv, errno, hashlib, json, os, platform, re, secrets, shutil, sys, time
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -204,6 +205,45 @@ def read_text(path) -> str:
     try: return Path(path).read_text(encoding=kind)
     except UnicodeError as e: raise ValueError(f"{path}: not UTF-8 text ({e.reason}); save it as UTF-8") from None
 
+# %% ../nbs/11_files.ipynb #e33a5198
+class Lenient:
+    "A text stream that never fails: it passes on what the other one takes, and drops the rest."
+    def __init__(self, stream): self._stream = stream
+    def __getattr__(self, name): return getattr(vars(self).get("_stream"), name)
+
+    def write(self, text):
+        try: return self._stream.write(text)
+        except UnicodeEncodeError:
+            known = self._stream.encoding or "ascii"
+            return self.write(text.encode(known, "replace").decode(known))
+        except (OSError, ValueError): return len(text)          # nobody listens; the stream is closed
+
+    def flush(self):
+        try: self._stream.flush()
+        except (OSError, ValueError): pass
+
+# %% ../nbs/11_files.ipynb #b602f7b9
+@contextmanager
+def lenient_output():
+    "Inside, whatever is printed to stdout and stderr never fails; afterwards, leaving the program does not either."
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2: os.set_inheritable(handle, True)
+    os.close(handle)
+    before = sys.stdout, sys.stderr
+    with open(os.devnull, "w", encoding="utf-8") as nothing:
+        sys.stdout, sys.stderr = (Lenient(s or nothing) for s in before)
+        try: yield
+        finally:
+            sys.stdout, sys.stderr = before
+            for stream in before: _let_go(stream)
+
+def _let_go(stream):
+    "Push out what a stream holds; if nobody takes it, nobody will."
+    try: stream and stream.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, stream.fileno()); os.close(nothing); stream.flush()
+
 # %% ../nbs/11_files.ipynb #7a0f9a67
 def write_rows(path, rows):
     "Write a CSV file, whole: its columns are those of all rows, in order of appearance; floats keep 6 decimals."
@@ -337,9 +377,9 @@ def hold(folder) -> Hold:
     held.take()
     return held
 
-def _let_go():
+def _hold_nothing():
     "A forked child holds nothing."
     for held in list(_holds.values()): held.forget()
     _holds.clear(); _live.clear()
 
-if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=_let_go)
+if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=_hold_nothing)

@@ -131,7 +131,10 @@ def _optimizer(c, model, updates, update):
     "timm's optimiser and schedule."
     lr = c.lr or c.lr_base*update/c.lr_base_size
     try: optimizer = create_optimizer_v2(model, opt=c.opt, lr=lr, weight_decay=c.weight_decay, layer_decay=c.layer_decay)
-    except (AssertionError, ValueError) as e: raise ValueError(f"opt: got {c.opt!r}, which timm does not know ({e})") from None
+    except Exception as e:
+        setting, why = (("layer_decay", f"which {c.model} does not offer") if c.layer_decay else
+                        ("opt", "which timm does not know"))
+        raise ValueError(f"{setting}: got {getattr(c, setting)!r}, {why} ({in_short(e)})") from None
     scheduler, _ = create_scheduler_v2(optimizer, "cosine", num_epochs=c.epochs, warmup_epochs=min(c.warmup_epochs, c.epochs - 1),
                                        warmup_lr=min(c.warmup_lr, lr), min_lr=min(c.min_lr, lr), step_on_epochs=c.sched_on_epochs, updates_per_epoch=updates)
     return optimizer, scheduler
@@ -465,13 +468,13 @@ def load_settings(folder, say=lambda said: None) -> tuple[TrainConfig, dict]: # 
     folder = Path(folder)
     about = (_facts(p) for p in reversed(checkpoints(folder)))
     known = next((facts for facts in about if facts and "config" in facts), None)
-    if known is None: return load_config(folder)
-    there = (folder/"config.yaml").exists()
-    config = TrainConfig(**(read_settings(folder) if there else known["config"]))
-    if not there: say(f"{folder/'config.yaml'}: missing; taken from a checkpoint")
-    try: facts = load_config(folder)[1]
-    except (OSError, ValueError): facts = {}
-    return config, facts if known["facts"].keys() <= set(facts) else known["facts"]
+    needed = ("classes", "update", "pictures", "processes") if (folder/"facts.json").exists() else ()
+    if known is None: return load_config(folder, needed)
+    if not (folder/"config.yaml").exists():
+        say(f"{folder/'config.yaml'}: missing; taken from a checkpoint")
+        return TrainConfig(**known["config"]), known["facts"]
+    try: return load_config(folder, tuple(known["facts"]))
+    except (OSError, ValueError): return TrainConfig(**read_settings(folder)), known["facts"]
 
 def weights_of(path, names) -> dict | None: # None: damaged, or of another model
     "Of a checkpoint, the weights that are judged: the averaged ones if there are any."
