@@ -368,7 +368,8 @@ def _clip(c, spec, size):                                  # tokens of (T, h, w)
     return row.unflatten(-1, (-1, *grid)).transpose(1, 2).flatten(0, 1)
 
 
-HF_FOLDS = dict(clip=_clip, unfolded=_unfolded, pooled=_by_layer, pvt=_by_layer, windows=_by_windows, cvt=_cvt_hf, square=lambda c, spec, size: _levit(c, None, spec, size))
+HF_FOLDS = dict(clip=_clip, unfolded=_unfolded, pooled=_by_layer, pvt=_by_layer, windows=_by_windows, cvt=_cvt_hf,
+                square=lambda c, spec, size: _levit(c, None, spec, size))
 
 
 def tv_swin_fold(c, m, spec, size):

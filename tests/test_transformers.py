@@ -97,7 +97,8 @@ def test_query(spec):
     share = g.abs().sum(-1).reshape(-1, g.shape[-2]).mean(0)
     share = share / share.sum()
     n = len(share) - spec.suffix
-    parts = dict(cls=share[:min(spec.prefix, 1)].sum().item(), mean=share[spec.prefix:n].sum().item(), suffix=share[n:].sum().item(), prefix=share[:spec.prefix].sum().item())
+    parts = dict(cls=share[:min(spec.prefix, 1)].sum().item(), mean=share[spec.prefix:n].sum().item(), suffix=share[n:].sum().item(),
+                 prefix=share[:spec.prefix].sum().item())
     assert parts[said] > .5, f'{spec.name} reads {parts}, the query "auto" says {said}'
 
 

@@ -5,7 +5,6 @@ from importlib import import_module
 import torch
 from zoo import stirred
 
-
 MODULES = {"maskformer.MaskFormerSwinModel": "maskformer_swin", "donut.DonutSwinModel": "donut_swin",
            "data2vec.Data2VecVisionForImageClassification": "data2vec_vision"}
 
@@ -117,7 +116,8 @@ SPECS += [
     Spec("idefics3.Idefics3VisionTransformer", "Idefics3VisionConfig", square(), output="last_hidden_state", sizes=SQUARE, **_bare),
     Spec("smolvlm.SmolVLMVisionTransformer", "SmolVLMVisionConfig", square(), output="last_hidden_state", sizes=SQUARE, **_bare),
     Spec("audio_spectrogram_transformer.ASTModel", "ASTConfig", vit(max_length=lambda s: s[1], num_mel_bins=lambda s: s[0], frequency_stride=8,
-         time_stride=8), prefix=2, reads="prefix", output="pooler_output", inputs=lambda size, g: dict(input_values=torch.rand(2, size[1], size[0], generator=g))),
+         time_stride=8), prefix=2, reads="prefix", output="pooler_output",
+         inputs=lambda size, g: dict(input_values=torch.rand(2, size[1], size[0], generator=g))),
 ]
 
 # ---- pyramids and windows ----
