@@ -502,6 +502,10 @@ _heads += [
                  " vit_mae.ViTMAEForPreTraining beit.BeitForMaskedImageModeling pixio.PixioBackbone"
                  " vision_encoder_decoder.VisionEncoderDecoderModel paligemma.PaliGemmaModel gemma3.Gemma3Model"
                  " cohere2_vision.Cohere2VisionModel modernvbert.ModernVBertModel deepseek_vl.DeepseekVLModel lfm2_vl.Lfm2VlModel"), **_patches),
+]
+
+# %% ../nbs/03_families.ipynb #e77ded84
+_heads += [
     Head(_models("yolos.YolosForObjectDetection"), reads="suffix"),
     Head(_models("deit.DeiTForImageClassificationWithTeacher"), reads="prefix"),
     Head(_models("clipseg.CLIPSegForImageSegmentation"), last=lambda m, n: max(m.extract_layers) + 1, **_patches),
