@@ -616,10 +616,11 @@ def _window_nchw(call): # ViTDet
     grid, size = tuple(call.x.shape[2:4]), call.layer.window_size
     return windows(grid, (size, size), device=call.x.device) if size > 0 else Raster(grid)
 
+_sam_axes = "(b w) h n | (b w h) n" # sdpa, eager
 _adapters += [
     Adapter("ViTDet (transformers)", _models("vitdet.VitDetModel vitdet.VitDetBackbone"), _kinds("vitdet.VitDetLayer", _window_nchw, "(b w h) n")),
-    Adapter("SAM (transformers)", _models("sam.SamVisionEncoder"), _kinds("sam.SamVisionLayer", _windowed, "(b w) h n | (b w h) n")),
-    Adapter("SAM-HQ (transformers)", _models("sam_hq.SamHQVisionEncoder"), _kinds("sam_hq.SamHQVisionLayer", _windowed, "(b w) h n | (b w h) n")),
+    Adapter("SAM (transformers)", _models("sam.SamVisionEncoder"), _kinds("sam.SamVisionLayer", _windowed, _sam_axes)),
+    Adapter("SAM-HQ (transformers)", _models("sam_hq.SamHQVisionEncoder"), _kinds("sam_hq.SamHQVisionLayer", _windowed, _sam_axes)),
     Adapter("SAM 3 (transformers)", _models("sam3.Sam3ViTModel"), _kinds("sam3.Sam3ViTLayer", _windowed, "(b w) h n")),
     Adapter("Florence-2's DaViT (transformers)", _models("florence2.Florence2VisionBackbone"),
             _kinds("florence2.Florence2VisionWindowAttention", _windowed, "(b w) h n") +
@@ -714,6 +715,43 @@ _adapters += [
             Layer(f"{_time}imeSformerAttention", why="attends along time, one place each")), **_cls),
 ]
 
+# %% ../nbs/03_families.ipynb #3a1e409d
+_adapters += [
+    *_line("""
+Sapiens 2 | sapiens2.Sapiens2Model sapiens2.Sapiens2Backbone | Sapiens2Attention
+TIPS v2 | tipsv2.Tipsv2VisionModel tipsv2.Tipsv2VisionBackbone | Tipsv2VisionAttention
+""", prefix=_registers, cls=1, reads="cls"),
+    *_line("Qianfan-OCR | qianfan_ocr.QianfanOCRVisionModel | QianfanOCRVisionAttention", prefix=1, cls=1),
+    *_line("""
+Granite Docling | granite_docling.GraniteDoclingVisionModel | GraniteDoclingVisionAttention
+Step 3.7 | step3p7.Step3p7VisionModel | Step3p7VisionAttention
+"""),
+    *(Adapter(f"{name} (transformers)", _models(f"{folder}.{tower}"),
+              _kinds(f"{folder}.{tower.replace('VisionEncoder', 'VisionLayer').replace('VisionModel', 'VisionLayer')}", _windowed, _sam_axes))
+      for name, folder, tower in (("GOT-OCR 2", "got_ocr2", "GotOcr2VisionEncoder"), ("SLANeXt", "slanext", "SLANeXtVisionEncoder"),
+                                  ("PP-FormulaNet", "pp_formulanet", "PPFormulaNetVisionModel"),
+                                  ("DeepSeek-OCR 2's SAM", "deepseek_ocr2", "DeepseekOcr2SamVisionEncoder"),
+                                  ("Unlimited-OCR's SAM", "unlimited_ocr", "UnlimitedOcrSamVisionEncoder"))),
+    _qwen("Qwen4", "qwen4_exp.Qwen4ExpVisionModel", "Qwen4ExpVisionAttention"),
+    _qwen("Cohere Compass", "cohere_compass.CohereCompassVisionModel", "CohereCompassVisionAttention"),
+]
+
+# %% ../nbs/03_families.ipynb #7ad9a4a9
+def _hiera_hf(call):
+    "Where Hiera's tokens lie: unrolled once a stage, then pooled by keeping the first of each group."
+    c, embeds = call.model.config, call.model.embeddings.patch_embeddings
+    (h, w), (a, b) = embeds.tokens_spatial_shape, c.query_stride
+    number = torch.arange(h*w, device=call.x.device).view(1, h, w)
+    for _ in c.depths[1:]: number = rearrange(number, "n (y a) (x b) -> (n a b) y x", a=a, b=b)
+    y, x, tokens = number.flatten()//w, number.flatten() % w, call.x.shape[1]
+    while len(y) > tokens: y, x, h, w = y[:len(y)//(a*b)]//a, x[:len(x)//(a*b)]//b, h//a, w//b
+    if tokens != h*w: raise ValueError(f"got {tokens} tokens for {h}×{w}: masked units leave no whole picture; turn mask_ratio off")
+    attn = call.layer
+    units = tokens//(attn.query_stride*attn.window_size) if attn.use_mask_unit_attn else 1
+    return Raster((h, w), rearrange(y*w + x, "(n u) -> u n", u=units), queries=None if attn.query_stride == 1 else (0, 0))
+
+_adapters += [Adapter("Hiera (transformers)", _models("hiera.HieraModel"), _kinds("hiera.HieraMaskUnitAttention", _hiera_hf, "b h w n"))]
+
 # %% ../nbs/03_families.ipynb #a1c0de0f
 def _tv_swin(call):
     b, grid = call.layer, tuple(call.x.shape[1:3])
@@ -775,6 +813,51 @@ _adapters += [Adapter(name, _timm(model), why=why) for name, model, why in (
     ("MLP-Mixer", "mlp_mixer.MlpMixer", "tokens are mixed by fixed weights, not by attention"),
     ("ConvNeXt", "convnext.ConvNeXt", "a convolutional network: no attention"),
     ("ResNet", "resnet.ResNet", "a convolutional network: no attention"),
+)]
+
+# %% ../nbs/03_families.ipynb #4ef23a26
+_together = "its patches share one sequence with words, and one causal mask: no map of a picture alone"
+_part = "a part of a model, which is not told how its tokens lie; pass the model it belongs to"
+_adapters += [Adapter(f"{name} (transformers)", _models(models), why=why) for name, models, why in (
+    ("Convolutional networks", "align.AlignVisionModel bit.BitModel bit.BitBackbone convnext.ConvNextModel convnext.ConvNextBackbone"
+     " convnextv2.ConvNextV2Model convnextv2.ConvNextV2Backbone dinov3_convnext.DINOv3ConvNextModel dinov3_convnext.DINOv3ConvNextBackbone"
+     " dinov3_convnext.DINOv3ConvNextEncoder efficientnet.EfficientNetModel hgnet_v2.HGNetV2Backbone hgnet_v2.HGNetV2ForImageClassification"
+     " mobilenet_v1.MobileNetV1Model mobilenet_v2.MobileNetV2Model regnet.RegNetModel resnet.ResNetModel resnet.ResNetBackbone"
+     " rt_detr.RTDetrResNetBackbone textnet.TextNetModel textnet.TextNetBackbone superpoint.SuperPointForKeypointDetection"
+     " pp_lcnet.PPLCNetEncoder pp_lcnet.PPLCNetBackbone pp_lcnet_v3.PPLCNetV3Encoder pp_lcnet_v3.PPLCNetV3Backbone pp_lcnet_v4.PPLCNetV4Encoder"
+     " pp_lcnet_v4.PPLCNetV4Backbone deimv2.Deimv2ConvEncoder deimv2.Deimv2LiteEncoder flava.FlavaImageCodebook",
+     "a convolutional network: no attention"),
+    ("FocalNet", "focalnet.FocalNetModel focalnet.FocalNetBackbone", "focal modulation gathers context by convolutions; no queries, no keys"),
+    ("PoolFormer", "poolformer.PoolFormerModel", "tokens are mixed by average pooling: no attention"),
+    ("SwiftFormer", "swiftformer.SwiftFormerModel", "additive attention: one global query, no row over places"),
+    ("MobileViT v2", "mobilevitv2.MobileViTV2Model", "separable attention: one context for all places, no row of a query"),
+    ("Deformable DETR", "deformable_detr.DeformableDetrModel deformable_detr.DeformableDetrEncoder mm_grounding_dino.MMGroundingDinoEncoder"
+     " grounding_dino.GroundingDinoEncoder", _sampled),
+    ("Models without a tower", "fuyu.FuyuModel chameleon.ChameleonModel emu3.Emu3Model gemma4_unified.Gemma4UnifiedModel neomme.NeoMMEModel"
+     " apertus1p5.Apertus1p5Model embedding_gemma2.EmbeddingGemma2Model", _together),
+    ("LayoutLMv3, ViLT", "layoutlmv3.LayoutLMv3Model vilt.ViltModel", "its patches share one sequence with words: no map of a picture alone"),
+)]
+
+# %% ../nbs/03_families.ipynb #119ebe0e
+_adapters += [Adapter(f"{name} (transformers)", _models(models), why=why) for name, models, why in (
+    ("Parts of detectors and backbones", "detr.DetrEncoder detr.DetrDecoder conditional_detr.ConditionalDetrEncoder"
+     " conditional_detr.ConditionalDetrDecoder dab_detr.DabDetrEncoder dab_detr.DabDetrDecoder table_transformer.TableTransformerEncoder"
+     " table_transformer.TableTransformerDecoder maskformer.MaskFormerDetrDecoder dinov2.Dinov2Encoder"
+     " dinov2_with_registers.Dinov2WithRegistersEncoder dinov3_vit.DINOv3ViTEncoder radio.RadioEncoder sapiens2.Sapiens2Encoder"
+     " swin.SwinEncoder sam3.Sam3DetrEncoder sam3.Sam3DetrDecoder sam3.Sam3MaskDecoder sam3_lite_text.Sam3LiteTextDetrEncoder"
+     " sam3_lite_text.Sam3LiteTextDetrDecoder sam3_lite_text.Sam3LiteTextMaskDecoder tipsv2.Tipsv2VisionEncoder"
+     " deimv2.Deimv2HybridEncoder rt_detr.RTDetrHybridEncoder rt_detr_v2.RTDetrV2HybridEncoder d_fine.DFineHybridEncoder", _part),
+    ("Decoders of sampled points", "rt_detr.RTDetrDecoder rt_detr_v2.RTDetrV2Decoder d_fine.DFineDecoder deimv2.Deimv2Decoder"
+     " deformable_detr.DeformableDetrDecoder grounding_dino.GroundingDinoDecoder mm_grounding_dino.MMGroundingDinoDecoder"
+     " lw_detr.LwDetrDecoder rf_detr.RfDetrDecoder omdet_turbo.OmDetTurboDecoder", _sampled),
+    ("Matchers of keypoints", "superglue.SuperGlueForKeypointMatching lightglue.LightGlueForKeypointMatching",
+     "it attends over keypoints, which lie on no grid"),
+    ("Readers of words", "sam3_lite_text.Sam3LiteTextTextModel pp_formulanet.PPFormulaNetTextModel", "a text model: no places"),
+    ("GroupViT", "groupvit.GroupViTVisionModel", "after its first stage the keys are groups of patches, not places"),
+    ("Perceiver", "perceiver.PerceiverModel", "its queries are latent arrays, none of which the output reads alone"),
+    ("Llama 3.2 Vision", "mllama.MllamaVisionModel", "the tiles of a picture are padded and joined in one sequence; no grid of the whole"),
+    ("Clips along time", "kimi_k25.Kimi_K25VisionModel minimax_m3_vl.MiniMaxM3VLVisionModel",
+     "its frames are merged, and a packed clip attends across them; no map of one picture yet"),
 )]
 
 # %% ../nbs/03_families.ipynb #effc94e1

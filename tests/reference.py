@@ -368,7 +368,21 @@ def _clip(c, spec, size):                                  # tokens of (T, h, w)
     return row.unflatten(-1, (-1, *grid)).transpose(1, 2).flatten(0, 1)
 
 
-HF_FOLDS = dict(clip=_clip, unfolded=_unfolded, pooled=_by_layer, pvt=_by_layer, windows=_by_windows, cvt=_cvt_hf,
+def _hiera_hf(c, spec, size):
+    """Unrolled three stages deep: tokens in the order of the strides, windows last."""
+    row = c["logits"].mean(-2)                            # (B, H, W, n)
+    row = row.transpose(2, 3).flatten(2)                  # token j·W + w is the j-th of window w
+    stage = int(c["name"].split("stages.")[1].split(".")[0])
+    grid = [s // spec.step // 2 ** max(stage - 1, 0) for s in size]      # pooled at the first layer of a stage, after its keys
+    turns = 2 - max(stage - 1, 0)
+    row = row.unflatten(-1, (*[2, 2] * turns, *(g // 2 ** turns for g in grid)))
+    for _ in range(turns):                                # the innermost stride last
+        *lead, a, b2, y, x = row.shape
+        row = row.movedim((-4, -3), (-3, -1)).reshape(*lead, y * a, x * b2)
+    return row
+
+
+HF_FOLDS = dict(hiera=_hiera_hf, clip=_clip, unfolded=_unfolded, pooled=_by_layer, pvt=_by_layer, windows=_by_windows, cvt=_cvt_hf,
                 square=lambda c, spec, size: _levit(c, None, spec, size))
 
 

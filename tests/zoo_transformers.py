@@ -1,6 +1,9 @@
 """Small copies of transformers' vision models: how each is built, what it is given, and what it is known to read."""
+import inspect
+import re
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 
 import torch
 from zoo import stirred
@@ -185,6 +188,18 @@ SPECS += [
 ]
 
 
+_hiera = dict(embed_dim=16, image_size=lambda s: list(s), depths=[1, 1, 1], num_heads=[1, 2, 2], embed_dim_multiplier=2, num_query_pool=2,
+              masked_unit_size=[4, 4], masked_unit_attention=[True, True, False], patch_stride=[4, 4])
+SPECS += [
+    Spec("hiera.HieraModel", "HieraConfig", _hiera, 3, output="pooler_output", prefix=0, reads="mean", fold="hiera", step=4, near=1,
+         attn=("eager",), sizes=((64, 64), (64, 96))),
+    Spec("sapiens2.Sapiens2Model", "Sapiens2Config", vit(num_register_tokens=2, num_key_value_heads=2, image_size=lambda s: list(s)), prefix=3,
+         output="pooler_output"),
+    Spec("got_ocr2.GotOcr2VisionEncoder", "GotOcr2VisionConfig", square(window_size=3, global_attn_indexes=[1], output_channels=16, mlp_dim=64),
+         output="last_hidden_state", prefix=0, reads="mean", fold="windows", sizes=SQUARE, attn=("eager",)),
+]
+
+
 # ---- pictures behind one another ----
 def packed(pictures, patch=4, merge=2, frames=2):
     """(N, 3·frames·patch²) patches in blocks of merge×merge, as the processors of Qwen's line lay them, and grid_thw."""
@@ -206,6 +221,8 @@ PACKED = {                                               # class: configuration,
     "qwen3_vl_moe.Qwen3VLMoeVisionModel": ("Qwen3VLMoeVisionConfig", _deep),
     "qwen3_5.Qwen3_5VisionModel": ("Qwen3_5VisionConfig", _deep),
     "qwen3_5_moe.Qwen3_5MoeVisionModel": ("Qwen3_5MoeVisionConfig", _deep),
+    "qwen4_exp.Qwen4ExpVisionModel": ("Qwen4ExpVisionConfig", _deep),
+    "cohere_compass.CohereCompassVisionModel": ("CohereCompassVisionConfig", _deep),
     "qwen2_5_omni.Qwen2_5OmniVisionEncoder": ("Qwen2_5OmniVisionEncoderConfig", _qwen3 | dict(window_size=16, fullatt_block_indexes=[1])),
     "qwen3_omni_moe.Qwen3OmniMoeVisionEncoder": ("Qwen3OmniMoeVisionEncoderConfig", _deep),
     "glm4v.Glm4vVisionModel": ("Glm4vVisionConfig", _qwen3 | dict(image_size=32)),
@@ -222,3 +239,67 @@ def make_packed(name, attn="sdpa"):
     config = getattr(import_module(f"transformers.models.{folder}.configuration_{folder}"), PACKED[name][0])
     torch.manual_seed(0)
     return stirred(getattr(module, cls)._from_config(config(**PACKED[name][1]), attn_implementation=attn))
+
+
+# ---- every vision class of the library ----
+VISUAL = ("IMAGE", "VIDEO", "VISION", "VISUAL", "DEPTH", "OBJECT", "SEGM", "BACKBONE", "MASK_GEN", "KEYPOINT", "MULTIMODAL", "TABLE_REC")
+OVERRIDES = {                                            # where the default configuration builds nothing
+    "beit.BeitForSemanticSegmentation": dict(out_indices=[1, 1, 2, 2]),
+    "hiera.HieraForPreTraining": dict(decoder_hidden_size=32, decoder_depth=1, decoder_num_heads=2),
+    "perceiver.PerceiverForImageClassificationFourier": dict(num_cross_attention_heads=1),
+    "perceiver.PerceiverForImageClassificationConvProcessing": dict(num_cross_attention_heads=1),
+}
+
+
+def mapped():
+    """The names in the library's own maps from tasks with pictures to classes."""
+    from transformers.models.auto import modeling_auto
+    maps = [m for k, m in vars(modeling_auto).items() if k.endswith("MAPPING_NAMES") and any(w in k for w in VISUAL)]
+    return {c for m in maps for v in m.values() for c in (v if isinstance(v, (tuple, list)) else [v])}
+
+
+def vision_classes():
+    """{"folder.Class": class} of every model class of transformers that is given pictures or clips."""
+    import transformers
+    from transformers.modeling_utils import PreTrainedModel
+    names, found = mapped(), {}
+    for file in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
+        if not re.search("pixel_values|pixel_embeds|video", file.read_text(encoding="utf-8")):
+            continue
+        module = import_module(f"transformers.models.{file.parent.name}.{file.stem}")
+        for name, cls in vars(module).items():
+            own = isinstance(cls, type) and issubclass(cls, PreTrainedModel) and cls.__module__ == module.__name__
+            if own and not name.endswith("PreTrainedModel") and (name in names or is_given_pictures(cls)):
+                found[f"{file.parent.name}.{name}"] = cls
+    return found
+
+
+def is_given_pictures(cls):
+    main = getattr(cls, "main_input_name", "")
+    asked = [*inspect.signature(cls.forward).parameters, *([main] if isinstance(main, str) else main)]
+    return any(a.startswith(("pixel_", "grid_thw")) for a in asked)
+
+
+def shallow(config):
+    """Two layers everywhere: what is looked at is which kinds there are."""
+    for key in ("num_hidden_layers", "num_layers", "encoder_layers", "decoder_layers"):
+        if isinstance(getattr(config, key, None), int):
+            setattr(config, key, 2)
+    for inner in [v for v in vars(config).values() if hasattr(v, "to_dict")]:
+        shallow(inner)
+    return config
+
+
+def census():
+    """(name, build) of every vision class; build() gives the model, of the default configuration, and its inputs."""
+    for name, cls in vision_classes().items():
+        def build(name=name, cls=cls):
+            config = cls.config_class(**OVERRIDES.get(name, {}))
+            try:
+                model = cls(shallow(cls.config_class(**OVERRIDES.get(name, {}))))
+            except (ValueError, TypeError, IndexError, KeyError, AssertionError, AttributeError, RuntimeError):
+                model = cls(config)                      # some need all their layers
+            size = getattr(getattr(config, "vision_config", config), "image_size", None) or 224
+            size = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+            return model, dict(pixel_values=torch.empty(2, 3, *size[-2:]))
+        yield name, build
