@@ -58,7 +58,8 @@ class SpatialEntropyRegularizer:
                  query="auto", # as in AttentionTap
                  drop_skip: bool = False, # remove the last skip first; before the optimiser
                  views: int = 1): # forward passes that one call stands for, by their mean
-        if not isinstance(views, int) or views < 1: raise ValueError(f"views: got {views!r}, expected the number of forward passes a call stands for, at least 1")
+        if not isinstance(views, int) or views < 1:
+            raise ValueError(f"views: got {views!r}, expected the number of forward passes a call stands for, at least 1")
         _weight_at(weight, epochs, warmup, 0.)
         self.peak, self.epochs, self.warmup, self.epoch = weight, epochs, warmup, 0. if epochs is None else None
         self.surgery, self._criterion = _operate(model) if drop_skip else None, SpatialEntropyLoss()

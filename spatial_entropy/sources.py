@@ -6,39 +6,38 @@
 __all__ = ['Source', 'sources']
 
 # %% ../nbs/13_sources.ipynb #bd169ab2
-import copy, io, json, os, posixpath, re, tarfile
+import copy, json, os, posixpath, re, tarfile
 from collections import Counter
 from glob import glob
 from itertools import groupby
 from pathlib import Path
 import numpy as np
 import torchvision
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from timm.data import is_img_extension
 from timm.utils.misc import natural_key
 
 # %% ../nbs/13_sources.ipynb #2af026cd
-from .data import shapes
+from .data import open_picture, shapes
 from .files import read_text
 
 # %% ../nbs/13_sources.ipynb #e54f849d
 class Source:
     """Pictures by number: `labels` of all items, `classes` in label order, `open(i)`, `name(i)`, `take(indices)`.
 
-    A subclass says how an item is opened (`_open`) and what it is called (`_name`). Sources hold no open files: they can be pickled
-    and read by several processes at once.
+    A subclass says where an item is (`_open`: a path, bytes or a PIL picture) and what it is called
+    (`_name`). Sources hold no open files: they can be pickled and read by several processes at once.
     """
     def __init__(self, items, labels, classes):
         self.items, self.labels, self.classes = list(items), [int(l) for l in labels], tuple(classes)
 
     def __len__(self): return len(self.items)
 
-    def open(self, i) -> Image.Image: # RGB
-        "Picture i. Raises OSError, SyntaxError or ValueError when it cannot be read."
+    def open(self, i) -> Image.Image: # RGB, as a viewer shows it
+        "Picture i. Raises OSError that names it when it cannot be read."
         item = self.items[i]
-        try: return self._open(item).convert("RGB")
-        except UnidentifiedImageError: raise OSError(f"{self._name(item)}: is not a picture that Pillow knows") from None
-        except (OSError, SyntaxError, ValueError, MemoryError): raise
+        try: return open_picture(self._open(item), self._name(item))
+        except (OSError, MemoryError): raise
         except Exception as e: raise OSError(f"{self._name(item)}: cannot be decoded ({type(e).__name__}: {e})") from None
 
     def name(self, i) -> str: # for messages
@@ -68,10 +67,11 @@ class _Spans(Source):
         super().__init__(items, labels, classes)
 
     def _open(self, item):
-        file, _, start, size = item
+        file, member, start, size = item
+        if member is None: return self.root/file
         with open(self.root/file, "rb") as f:
             f.seek(start)
-            return Image.open(io.BytesIO(f.read(size)))
+            return f.read(size)
 
     def _name(self, item): return item[0] if item[1] is None else f"{item[0]}:{item[1]}"
 

@@ -6,6 +6,8 @@
 __all__ = ['AttentionTap']
 
 # %% ../nbs/04_tap.ipynb #e526610b
+import inspect
+import re
 import threading
 from copy import deepcopy
 from functools import cache, update_wrapper
@@ -34,6 +36,9 @@ class _Listening(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             for h in self.hearings: _fused(h, *args, **kwargs)
+        elif func is F.multi_head_attention_forward:
+            for h in self.hearings: _projected(h, *args, **kwargs)
+            return func(*args, **kwargs)
         elif func in _SOFTMAX:
             table, dim = _table_of(*args, **kwargs)
             for h in self.hearings: _softmax(h, table, dim)
@@ -46,7 +51,7 @@ class _Listening(TorchFunctionMode):
 # %% ../nbs/04_tap.ipynb #8780cb02
 def _hear(module, forward, args, kwargs):
     "A call of a tapped layer."
-    entered = [_enter(ear, (*args, *kwargs.values())) for ear in module._ear.ears]
+    entered = [_enter(ear, (*args, *kwargs.values()), kwargs) for ear in module._ear.ears]
     hearings = [h for h in entered if h is not None]
     if isinstance(module, nn.MultiheadAttention):
         for h in hearings: _multihead(h, *args, **kwargs)
@@ -265,11 +270,13 @@ def _install(tap):
     path = _ask(adapter.grid, model) if callable(adapter.grid) else adapter.grid
     first = _first_convolution(tap.found)
     shows = model.get_submodule(path) if path else first
-    begins = first if first is not None else shows
+    begins = None if adapter.given is not None else first if first is not None else shows
     tap._hooks = [model.register_forward_pre_hook(_Hook(tap._enter_model)),
                   model.register_forward_hook(_Hook(tap._leave_model), always_call=True)]
     if begins not in (None, model): tap._hooks.append(begins.register_forward_pre_hook(_Hook(tap._embed)))
-    if shows is not None: tap._hooks.append(shows.register_forward_hook(_Hook(tap._see_grid), with_kwargs=True))
+    if adapter.given is not None:
+        tap._hooks.append(model.register_forward_pre_hook(_Hook(tap._see_inputs), with_kwargs=True))
+    elif shows is not None: tap._hooks.append(shows.register_forward_hook(_Hook(tap._see_grid), with_kwargs=True))
     for ear in tap._ears:
         _attach(ear)
         if isinstance(ear.module, nn.MultiheadAttention):             # a hook keeps nn.TransformerEncoderLayer
@@ -313,8 +320,13 @@ def _see_grid(self, module, args, kwargs, out):
     if _recomputing(): return
     self._passes.now().grid = self.found.adapter.read(module, (*args, *kwargs.values()), out)
 
+def _see_inputs(self, module, args, kwargs):
+    if _recomputing(): return
+    named = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    self._passes.now().grid = self.found.adapter.given(module, named | named.get("kwargs", {}))
+
 AttentionTap._enter_model, AttentionTap._leave_model = _enter_model, _leave_model
-AttentionTap._embed, AttentionTap._see_grid = _embed, _see_grid
+AttentionTap._embed, AttentionTap._see_grid, AttentionTap._see_inputs = _embed, _see_grid, _see_inputs
 
 # %% ../nbs/04_tap.ipynb #2a532f9c
 def _is_sharded(model): # FSDP2's fully_shard, or FSDP
@@ -344,20 +356,20 @@ class _Hearing:
     def __init__(self, ear, args, raster, masks, kept=True):
         self.ear, self.key, self.raster, self.masks, self.kept = ear, _key_of(args), raster, masks, kept
         self.batch, self.args, self.row, self.seen = args[0].shape[0], args, None, None
-        self.map, self.shown, self.graded, self.passed_by, self.alive = None, None, False, [], None
+        self.map, self.shown, self.graded, self.passed_by, self.alive, self.parts = None, None, False, [], None, []
 
 class _Alive: pass                                                    # lives as long as a graph
 
 def _key_of(args): return tuple(tuple(a.shape) if isinstance(a, torch.Tensor) else None for a in args)
 
 # %% ../nbs/04_tap.ipynb #a1b51108
-def _enter(ear, args):
+def _enter(ear, args, kwargs):
     "A hearing of this call; None where the run that is repeated was not heard."
     _refuse_tracing(args)
     if _recomputing(): return _again(ear, args)
     now, compiled = ear.tap._passes.now(), torch.compiler.is_compiling()
     if now.used and not compiled: now.begin(ear.tap.keep)
-    raster = ear.kind.place(Call(ear.module, ear.name, ear.tap.found.model, args, now.grid))
+    raster = ear.kind.place(Call(ear.module, ear.name, ear.tap.found.model, args, now.grid, kwargs))
     if raster is None:
         raise RuntimeError(f"{ear.name}: the patch grid was not seen; the model's embedding did not run "
                            "before its blocks. Call the model, not a part of it")
@@ -380,11 +392,12 @@ def _again(ear, args):
 def _windows_of(raster): return 1 if raster.cells is None or raster.per_image else raster.cells.shape[0]
 
 def _canonical(h, t): # (..., n, c) in the family's layout -> (B, H, W, n, c)
-    axes, w = h.ear.kind.axes, _windows_of(h.raster)
+    axes, w = h.ear.kind.axes_of(t), _windows_of(h.raster)
     if axes == "b h w n" and t.ndim == 4: axes = "b h n"                  # Hiera's global layers
     try:
-        if "w" in axes: return rearrange(t, f"{axes} c -> b h w n c", b=h.batch, w=w)
-        return rearrange(t, f"{axes} c -> b h 1 n c")
+        known = dict(w=w) if "w" in axes else {}
+        if re.search(r"\([^)]*b[^)]*h", axes): known["b"] = h.batch            # heads and images share an axis
+        return rearrange(t, f"{axes} c -> {' '.join(a if a in axes else '1' for a in 'bhwn')} c", **known)
     except EinopsError:
         raise RuntimeError(f"{h.ear.name}: got a tensor of shape {tuple(t.shape)} in its attention, expected ({axes}, c) for "
                            f"{h.batch} images and {w} window(s); the family's entry does not fit") from None
@@ -403,7 +416,19 @@ def _rows_of(h, n):
     if raster.real is not None and raster.real.shape[-1] == n:            # padded queries have no say
         return Rows(weight=raster.real/raster.real.sum(-1, keepdim=True).clamp_min(1))
     if raster.region is not None and raster.region.shape[-1] == n: return Rows(region=raster.region)
-    return Rows(start=prefix)
+    return _between(ear, n, prefix)
+
+def _between(ear, n, prefix):
+    "The patches, or the tokens before or after them where the output reads those."
+    suffix, adapter = _suffix(ear), ear.tap.found.adapter
+    reads = adapter.reads if ear.tap.query == "auto" else "mean"
+    if not suffix and reads != "prefix": return Rows(start=prefix)
+    at = torch.arange(n, device=next(ear.module.parameters()).device)
+    patches = (at >= prefix) & (at < n - suffix)
+    read = dict(prefix=at < prefix, suffix=at >= n - suffix).get(reads, patches)
+    return Rows(weight=read/read.sum())
+
+def _suffix(ear): return 0 if ear.kind.one_query else _ask(ear.tap.found.adapter.suffix, ear.tap.found.model)
 
 def _prefix(ear):
     prefix = ear.tap.found.adapter.prefix if ear.kind.prefix is None else ear.kind.prefix
@@ -413,6 +438,8 @@ def _prefix(ear):
 def _rows_of_patch(h, prefix):
     name, query, raster = h.ear.name, h.ear.tap.query, h.raster
     (y, x), (height, width) = query, raster.queries or raster.grid
+    if raster.pictures > 1:
+        raise UnsupportedModel(f"{name}: query={query!r}, but several pictures lie in one sequence; use query=\"mean\"")
     if raster.cells is not None and raster.queries is not None or (height, width) == (0, 0):
         raise UnsupportedModel(f"{name}: query={query!r}, but the queries of this layer are pooled within windows; "
                                'use query="mean"')
@@ -423,19 +450,15 @@ def _rows_of_patch(h, prefix):
     return Rows(weight=weight if not raster.per_image else F.pad(weight, (prefix, 0))[:, None, None])
 
 # %% ../nbs/04_tap.ipynb #a048e9aa
-def _sizes(h): # queries (None: any number) and keys
-    raster, prefix = h.raster, _prefix(h.ear)
-    m = raster.grid[0]*raster.grid[1] if raster.cells is None else raster.cells.shape[-1]
-    if h.ear.kind.one_query: return None, prefix + m
-    if raster.queries is None: return prefix + m, prefix + m
-    y, x = raster.queries
-    return (None if raster.cells is not None or not y*x else prefix + y*x), prefix + m
+def _cells_of(raster): return raster.grid[0]*raster.grid[1]*raster.pictures if raster.cells is None else raster.cells.shape[-1]
+
+def _keys_of(h): return _prefix(h.ear) + _cells_of(h.raster) + _suffix(h.ear)
 
 def _fits(h, n, m, what):
     "Whether this is the layer's attention. Raises UnsupportedModel for a second one."
     if not h.kept and torch.compiler.is_compiling(): return h.row is None   # a repeated run, checked before
-    queries, keys = _sizes(h)
-    if m != keys or queries not in (None, n): h.passed_by.append((what, n, m))
+    if h.ear.kind.parts: return h.row is None                         # its windows one after the other
+    if m != _keys_of(h): h.passed_by.append((what, n, m))
     elif h.row is None: return True
     elif h.ear.kind.applied is None:
         raise UnsupportedModel(f"{h.ear.name}: two attentions in one call of {type(h.ear.module).__name__}, and one map "
@@ -447,9 +470,8 @@ def _left(h, out):
     if h.alive is not None: _tie(h, _first_graded(out))
     sizes = [p for p in h.passed_by if p[2] is not None]
     if h.row is not None or not sizes: return
-    (_, n, m), (queries, keys), prefix, (y, x) = sizes[0], _sizes(h), _prefix(h.ear), h.raster.grid
-    got = f"{m} keys" if m != keys else f"{n} queries instead of {queries}"
-    raise RuntimeError(f"{h.ear.name}: got {got} for {prefix} + {keys - prefix} ({y}×{x} patches): patches were "
+    (_, _, m), prefix, (y, x) = sizes[0], _prefix(h.ear), h.raster.grid
+    raise RuntimeError(f"{h.ear.name}: got {m} keys for {prefix} + {_keys_of(h) - prefix} ({y}×{x} patches): patches were "
                        "dropped (patch_drop_rate?) or merged, and the map has no raster; turn it off")
 
 # %% ../nbs/04_tap.ipynb #b8ad4959
@@ -502,8 +524,13 @@ def _unfused(h, table):
 
 # %% ../nbs/04_tap.ipynb #f2fcd313
 def _keep(h, rows, row, seen):
-    ear, prefix, tap = h.ear, _prefix(h.ear), h.ear.tap
-    h.row = row[..., prefix:]
+    ear, prefix, tap, m = h.ear, _prefix(h.ear), h.ear.tap, _cells_of(h.raster)
+    if ear.kind.parts:
+        h.parts.append(row)
+        row = torch.cat(h.parts, -1)
+        if row.shape[-1] < m: return
+    if tap.softmax and h.raster.pictures > 1 and h.raster.region is not None: row = row*_own_share(h.raster)
+    h.row = row[..., prefix:prefix + m]
     if not h.kept:
         if torch.compiler.is_compiling(): tap._passes.now().repeated[ear.number] = h   # the same graph as the first run
         return
@@ -513,7 +540,7 @@ def _keep(h, rows, row, seen):
                            "word; use checkpoint(..., use_reentrant=False)")
     if rows.weight is not None and isinstance(tap.query, tuple) and not h.raster.per_image: seen = _window_of(rows, h.raster)
     elif h.raster.real is not None: seen = h.raster.real.any(-1, keepdim=True).expand_as(h.raster.cells)
-    h.seen = seen if seen is None or h.raster.cells is not None and seen.ndim == 2 else seen[..., prefix:]
+    h.seen = seen if seen is None or h.raster.cells is not None and seen.ndim == 2 else seen[..., prefix:prefix + m]
     now.heard[ear.number] = [*now.heard.get(ear.number, []), h]
     if not torch.compiler.is_compiling(): _note(h, row, now)
 
@@ -526,6 +553,10 @@ def _note(h, row, now): # for a repeated run, and for who counts passes
 
 def _tie(h, t): # the run can be repeated as long as the graph of its row or its output is there
     if t is not None: t.grad_fn.metadata[f"heard {id(h.ear)}"] = h.alive
+
+def _own_share(raster): # the mean over all queries of a sequence, as a mean over those of one's own picture
+    n = raster.region.shape[-1]
+    return n/(raster.region[..., None] == raster.region[..., None, :]).sum(-1)
 
 def _window_of(rows, raster): # a patch sees its own window, and its own region there
     inside = rows.weight.sum(-1, keepdim=True) > 0
@@ -557,6 +588,17 @@ def _multihead_mask(attn_mask, padding, q, k):
     if padding is not None: mask = add(padding)[:, None, None, None] + (0. if mask is None else mask)
     return mask
 
+# %% ../nbs/04_tap.ipynb #a1c0df02
+def _projected(h, query, key, value, width, heads, weight, bias, bias_k, bias_v, add_zero_attn, *rest,
+               use_separate_proj_weight=False, q_proj_weight=None, k_proj_weight=None, **more):
+    if bias_k is not None or add_zero_attn or more.get("is_causal"):
+        raise UnsupportedModel(f"{h.ear.name}: bias_k, add_zero_attn and is_causal leave no map of places")
+    wq, wk = (q_proj_weight, k_proj_weight) if use_separate_proj_weight else weight.chunk(3)[:2]
+    bq, bk = bias.chunk(3)[:2] if bias is not None else (None, None)
+    q, k = (rearrange(F.linear(x, w, b), "n b (h d) -> b h 1 n d", h=heads) for x, w, b in ((query, wq, bq), (key, wk, bk)))
+    mask = _multihead_mask(more.get("attn_mask"), more.get("key_padding_mask"), q, k)
+    _read(h, q, k, mask, q.shape[-1]**-.5)
+
 # %% ../nbs/04_tap.ipynb #8c74e669
 def _fill(s, seen):
     "Give unseen cells the mean of the seen ones, less its rounding, so that no threshold at the mean takes them."
@@ -568,7 +610,8 @@ def _fill(s, seen):
 def _map(h, anchor=None):
     if h.map is None or torch.is_grad_enabled() > h.graded:                # or first read without gradients, for a log
         h.graded, seen = torch.is_grad_enabled(), h.seen
-        if seen is None and h.raster.per_image: seen = torch.ones_like(h.row, dtype=torch.bool)
+        several = h.raster.pictures > 1 and h.raster.cells is not None
+        if seen is None and (h.raster.per_image or several): seen = torch.ones_like(h.row, dtype=torch.bool)
         s = h.raster.lay(h.row)
         h.shown = None if seen is None else h.raster.lay(seen.expand(h.row.shape).to(h.row.dtype)) > 0
         h.map = _anchored(s if h.shown is None or h.ear.tap.softmax else _fill(s, h.shown), anchor)
@@ -687,9 +730,10 @@ def _error_of_row(h, logits, table, hidden):
             if not tap.softmax: counts = counts & (rows.region[:, :, None] == rows.region[:, None, :])
         if tap.softmax: counts = counts.any(-1, keepdim=True)
         want = torch.where(counts, table if tap.softmax else logits, 0.).sum(-2)/counts.sum(-2).clamp_min(1)
-    error = (want[..., prefix:] - row).abs()
+    if len(h.parts) > 1: row = row[..., -want.shape[-1]:]                   # the last of several calls
+    error = (want[..., prefix:prefix + row.shape[-1]] - row).abs()
     if seen is not None: error = torch.where(seen, error, 0.)
-    if raster.cells is not None: error = error[..., raster.cells < raster.grid[0]*raster.grid[1]] if not raster.per_image else error
+    if raster.cells is not None and len(h.parts) < 2: error = error[..., raster.cells < raster.grid[0]*raster.grid[1]] if not raster.per_image else error
     return dict(map_error=(error.amax()/want.abs().amax().clamp_min(1)).item())
 
 # %% ../nbs/04_tap.ipynb #12cc5670
