@@ -121,7 +121,10 @@ def _optimizer(c, model, updates, update):
     "timm's optimiser and schedule."
     lr = c.lr or c.lr_base*update/c.lr_base_size
     try: optimizer = create_optimizer_v2(model, opt=c.opt, lr=lr, weight_decay=c.weight_decay, layer_decay=c.layer_decay)
-    except (AssertionError, ValueError) as e: raise ValueError(f"opt: got {c.opt!r}, which timm does not know ({e})") from None
+    except Exception as e:
+        setting, why = (("layer_decay", f"which {c.model} does not offer") if c.layer_decay else
+                        ("opt", "which timm does not know"))
+        raise ValueError(f"{setting}: got {getattr(c, setting)!r}, {why} ({in_short(e)})") from None
     scheduler, _ = create_scheduler_v2(optimizer, "cosine", num_epochs=c.epochs, warmup_epochs=min(c.warmup_epochs, c.epochs - 1),
                                        warmup_lr=min(c.warmup_lr, lr), min_lr=min(c.min_lr, lr), step_on_epochs=c.sched_on_epochs, updates_per_epoch=updates)
     return optimizer, scheduler
@@ -309,8 +312,8 @@ def _restore(job, found, say):
 # %% ../nbs/17_jobs.ipynb #c621ce3a
 def _compare(job, say):
     "The data and the machine against what the run began with."
-    _, facts = load_config(job.folder)
-    if not facts: return
+    if not (job.folder/"facts.json").exists(): return
+    _, facts = load_config(job.folder, ("classes", "update", "pictures", "processes"))
     classes, pictures, processes = list(job.loaders.classes), len(job.loaders.train.dataset), job.accelerator.num_processes
     if facts["classes"] != classes:
         raise ValueError(f"{job.folder} tells {len(facts['classes'])} classes apart, the data {len(classes)}, or others; a run goes on with its own data only")

@@ -7,7 +7,7 @@ __all__ = ['check_name', 'build_model', 'in_short', 'save_weights', 'load_weight
            'change_last_block', 'load_run']
 
 # %% ../nbs/15_models.ipynb #9d681e4f
-import hashlib
+import hashlib, warnings
 from difflib import get_close_matches
 from pathlib import Path
 import timm
@@ -18,7 +18,7 @@ from timm.models import load_state_dict
 from torch import nn
 
 # %% ../nbs/15_models.ipynb #13478811
-from .config import TrainConfig, load_config
+from .config import TrainConfig, load_config, shown
 from .families import UnsupportedModel
 from .files import write_whole
 from .surgery import drop_last_skip
@@ -59,10 +59,13 @@ def build_model(config: TrainConfig, num_classes: int,
     _check_arguments(config)
     options = dict(num_classes=num_classes, **config.model_kwargs, **weights)
     if config.drop_path is not None: options["drop_path_rate"] = config.drop_path
-    try: model = _create(config.model, config.img_size, **options)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Initializing zero-element")     # refused next, or meant
+            model = _create(config.model, config.img_size, **options)
     except OSError: raise                                              # weights that cannot be had
     except _unfit as e:
-        asked = f"img_size={config.img_size}, {config.model_kwargs}"
+        asked = f"img_size={config.img_size}, {shown(config.model_kwargs)}"
         raise ValueError(f"model: {config.model} cannot be built with {asked}: {in_short(e)}") from None
     patch = model.patch_embed.patch_size if isinstance(getattr(model, "patch_embed", None), timm.layers.PatchEmbed) else (1, 1)
     if any(config.img_size % p for p in patch):
@@ -176,9 +179,10 @@ def change_last_block(model):
 
 def load_run(run: str, # a run folder
              weights: str = "model", # "model": of its last epoch; "best": of its best epoch
+             needed=(), # facts that have to be there, beside the classes
             ) -> tuple[nn.Module, TrainConfig, dict]: # the model in evaluation mode, its settings, the facts beside them
     "The trained model of a run, with its surgery. Raises FileNotFoundError or ValueError that name the file."
-    config, facts = load_config(run)
+    config, facts = load_config(run, ("classes", *needed))
     path = Path(run)/f"{weights}.safetensors"
     if not path.is_file(): raise FileNotFoundError(f"{path}: no such file; the run ended before its first epoch did")
     model = build_model(config, len(facts["classes"]))

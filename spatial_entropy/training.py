@@ -25,7 +25,7 @@ from .jobs import Job, checkpoints, prepare, save_checkpoint
 from .models import save_weights
 from .operators import label_regions, spatial_entropy
 from .pictures import show_heads
-from .progress import RunProgress, film, plot_metrics
+from .progress import RunProgress, film, plot_metrics, teller
 from .regions import above_mean
 from .tap import AttentionTap
 
@@ -208,8 +208,18 @@ def _looked_at(job):
     if not job.ema: yield job.model, job.tap; return
     with AttentionTap(job.ema.module) as tap: yield job.ema.module, tap
 
+def _check_weights(job):
+    "Raise FloatingPointError when weights are NaN or infinite: no update brings them back."
+    names, weights = zip(*job.model.named_parameters())
+    whole = torch.stack([w.detach().isfinite().all() for w in weights]).tolist()
+    if not all(whole):
+        raise FloatingPointError(
+            f"epoch {job.place.epoch + 1}: {whole.count(False)} weight(s) are NaN or infinite, the first "
+            f"is {names[whole.index(False)]}; lower --lr, and look at the data")
+
 def _row(job, rate, start):
     "The line of metrics.csv at the end of an epoch."
+    _check_weights(job)
     n, loss, ce, hits, entropy = job.accelerator.reduce(job.sums).tolist()
     if not n: raise FloatingPointError(f"epoch {job.place.epoch + 1}: not one update was a number; lower --lr, and look at the data")
     with _looked_at(job) as (model, tap), job.accelerator.autocast():
@@ -313,7 +323,7 @@ class Trained:
 
 def _say(console): # a launched process cannot display in the notebook that launched it
     console = console or (Console(force_jupyter=False) if multiprocessing.parent_process() else Console())
-    return lambda said: console.print(said, highlight=False, markup=False, soft_wrap=True)
+    return teller(console)
 
 # %% ../nbs/18_training.ipynb #ec42bdd8
 def _fit(job, console, plot):
