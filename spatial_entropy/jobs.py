@@ -100,7 +100,8 @@ def _data(c, accelerator):
     update = c.batch_size*accelerator.num_processes*c.grad_accum_steps
     data = loaders(c.data, c.img_size, c.batch_size, c.seed, c.limit, c.workers, known["mean"], known["std"], update, c.crop_pct,
                    c.interpolation or known["interpolation"], c.aug_repeats,
-                   dict(fraction=c.fraction, data_dir=c.data_dir, download=c.download, train_split=c.train_split, val_split=c.val_split),
+                   dict(fraction=c.fraction, data_dir=c.data_dir, download=c.download, leave_out=[c.output],
+                        train_split=c.train_split, val_split=c.val_split),
                    dict(mixup=c.mixup, cutmix=c.cutmix, prob=c.mixup_prob, switch_prob=c.mixup_switch_prob, smoothing=c.smoothing),
                    c.reprob, scale=(c.scale, 1.), hflip=c.hflip, color_jitter=c.color_jitter, auto_augment=c.aa)
     if not len(data.train): raise ValueError(f"batch_size: got {c.batch_size}" + (f", and {update} pictures an update" if update > c.batch_size else "")
@@ -196,6 +197,7 @@ def prepare(config: TrainConfig,
     if c.device not in (None, accelerator.device.type):
         raise ValueError(f"device: got {c.device!r}, but accelerate found {accelerator.device.type!r} here; expected that, or cpu")
     data, update = _data(c, accelerator)
+    for said in data.notes(): say(said)
     found = _checkpoint(folder, say)
     model = build_model(c, len(data.classes)) if found else start_model(c, data.classes, say)
     find(model)                                                        # refuses, with the reason, what has no map of places
