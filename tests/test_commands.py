@@ -189,7 +189,7 @@ def header_of(side):
 
 def test_draw_of_odd_names_and_hostile_files(trained, tmp_path, capsys):
     photo = Image.fromarray(se.shapes(300).images[0])
-    names = ["cost_$5_and_$6^", "$\\frac{$", "a\nb", "日本", "x" * 200, "[bold]", "[/b]"]
+    names = ["cost_$5_and_$6^", "$\\frac{$", "a\nb", "日本", "x" * 200, "[bold]", "[b]x"]
     for n in names:
         photo.save(tmp_path / f"{n}.png")
     for kind in ("png", "svg", "pdf"):
@@ -227,4 +227,5 @@ def test_runs_lie_in_the_data(photos, tmp_path, monkeypatch, capsys):
     for k in (1, 2):
         code, said, err = typed(capsys, "train", "--data", ".", "--experiment", f"r{k}", *small)
         assert code == 0, err
-        assert len(json.loads(Path(f"runs/r{k}/facts.json").read_text())["classes"]) == 3 and ("1 × folder of runs" in said) == (k == 2)
+        assert len(json.loads(Path(f"runs/r{k}/facts.json").read_text())["classes"]) == 3
+        assert said.count("1 × folder of runs") >= k             # found by the second run, and by each one's evaluation
