@@ -398,6 +398,7 @@ def _is_divided(may, classes):
     both = _called(["train"], classes) and _called(_vals, classes)
     return both or _called(["train"], may) or _called(_vals, may)
 
+# %% ../nbs/13_sources.ipynb #83e8d7be
 def _parts(path, listed, train_split, val_split, keyed, notes):
     "[(place, its part of the list)]: training and validation, or only one that is still to be split."
     named, vals = train_split or val_split, [val_split] if val_split else _vals
