@@ -158,10 +158,10 @@ def replay_us(call, replays=200):
 
 def variant(folder, number, **constants):
     "The module of the kernels with other constants, from a file of its own, since Triton reads the source."
-    text = (ROOT / "spatial_entropy/gpu_kernels.py").read_text()
+    text = (ROOT / "spatial_entropy/gpu_kernels.py").read_text(encoding="utf-8")
     lines = [next((f"{n} = {v}" for n, v in constants.items() if line.startswith(f"{n} = ")), line) for line in text.splitlines()]
     path = folder / f"variant_{number}.py"
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
@@ -255,7 +255,7 @@ def main():
             facts = dict(failed=traceback.format_exc())
             print(facts["failed"], flush=True)
         report = dict(part=name, seconds=round(time.time() - start, 1), **machine, **facts)
-        (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+        (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         print(f"{name}: {'FAILED' if name in failed else 'done'} in {report['seconds']} s", flush=True)
     return 1 if failed else 0
 

@@ -63,7 +63,8 @@ def main():
         rows.append(dict(shape=case[0], kind=case[1], pieces_a_map=pieces[case]/(case[0][0]*case[0][1]), ns_a_cell=times[-1], stages=own))
         print("×".join(map(str, case[0])), case[1], f"{rows[-1]['pieces_a_map']:.0f} pieces a map, {times[-1]:.2f} ns a cell:",
               ", ".join(f"{s} {t:.2f}" for s, t in own.items()))
-    if output: Path(output).write_text(json.dumps(dict(machine=_machine(torch.device("cpu")), rows=rows), indent=1) + "\n")
+    found = dict(machine=_machine(torch.device("cpu")), rows=rows)
+    if output: Path(output).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -212,7 +212,7 @@ def adapt(proc):
             if cell["cell_type"] == "code" and re.match(r"show_doc\(", source):
                 cell.update(cell_type="markdown", entry=True, source=api.directive(source, name))
     symbols = api.symbols()
-    (SOURCE / "symbols.json").write_text(json.dumps(symbols))
+    (SOURCE / "symbols.json").write_text(json.dumps(symbols), encoding="utf-8")
 
     pages, written = [o.removesuffix(".ipynb") for o in books if o != "index.ipynb"], [o.stem for o in sorted(DOCS.glob("*.md"))]
     for page in written:

@@ -11,7 +11,7 @@ sys.path.insert(0, str(ROOT))
 _ini = ConfigParser(delimiters=["="])
 _ini.read(ROOT / "settings.ini", encoding="utf-8")
 _cfg = _ini["DEFAULT"]
-_symbols = json.loads((ROOT / "docs/_src/symbols.json").read_text())
+_symbols = json.loads((ROOT / "docs/_src/symbols.json").read_text(encoding="utf-8"))
 
 project = _cfg["title"]
 author = _cfg["author"]

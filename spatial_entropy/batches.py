@@ -88,7 +88,8 @@ def _collate(items):
 
 def _start_worker(_):
     "Let the main process alone decide when loading ends."
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGHUP", "SIGXCPU"):           # what a terminal or a queue says to a whole group
+        if hasattr(signal, name): signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()

@@ -189,7 +189,7 @@ def _read_authors(path: str # their checkout, or attention_losses.py itself
     file = Path(path)/"attention_losses.py" if Path(path).is_dir() else Path(path)
     expected = "expected a checkout of github.com/helia95/SAR, with attention_losses.py in it"
     if not file.is_file(): raise FileNotFoundError(f"authors-code: {file}: no such file; {expected}")
-    source = file.read_text(errors="replace")
+    source = file.read_text(encoding="utf-8-sig", errors="replace")
     if "class BlobLoss" not in source or not _SQUARE.search(source):
         raise ValueError(f"authors-code: {file} has no class BlobLoss with a 14×14 grid; {expected}")
     return source
@@ -297,13 +297,13 @@ def _set_threads(n):
 
 # %% ../nbs/22_benchmark.ipynb #508f6ca0
 def _high_water(): # bytes
-    return 1024*int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    return 1024*int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1])
 
 def _rise(call): # bytes
     "The highest mark during a call, above what there was before."
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")                       # sets the mark to the present use
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")     # sets the mark to the present use
     before = _high_water()
     kept = call()                                                       # noqa: F841 (the result is part of the use)
     return _high_water() - before
@@ -327,7 +327,7 @@ def _in_fork(measure, *arguments):
         try: os.write(write, str(measure(*arguments)).encode())
         finally: os._exit(0)
     os.close(write)
-    with os.fdopen(read) as answer: said = answer.read()
+    with os.fdopen(read, encoding="utf-8") as answer: said = answer.read()
     os.waitpid(pid, 0)
     return int(said) if said else None
 
@@ -359,7 +359,8 @@ def _memory_child():
 def _measure_memory(cases, dtype, source): # cases: (shape, kind, names)
     "([{name: bytes}], why not) of the cases, from a child process."
     if not Path("/proc/self/clear_refs").exists(): return [{} for _ in cases], "needs Linux"
-    child = subprocess.run([sys.executable, "-c", "from spatial_entropy.benchmark import _memory_child; _memory_child()"], text=True, capture_output=True,
+    child = subprocess.run([sys.executable, "-c", "from spatial_entropy.benchmark import _memory_child; _memory_child()"],
+                           encoding="utf-8", errors="replace", capture_output=True,
                            input=json.dumps(dict(cases=cases, dtype=dtype, source=source)))
     if child.returncode: return [{} for _ in cases], (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
     return json.loads(child.stdout.splitlines()[-1]), None
@@ -440,14 +441,16 @@ def _version(package):
 def _commit():
     "(commit, whether it has changes) of the checkout that the package is imported from; (None, None) otherwise."
     file = Path(spatial_entropy.__file__)
-    def git(*words): return subprocess.run(["git", "-C", str(file.parent), *words], capture_output=True, text=True, check=True).stdout.strip()
+    def git(*words):
+        said = subprocess.run(["git", "-C", str(file.parent), *words], capture_output=True, check=True)
+        return said.stdout.decode("utf-8", "replace").strip()
     try:
         git("ls-files", "--error-unmatch", file.name)
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
     except (OSError, subprocess.CalledProcessError): return None, None
 
 def _cpu_model():
-    try: return re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
+    try: return re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"))[1]
     except (OSError, TypeError): return platform.processor() or platform.machine()
 
 def _machine(device):

@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import get_type_hints
 from .config import TrainConfig, _recipes, configure, load_config, plain_type
-from .files import write_json
+from .files import lenient_output, write_json
 
 # %% ../nbs/24_commands.ipynb #99d4c9e4
 def _pairs(text):
@@ -22,6 +22,20 @@ def _pairs(text):
     if not (key and equals): raise argparse.ArgumentTypeError(f"got {text!r}, expected key=value, such as patch_size=8")
     try: return key, json.loads(value.lower() if value in ("True", "False") else value)
     except json.JSONDecodeError: return key, value
+
+# %% ../nbs/24_commands.ipynb #b1726f12
+def _once(pairs):
+    "Such pairs as a dict."
+    keys = [k for k, _ in pairs]
+    twice = [k for k in keys if keys.count(k) > 1]
+    if twice: raise ValueError(f"model_kwargs: got {twice[0]!r} twice; keep one")
+    return dict(pairs)
+
+def _refuse_empty(args):
+    "An empty text is a mistake everywhere but in --aa."
+    for name, value in vars(args).items():
+        if name != "aa" and "" in (value if isinstance(value, list) else [value]):
+            raise ValueError(f"{name}: got an empty text; give a value, or leave it out (--{name.replace('_', '-')})")
 
 # %% ../nbs/24_commands.ipynb #6811ff6c
 def _add_settings(parser):
@@ -108,13 +122,13 @@ def _add_training_benchmark(p):
 # %% ../nbs/24_commands.ipynb #6b49129d
 def _train(args):
     settings = {k: v for k, v in vars(args).items() if k not in ("command", "resume", "recipe", "config")}
-    if "model_kwargs" in settings: settings["model_kwargs"] = dict(settings["model_kwargs"])
-    if args.resume:
-        if args.config: raise ValueError("--resume and --config: got both; a run goes on with its own configuration")
+    if "model_kwargs" in settings: settings["model_kwargs"] = _once(settings["model_kwargs"])
+    if args.resume is not None:
+        if args.config is not None: raise ValueError("--resume and --config: got both; a run goes on with its own configuration")
         load_config(args.resume)
     else: config = configure(args.recipe, args.config, **settings)
     from spatial_entropy.training import prepare, prepare_resume
-    job = prepare_resume(args.resume, **settings) if args.resume else prepare(config)
+    job = prepare_resume(args.resume, **settings) if args.resume is not None else prepare(config)
     return lambda: _work(job)
 
 def _work(job):
@@ -196,6 +210,7 @@ def _load(model, args):
 
 # %% ../nbs/24_commands.ipynb #b7cb8b50
 def _draw(args):
+    from spatial_entropy.pictures import one_line
     from spatial_entropy.tap import AttentionTap
     from spatial_entropy.training import picture_of_maps, torch
     from timm.data import create_transform
@@ -209,7 +224,8 @@ def _draw(args):
     pixels = [torch.tensor(_array(p.resize((size, size)))) for p in pictures]
 
     def work():
-        picture_of_maps(torch.stack(pixels), maps, [Path(p).stem for p in args.images]).savefig(args.output, dpi=150)
+        names = [one_line(Path(p).stem) for p in args.images]
+        picture_of_maps(torch.stack(pixels), maps, names).savefig(args.output, dpi=150)
         print(f"{args.output}: {len(pictures)} picture(s), {maps.shape[1]} heads, {maps.shape[2]}×{maps.shape[3]} patches")
     return work
 
@@ -220,10 +236,10 @@ def _array(image):
     return numpy.array(image)
 
 def _open(path):
-    from PIL import Image
-    if not Path(path).is_file(): raise FileNotFoundError(f"{path}: no such file")
-    try: return Image.open(path).convert("RGB")
-    except (OSError, SyntaxError): raise ValueError(f"{path}: not a picture that can be read") from None
+    from spatial_entropy.data import open_picture
+    try: return open_picture(path, "it")
+    except FileNotFoundError: raise FileNotFoundError(f"{path}: no such file") from None
+    except OSError as e: raise ValueError(f"{path}: not a picture that can be read; {e}") from None
 
 # %% ../nbs/24_commands.ipynb #dd26cea6
 def _benchmark(args):
@@ -236,7 +252,7 @@ def _benchmark(args):
 def _benchmark_training(args):
     from spatial_entropy.training_benchmark import prepare_training_benchmark, run_training_benchmark
     settings = {k: v for k, v in vars(args).items() if k != "command"}
-    settings["model_kwargs"] = dict(settings["model_kwargs"] or {})
+    settings["model_kwargs"] = _once(settings["model_kwargs"] or [])
     request, folder = prepare_training_benchmark(**settings)
 
     def work(): run_training_benchmark(request, folder)
@@ -252,11 +268,14 @@ _commands = {"train": _train, "evaluate": _evaluate, "draw": _draw, "benchmark":
 
 def main(argv=None) -> int: # the exit code
     "The console script `spatial-entropy`. 0: done; 1: the run had to stop; 2: the request was wrong; 128 + n: stopped by signal n."
+    with lenient_output(): return _main(argv)
+
+def _main(argv):
     words = [_dashed(a) for a in (sys.argv[1:] if argv is None else argv)]
     if words[:1] == ["benchmark"] and words[1:2] in (["loss"], ["training"]): words[:2] = ["benchmark" if words[1] == "loss" else "benchmark-training"]
     args = _parser().parse_args(words)
     try:
-        try: work = _commands[args.command](args)
+        try: _refuse_empty(args); work = _commands[args.command](args)
         except (ValueError, TypeError, OSError, ImportError) as e:
             print(f"spatial-entropy {args.command}: {e}", file=sys.stderr)
             return 2

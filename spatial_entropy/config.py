@@ -14,7 +14,7 @@ from typing import get_args, get_type_hints
 import yaml
 
 # %% ../nbs/12_config.ipynb #021d081d
-from .files import write_json, write_whole
+from .files import read_text, write_json, write_whole
 
 # %% ../nbs/12_config.ipynb #1c454612
 def _setting(default, help, flag=None, check=None, const=None):
@@ -48,7 +48,7 @@ class _AugmentationSettings:
     scale: float = _setting(.6, "smallest share of a picture that a random crop keeps", check=_part)
     hflip: float = _setting(.5, "probability of a horizontal flip", check=_share)
     color_jitter: float = _setting(0., "strength of colour jitter", check=_at_least(0))
-    aa: str | None = _setting(None, "timm's automatic augmentation, such as rand-m9-mstd0.5-inc1")
+    aa: str | None = _setting(None, "timm's automatic augmentation, such as rand-m9-mstd0.5-inc1; \"\" for none")
     interpolation: str | None = _setting(None, "of resizing: bilinear, bicubic, random; default: the model's")
     crop_pct: float = _setting(1., "share of a validation picture's side that is kept", check=_part)
     reprob: float = _setting(0., "probability that a rectangle is erased", check=_share)
@@ -129,6 +129,8 @@ _small = dict(patch_size=8, embed_dim=96, depth=4, num_heads=3)
 def _check_ranges(c):
     for f in fields(c):
         value, check = getattr(c, f.name), f.metadata["check"]
+        if value == "" and f.name != "aa":
+            raise ValueError(f"{f.name}: got an empty text, expected {f.metadata['help']}")
         if check and value is not None and not check[0](value): raise ValueError(f"{f.name}: got {value!r}, expected {check[1]}")
     if c.limit and c.fraction: raise ValueError("limit and fraction: got both; expected one, since each says how many pictures to use")
     if c.pretrained and c.initial_checkpoint: raise ValueError("pretrained and initial_checkpoint: got both; expected one place to start from")
@@ -141,6 +143,7 @@ def _complete(c):
     if c.workers is None: c.workers = 0 if c.data == "shapes" else 2
     if c.lr is None and c.lr_base is None: c.lr = 1e-3
     if c.amp_dtype == "none": c.amp_dtype = None
+    c.aa = c.aa or None
     c.model = c.model or "vit_tiny_patch16_224"
     if c.entropy_warmup is None: c.entropy_warmup = min(10, max(1, round(c.epochs/10)))
     if c.entropy_warmup > c.epochs:
@@ -159,7 +162,8 @@ def configure(recipe: str = "small", # or "paper"
              ) -> TrainConfig:
     "A configuration from a recipe, a file and single settings. Raises ValueError or FileNotFoundError that name what is wrong."
     if recipe not in _recipes: raise ValueError(f"recipe: got {recipe!r}, expected one of {', '.join(_recipes)}")
-    return TrainConfig(**{**_recipes[recipe], **(read_settings(config) if config else {}), **_checked(settings, "settings")})
+    return TrainConfig(**{**_recipes[recipe], **(read_settings(config) if config is not None else {}),
+                          **_checked(settings, "settings")})
 
 # %% ../nbs/12_config.ipynb #13f66b7e
 def plain_type(hint):
@@ -185,14 +189,28 @@ def _as(kind, value, where):
     if kind is int and type(value) is float and value == int(value): return int(value)
     raise ValueError(f"{where}: got {value!r}, expected {kind.__name__}")
 
+# %% ../nbs/12_config.ipynb #91ac3566
+class _Twice(ValueError): pass
+
+class _Once(yaml.SafeLoader):
+    "YAML whose keys may not stand twice."
+    def construct_mapping(self, node, deep=False):
+        seen = {}
+        for line, key in ((k.start_mark.line + 1, str(k.value)) for k, _ in node.value):
+            if key in seen: raise _Twice(f"{key!r} stands twice, in lines {seen[key]} and {line}; keep one")
+            seen[key] = line
+        return super().construct_mapping(node, deep)
+
 # %% ../nbs/12_config.ipynb #d4f1b54b
 def read_settings(path) -> dict:
     "The settings in a YAML or JSON file, or of a run folder. Raises FileNotFoundError or ValueError that name the file."
+    if str(path) == "": raise ValueError("config: got an empty text, expected a file or a run folder")
     path = Path(path)
     if path.is_dir(): path = path/"config.yaml"
     if not path.is_file(): raise FileNotFoundError(f"{path}: no such file of settings")
-    try: found = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as e: raise ValueError(f"{path}: not YAML ({' '.join(str(e).split())[:150]})") from None
+    try: found = yaml.load(read_text(path), _Once) or {}
+    except _Twice as e: raise ValueError(f"{path}: {e}") from None
+    except yaml.YAMLError as e: raise ValueError(f"{path}: not YAML ({' '.join(str(e).split())[:150]})") from None
     if not isinstance(found, dict): raise ValueError(f"{path}: holds {type(found).__name__}, expected settings as `name: value` lines")
     return _checked(found, str(path))
 
@@ -200,14 +218,16 @@ def read_settings(path) -> dict:
 def save_config(folder, config: TrainConfig, **facts):
     "Write a run's config.yaml, and the facts found at its start as facts.json."
     text = yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
-    write_whole(Path(folder)/"config.yaml", lambda p: p.write_text("# Settings of a run; `spatial-entropy train --config` on this file repeats it.\n" + text))
+    text = "# Settings of a run; `spatial-entropy train --config` on this file repeats it.\n" + text
+    write_whole(Path(folder)/"config.yaml", lambda p: p.write_text(text, encoding="utf-8"))
     write_json(Path(folder)/"facts.json", facts)
 
 def load_config(run: str # a run folder
                ) -> tuple[TrainConfig, dict]: # the configuration, and the facts beside it
     "Read a run's configuration. Raises FileNotFoundError or ValueError that name the file."
+    if str(run) == "": raise ValueError("run: got an empty text, expected a run folder")
     path = Path(run)/"config.yaml"
     if not path.is_file(): raise FileNotFoundError(f"{run}: not a run folder; expected a config.yaml in it, as `spatial-entropy train` writes")
     config, facts = TrainConfig(**read_settings(path)), Path(run)/"facts.json"
-    try: return config, json.loads(facts.read_text()) if facts.exists() else {}
+    try: return config, json.loads(read_text(facts)) if facts.exists() else {}
     except json.JSONDecodeError as e: raise ValueError(f"{facts}: not JSON ({e})") from None

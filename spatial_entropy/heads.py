@@ -159,7 +159,7 @@ def _sort(self, by) -> Heads:
 
 def _to_csv(self, path):
     "Write all rows to a CSV file."
-    with open(path, "w", newline="") as f:
+    with open(path, "w", newline="", encoding="utf-8") as f:
         w = csv.DictWriter(f, self.rows[0])
         w.writeheader(); w.writerows(self.rows)
 

@@ -6,38 +6,38 @@
 __all__ = ['Source', 'sources']
 
 # %% ../nbs/13_sources.ipynb #bd169ab2
-import copy, io, json, os, posixpath, re, tarfile
+import copy, json, os, posixpath, re, tarfile
 from collections import Counter
 from glob import glob
 from itertools import groupby
 from pathlib import Path
 import numpy as np
 import torchvision
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from timm.data import is_img_extension
 from timm.utils.misc import natural_key
 
 # %% ../nbs/13_sources.ipynb #2af026cd
-from .data import shapes
+from .data import open_picture, shapes
+from .files import read_text
 
 # %% ../nbs/13_sources.ipynb #e54f849d
 class Source:
     """Pictures by number: `labels` of all items, `classes` in label order, `open(i)`, `name(i)`, `take(indices)`.
 
-    A subclass says how an item is opened (`_open`) and what it is called (`_name`). Sources hold no open files: they can be pickled
-    and read by several processes at once.
+    A subclass says where an item is (`_open`: a path, bytes or a PIL picture) and what it is called
+    (`_name`). Sources hold no open files: they can be pickled and read by several processes at once.
     """
     def __init__(self, items, labels, classes):
         self.items, self.labels, self.classes = list(items), [int(l) for l in labels], tuple(classes)
 
     def __len__(self): return len(self.items)
 
-    def open(self, i) -> Image.Image: # RGB
-        "Picture i. Raises OSError, SyntaxError or ValueError when it cannot be read."
+    def open(self, i) -> Image.Image: # RGB, as a viewer shows it
+        "Picture i. Raises OSError that names it when it cannot be read."
         item = self.items[i]
-        try: return self._open(item).convert("RGB")
-        except UnidentifiedImageError: raise OSError(f"{self._name(item)}: is not a picture that Pillow knows") from None
-        except (OSError, SyntaxError, ValueError, MemoryError): raise
+        try: return open_picture(self._open(item), self._name(item))
+        except (OSError, MemoryError): raise
         except Exception as e: raise OSError(f"{self._name(item)}: cannot be decoded ({type(e).__name__}: {e})") from None
 
     def name(self, i) -> str: # for messages
@@ -67,10 +67,11 @@ class _Spans(Source):
         super().__init__(items, labels, classes)
 
     def _open(self, item):
-        file, _, start, size = item
+        file, member, start, size = item
+        if member is None: return self.root/file
         with open(self.root/file, "rb") as f:
             f.seek(start)
-            return Image.open(io.BytesIO(f.read(size)))
+            return f.read(size)
 
     def _name(self, item): return item[0] if item[1] is None else f"{item[0]}:{item[1]}"
 
@@ -133,7 +134,7 @@ def _labelled(sample): return bool(_picture_of(sample)) and ("cls" in sample or 
 # %% ../nbs/13_sources.ipynb #7939fdaa
 def _label(text, kind):
     "A number or a name out of the bytes of key.cls or key.json; None when there is none."
-    try: value = json.loads(text)["label"] if kind == "json" else text.decode().strip()
+    try: value = json.loads(text)["label"] if kind == "json" else text.decode("utf-8-sig").strip()
     except (ValueError, KeyError, TypeError): return None
     if isinstance(value, str) and re.fullmatch(r"-?\d+", value): value = int(value)
     return value if isinstance(value, str) and value or type(value) is int and value >= 0 else None
@@ -170,9 +171,9 @@ def _number(train, val, places, names=None, expected="a subfolder for each of tw
 
 def _names_beside(root):
     "Class names of classes.txt (one a line) or of an info file beside shards; None when there are none."
-    if (file := root/"classes.txt").is_file(): return file.read_text().strip().split("\n")
+    if (file := root/"classes.txt").is_file(): return read_text(file).strip().split("\n")
     for file in filter(Path.is_file, (root/n for n in ("_info.json", "info.json", "dataset_info.json"))):
-        info = json.loads(file.read_text())
+        info = json.loads(read_text(file))
         names = info.get("classes") or info.get("features", {}).get("label", {}).get("names")
         if names: return names
 

@@ -6,6 +6,8 @@
 __all__ = ['AttentionTap']
 
 # %% ../nbs/04_tap.ipynb #e526610b
+import re
+import inspect
 from copy import deepcopy
 from functools import cache
 import torch
@@ -33,6 +35,7 @@ class _Ear(TorchFunctionMode):
             out = func(*args, **kwargs)
             if self.tap.checks is not None: self.tap._compare(self, out, *args, **kwargs)
             return out
+        if func is F.multi_head_attention_forward: self.tap._projected(self, *args, **kwargs)
         if func in _SOFTMAX and args[0].ndim > 2:
             self.tap._unfused(self, args[0])
             if self.tap.checks is not None: self.tap._compare_logits(self, args[0])
@@ -45,7 +48,7 @@ def _tapped(cls):
     def forward(self, *args, **kwargs):
         ear = self.__dict__.get("_ear")
         if ear is None or ear.module is not self: return cls.forward(self, *args, **kwargs)   # a copy, an EMA
-        ear.tap._enter(ear, (*args, *kwargs.values()))
+        ear.tap._enter(ear, (*args, *kwargs.values()), kwargs)
         if not isinstance(self, nn.MultiheadAttention):
             with ear: return cls.forward(self, *args, **kwargs)
         ear.tap._multihead(ear, *args, **kwargs)
@@ -165,8 +168,9 @@ def _install(tap):
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     path = _ask(adapter.grid, model) if callable(adapter.grid) else adapter.grid
     shows = model.get_submodule(path) if path else first
-    tap._hooks = [m.register_forward_pre_hook(_Hook(tap._arm)) for m in {model, first} - {None}]
-    if shows is not None: tap._hooks.append(shows.register_forward_hook(_Hook(tap._see_grid), with_kwargs=True))
+    tap._hooks = [m.register_forward_pre_hook(_Hook(tap._arm)) for m in {model, first if adapter.given is None else None} - {None}]
+    if adapter.given is not None: tap._hooks.append(model.register_forward_pre_hook(_Hook(tap._see_inputs), with_kwargs=True))
+    elif shows is not None: tap._hooks.append(shows.register_forward_hook(_Hook(tap._see_grid), with_kwargs=True))
 
 def _arm(self, module, args):
     self._grad, self._grid = torch.is_grad_enabled(), None
@@ -175,11 +179,15 @@ def _arm(self, module, args):
 def _see_grid(self, module, args, kwargs, out):
     self._grid = self.found.adapter.read(module, (*args, *kwargs.values()), out)
 
-AttentionTap._arm, AttentionTap._see_grid = _arm, _see_grid
+def _see_inputs(self, module, args, kwargs):
+    named = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    self._grid = self.found.adapter.given(module, named | named.get("kwargs", {}))
+
+AttentionTap._arm, AttentionTap._see_grid, AttentionTap._see_inputs = _arm, _see_grid, _see_inputs
 
 # %% ../nbs/04_tap.ipynb #3f5b5823
-def _enter(self, ear, args):
-    call = Call(ear.module, ear.name, self.found.model, args, self._grid)
+def _enter(self, ear, args, kwargs):
+    call, ear.parts = Call(ear.module, ear.name, self.found.model, args, self._grid, kwargs), []
     ear.raster, ear.batch, ear.ran = ear.kind.place(call), args[0].shape[0], True
     if ear.raster is None: raise RuntimeError(f"{ear.name}: the patch grid was not seen; the model's embedding did not run before its blocks")
 
@@ -188,8 +196,9 @@ def _windows_of(raster): return 1 if raster.cells is None or raster.per_image el
 def _canonical(ear, t): # (..., n, c) in the family's layout -> (B, H, W, n, c)
     axes, w = ear.kind.axes, _windows_of(ear.raster)
     if axes == "b h w n" and t.ndim == 4: axes = "b h n"                  # Hiera's global layers
-    if "w" in axes: return rearrange(t, f"{axes} c -> b h w n c", b=ear.batch, w=w)
-    return rearrange(t, f"{axes} c -> b h 1 n c")
+    known = dict(w=w) if "w" in axes else {}
+    if re.search(r"\([^)]*b[^)]*h", axes): known["b"] = ear.batch          # heads and images share an axis
+    return rearrange(t, f"{axes} c -> {' '.join(a if a in axes else '1' for a in 'bhwn')} c", **known)
 
 def _canonical_mask(ear, mask, lead): # broadcastable to the queries' leading axes
     return None if mask is None else _canonical(ear, mask.expand(*lead, *mask.shape[-2:]))
@@ -205,8 +214,10 @@ def _rows_of(self, ear, n):
     prefix = 0 if ear.kind.one_query else _prefix(self, ear)
     if not isinstance(self.query, tuple):
         if raster.region is not None and raster.region.shape[-1] == n: return Rows(region=raster.region)
-        return Rows(start=prefix)
+        return _between(self, ear, n, prefix)
     (y, x), (h, w) = self.query, raster.queries or raster.grid
+    if raster.pictures > 1:
+        raise UnsupportedModel(f"{ear.name}: query={self.query!r}, but several pictures lie in one sequence; use query=\"mean\"")
     if raster.cells is not None and raster.queries is not None or (h, w) == (0, 0):
         raise UnsupportedModel(f"{ear.name}: query={self.query!r}, but the queries of this layer are pooled within windows; use query=\"mean\"")
     if y >= h or x >= w: raise ValueError(f"query: got {self.query}, expected a patch of the {h}×{w} grid of {ear.name}")
@@ -214,9 +225,19 @@ def _rows_of(self, ear, n):
     weight = (raster.cells == y*w + x).float()
     return Rows(weight=weight if not raster.per_image else F.pad(weight, (prefix, 0))[:, None, None])
 
-def _prefix(self, ear): return _ask(self.found.adapter.prefix if ear.kind.prefix is None else ear.kind.prefix, self.found.model)
-
 AttentionTap._rows_of = _rows_of
+
+# %% ../nbs/04_tap.ipynb #9bf9f8a7
+def _between(self, ear, n, prefix):
+    "The patches, or the tokens after them where the output reads those."
+    suffix = 0 if ear.kind.one_query else _ask(self.found.adapter.suffix, self.found.model)
+    if not suffix: return Rows(start=prefix)
+    after = self.query == "auto" and self.found.adapter.reads == "suffix"
+    at = torch.arange(n, device=next(ear.module.parameters()).device)
+    read = at >= n - suffix if after else (at >= prefix) & (at < n - suffix)
+    return Rows(weight=read/read.sum())
+
+def _prefix(self, ear): return _ask(self.found.adapter.prefix if ear.kind.prefix is None else ear.kind.prefix, self.found.model)
 
 # %% ../nbs/04_tap.ipynb #a048e9aa
 def _fused(self, ear, q, k, v, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
@@ -240,8 +261,13 @@ AttentionTap._fused, AttentionTap._read, AttentionTap._unfused = _fused, _read, 
 # %% ../nbs/04_tap.ipynb #f2fcd313
 def _keep(self, ear, rows, row, seen):
     prefix, raster = _prefix(self, ear), ear.raster
-    m = raster.cells.shape[-1] if raster.cells is not None else raster.grid[0]*raster.grid[1]
-    if row.shape[-1] != prefix + m:
+    m = raster.cells.shape[-1] if raster.cells is not None else raster.grid[0]*raster.grid[1]*raster.pictures
+    if ear.kind.parts:
+        ear.parts.append(row)
+        row = torch.cat(ear.parts, -1)
+        if row.shape[-1] < m: return
+    suffix = 0 if ear.kind.one_query else _ask(self.found.adapter.suffix, self.found.model)
+    if row.shape[-1] != prefix + m + suffix:
         raise RuntimeError(f"{ear.name}: got {row.shape[-1]} keys for {prefix} + {m} ({raster.grid[0]}×{raster.grid[1]} patches): patches were "
                            "dropped (patch_drop_rate?) or merged, and the map has no raster; turn it off")
     if not ear.armed: return
@@ -249,14 +275,21 @@ def _keep(self, ear, rows, row, seen):
         raise RuntimeError("the block runs under reentrant checkpointing, which would drop the map's gradient without a word; "
                            "use checkpoint(..., use_reentrant=False)")
     if rows.weight is not None and isinstance(self.query, tuple) and not raster.per_image: seen = _window_of(rows, raster)
-    ear.heard, ear.armed = (row[..., prefix:], seen if seen is None else seen[..., prefix:], raster), False
+    if self.softmax and raster.pictures > 1 and raster.region is not None: row = row*_own_share(raster)
+    patches = slice(prefix, prefix + m)
+    ear.heard, ear.armed = (row[..., patches], seen if seen is None else seen[..., patches], raster), False
+
+AttentionTap._keep = _keep
+
+# %% ../nbs/04_tap.ipynb #7935b102
+def _own_share(raster): # the mean over all queries of a sequence, as a mean over those of one's own picture
+    n = raster.region.shape[-1]
+    return n/(raster.region[..., None] == raster.region[..., None, :]).sum(-1)
 
 def _window_of(rows, raster): # a patch sees its own window, and its own region there
     inside = rows.weight.sum(-1, keepdim=True) > 0
     if raster.region is None: return inside.expand_as(raster.cells)
     return inside & (raster.region == (rows.weight*raster.region).sum(-1, keepdim=True))
-
-AttentionTap._keep = _keep
 
 # %% ../nbs/04_tap.ipynb #d0e46b8d
 def _multihead(self, ear, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True, is_causal=False):
@@ -280,6 +313,19 @@ def _multihead_mask(attn_mask, padding, q, k):
 
 AttentionTap._multihead = _multihead
 
+# %% ../nbs/04_tap.ipynb #a1c0df02
+def _projected(self, ear, query, key, value, width, heads, weight, bias, bias_k, bias_v, add_zero_attn, *rest,
+               use_separate_proj_weight=False, q_proj_weight=None, k_proj_weight=None, **more):
+    if bias_k is not None or add_zero_attn or more.get("is_causal"):
+        raise UnsupportedModel(f"{ear.name}: bias_k, add_zero_attn and is_causal leave no map of places")
+    wq, wk = (q_proj_weight, k_proj_weight) if use_separate_proj_weight else weight.chunk(3)[:2]
+    bq, bk = bias.chunk(3)[:2] if bias is not None else (None, None)
+    q, k = (rearrange(F.linear(x, w, b), "n b (h d) -> b h 1 n d", h=heads) for x, w, b in ((query, wq, bq), (key, wk, bk)))
+    mask = _multihead_mask(more.get("attn_mask"), more.get("key_padding_mask"), q, k)
+    self._read(ear, q, k, mask, q.shape[-1]**-.5)
+
+AttentionTap._projected = _projected
+
 # %% ../nbs/04_tap.ipynb #8c74e669
 def _fill(s, seen):
     "Give unseen cells the mean of the seen ones, a step below, so that no threshold at the mean takes them."
@@ -292,7 +338,7 @@ def _map(self, ear):
     row, seen, raster = ear.heard
     if ear.map is None or torch.is_grad_enabled() > ear.graded:            # or first read without gradients, for a log
         ear.graded = torch.is_grad_enabled()
-        if seen is None and raster.per_image: seen = torch.ones_like(row, dtype=torch.bool)
+        if seen is None and (raster.per_image or raster.pictures > 1 and raster.cells is not None): seen = torch.ones_like(row, dtype=torch.bool)
         s = raster.lay(row)
         ear.seen = None if seen is None else raster.lay(seen.expand(row.shape).to(row.dtype)) > 0
         ear.map = s if ear.seen is None or self.softmax else _fill(s, ear.seen)
@@ -352,9 +398,10 @@ def _error_of_row(self, ear, logits, table, hidden):
             if not self.softmax: counts = counts & (rows.region[:, :, None] == rows.region[:, None, :])
         if self.softmax: counts = counts.any(-1, keepdim=True)
         want = torch.where(counts, table if self.softmax else logits, 0.).sum(-2)/counts.sum(-2).clamp_min(1)
-    error = (want[..., prefix:] - row).abs()
+    if len(ear.parts) > 1: row = row[..., -want.shape[-1]:]                 # the last of several calls
+    error = (want[..., prefix:prefix + row.shape[-1]] - row).abs()
     if seen is not None: error = torch.where(seen, error, 0.)
-    if raster.cells is not None: error = error[..., raster.cells < raster.grid[0]*raster.grid[1]] if not raster.per_image else error
+    if raster.cells is not None and len(ear.parts) < 2: error = error[..., raster.cells < raster.grid[0]*raster.grid[1]] if not raster.per_image else error
     return dict(map_error=(error.amax()/want.abs().amax().clamp_min(1)).item())
 
 AttentionTap._compare, AttentionTap._compare_logits = _compare, _compare_logits

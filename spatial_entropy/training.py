@@ -25,7 +25,7 @@ from .jobs import Job, checkpoints, prepare, save_checkpoint
 from .models import save_weights
 from .operators import label_regions, spatial_entropy
 from .pictures import show_heads
-from .progress import RunProgress, film, plot_metrics
+from .progress import RunProgress, film, plot_metrics, teller
 from .regions import above_mean
 from .tap import AttentionTap
 
@@ -313,7 +313,7 @@ class Trained:
 
 def _say(console): # a launched process cannot display in the notebook that launched it
     console = console or (Console(force_jupyter=False) if multiprocessing.parent_process() else Console())
-    return lambda said: console.print(said, highlight=False, markup=False, soft_wrap=True)
+    return teller(console)
 
 # %% ../nbs/18_training.ipynb #ec42bdd8
 def _fit(job, console, plot):

@@ -106,7 +106,7 @@ def _beside_timm(q, data, output, turn):
     original, nothing = module.train_one_epoch, lambda *a, **k: OrderedDict(loss=0., top1=0., top5=0.)
     words = [str(q.timm_train), *_flags(q, data, output)]
     with patch.object(module, "train_one_epoch", epoch), patch.object(module, "validate", nothing), patch.object(sys, "argv", words):
-        with open(os.devnull, "w") as null, patch.object(sys, "stdout", null), _no_logs(): module.main()
+        with open(os.devnull, "w", encoding="utf-8") as null, patch.object(sys, "stdout", null), _no_logs(): module.main()
 
 @contextmanager
 def _no_logs():
@@ -170,10 +170,11 @@ def _memory_child(name):
     "Read a request from stdin, train two rounds, write the peak in bytes."
     q = _Request(**json.load(sys.stdin))
     libc = ctypes.CDLL(None); libc.mallopt(-3, 1 << 16); libc.prctl(41, 1, 0, 0, 0)     # freed blocks go back at once; no rounding to 2 MiB pages
-    read = lambda key: next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))*1024
+    status = lambda: Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    read = lambda key: next(int(line.split()[1]) for line in status() if line.startswith(key))*1024
     peaks = []
     def peak(call):
-        before = read("VmRSS"); Path("/proc/self/clear_refs").write_text("5")
+        before = read("VmRSS"); Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
         call(); peaks.append(read("VmHWM") - before)
     with tempfile.TemporaryDirectory() as folder:
         _pictures(folder, q)
@@ -186,7 +187,8 @@ def _peaks(q):
     if not Path("/proc/self/clear_refs").exists(): return {}
     def one(name):
         code = f"from spatial_entropy.training_benchmark import _memory_child; _memory_child({name!r})"
-        child = subprocess.run([sys.executable, "-c", code], input=json.dumps(asdict(q)), capture_output=True, text=True)
+        child = subprocess.run([sys.executable, "-c", code], input=json.dumps(asdict(q)), capture_output=True,
+                               encoding="utf-8", errors="replace")
         return None if child.returncode else int(child.stdout.split()[-1])
     return {name: one(name) for name in (["timm"] if q.timm_train else []) + ["plain", "surgery", "regulariser"]}
 

@@ -231,6 +231,50 @@ def _hiera(c, m, spec, size):
     return m.reroll(row.transpose(1, 2), i - 1 if b.q_stride > 1 else i).permute(0, 3, 1, 2)
 
 
+def _bottleneck(c, m, spec, size):
+    x = c["args"][0]
+    return c["logits"].unflatten(0, (len(x), -1)).mean(-2).unflatten(-1, x.shape[2:4])
+
+
+def _halo(c, m, spec, size):
+    x, b = c["args"][0], c["layer"]
+    row = c["logits"].mean(-2).transpose(1, 2)                         # (B·H, window, blocks)
+    fold = lambda t: F.fold(t, x.shape[2:4], b.win_size, stride=b.block_size, padding=b.halo_size)
+    return (fold(row)/fold(torch.ones_like(row))).unflatten(0, (len(x), -1)).squeeze(2)
+
+
+def _mobilevit(c, m, spec, size):
+    stride = 2 ** (int(c["name"].split(".")[1]) + 1)
+    h, w = (-(-s // stride // 2) for s in size)
+    x = c["logits"].mean(-2).unflatten(0, (-1, 4)).transpose(2, 3)     # (B, pixels of a patch, patches, H)
+    x = x.transpose(1, 3).reshape(-1, w, 2, 2).transpose(1, 2)
+    return x.reshape(x.shape[0] // h // c["logits"].shape[1], -1, 2 * h, 2 * w)
+
+
+def _mqa(c, m, spec, size):
+    x, key = c["args"][0], c["layer"].key
+    return c["logits"].mean(-2).unflatten(-1, (key.down_conv(x) if hasattr(key, "down_conv") else x).shape[2:4])
+
+
+def _metaformer(c, m, spec, size):
+    x = m.stem(torch.zeros(1, 3, *size))
+    for stage in m.stages[:int(c["name"].split(".")[1]) + 1]:
+        x = stage.downsample(x)
+        x = x.new_zeros(1, stage.blocks[0].norm1.weight.numel(), *x.shape[2:4])
+    return c["logits"].mean(-2).unflatten(-1, x.shape[2:4])
+
+
+def _grid_of(c, m, spec, size):
+    """The grid after the layer's own strided step."""
+    x, b = c["args"][0], c["layer"]
+    for name in ("patch_embed", "pool2", "conv_proj"):
+        x = getattr(b, name)(x) if hasattr(b, name) else x
+    row = c["logits"].mean(-2)
+    return (row if row.ndim == 3 else row[:, None]).unflatten(-1, x.shape[2:4])
+
+
+def _pool(c, m, spec, size):
+    return c["logits"][..., 0, 1:].unflatten(-1, c["args"][0].shape[2:4])
 
 
 def grid_fold(c, m, spec, size):
@@ -238,7 +282,7 @@ def grid_fold(c, m, spec, size):
     logits, n = c["logits"], math.prod(s // spec.step for s in size)
     if logits.ndim == 3:
         logits = logits.unflatten(0, (-1, c["layer"].num_heads))
-    one = logits.shape[-2] == 1
+    one = logits.shape[-2] == 1 or "pool" in c["name"]
     row = rows(logits, 0 if one or spec.reads == "cls" else "mean", spec.prefix)
     return row[..., -n:].unflatten(-1, [s // spec.step for s in size])
 
@@ -251,13 +295,47 @@ def swin_hf_fold(c, m, spec, size):
     shift = b.shift_size
     real = torch.roll(F.pad(torch.ones(1, h, w, 1), (0, 0, 0, wp - w, 0, hp - h)), (-shift, -shift), (1, 2))
     real = window_partition(real, ws).reshape(-1, ws * ws) > 0
-    mask = b.get_attn_mask(hp, wp, dtype=torch.float32, device="cpu")
+    size = [(hp, wp)] if "MaskFormer" in type(b).__name__ else [hp, wp]
+    mask = b.get_attn_mask(*size, dtype=torch.float32, device="cpu")
     see = torch.ones(len(real), ws * ws, ws * ws, dtype=torch.bool) if mask is None else mask == 0
     see = (see & real[:, :, None]).float()
     logits = c["logits"].unflatten(0, (batch, len(real)))
     row = (torch.where(see[:, None] > 0, logits, 0.)).sum(-2) / see.sum(-2).clamp_min(1)[:, None]
     out = window_reverse(row.flatten(0, 1).transpose(1, 2).unflatten(1, (ws, ws)), ws, hp, wp)
     return torch.roll(out, (shift, shift), (1, 2))[:, :h, :w].permute(0, 3, 1, 2)
+
+
+def hf_fold(c, spec, size):
+    """transformers, by the specification of tests/zoo_transformers.py."""
+    if spec.fold == "swin":
+        return swin_hf_fold(c, None, spec, size)
+    logits, grid = c["logits"], [s // spec.step for s in size]
+    if logits.ndim == 3:
+        logits = logits.unflatten(0, (-1, c["layer"].num_heads))
+    n, prefix = math.prod(grid), 0 if logits.shape[-2] == 1 else spec.prefix
+    queries = dict(cls=slice(0, 1), pool=slice(prefix, None), mean=slice(prefix, prefix + n), suffix=slice(prefix + n, None))
+    return logits[..., queries[spec.reads], :].mean(-2)[..., prefix:prefix + n].unflatten(-1, grid)
+
+
+def tv_swin_fold(c, m, spec, size):
+    """torchvision pads, then rolls; what may not be seen has -100 added."""
+    x, b = c["args"][0], c["layer"]
+    (batch, h, w), ws = x.shape[:3], b.window_size[0]
+    hp, wp = -(-h // ws) * ws, -(-w // ws) * ws
+    shift = [0 if ws >= n else s for n, s in zip((hp, wp), b.shift_size)]
+    cut = lambda t: t.unflatten(1, (-1, ws)).unflatten(3, (-1, ws)).transpose(2, 3).flatten(0, 2)
+    real = F.pad(torch.ones(1, h, w, 1), (0, 0, 0, wp - w, 0, hp - h))
+    real = cut(torch.roll(real, [-s for s in shift], (1, 2))).flatten(1) > 0
+    logits = c["logits"].unflatten(0, (batch, len(real)))
+    see = (logits[:1, :, :1] > -50) & real[:, None, :, None]
+    row = torch.where(see, logits, 0.).sum(-2) / see.sum(-2).clamp_min(1)
+    out = row.transpose(1, 2).unflatten(-1, (ws, ws)).unflatten(2, (hp // ws, wp // ws)).transpose(3, 4).flatten(2, 3).flatten(3)
+    return torch.roll(out, shift, (2, 3))[..., :h, :w]
+
+
+def tv_maxvit_fold(c, m, spec, size):
+    b, (h, w) = c["layer"], c["args"][0].shape[2:4]
+    return b.departition_op(b.departition_swap(c["logits"].mean(-2).transpose(2, 3)), b.p, h // b.p, w // b.p)
 
 
 FOLDS = {name[1:]: f for name, f in list(globals().items()) if name[0] == "_" and name[1] != "_" and callable(f)}

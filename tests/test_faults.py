@@ -263,3 +263,23 @@ def test_going_on_with_other_data_is_refused(half):
     (half / "run" / "config.yaml").write_text(text)
     code, said = typed(["train", "--resume", str(half / "run")])
     assert code == 2 and "tells 10 classes apart, the data 2, or others; a run goes on with its own data only" in said and one_sentence(said)
+
+
+@pytest.mark.parametrize("line", [
+    ["train", "--resume", ""], ["train", "--config", ""], ["train", "--data", ""], ["train", "--initial-checkpoint", ""], ["evaluate", ""],
+    ["train", "--resume", "", "--config", "a.yaml"], ["draw", "", "a.png", "-o", "b.png"], ["train", "--output", ""]], ids=" ".join)
+def test_an_empty_value_is_a_mistake(line, tmp_path, monkeypatch):
+    "An unset variable in a script must not start another run."
+    monkeypatch.chdir(tmp_path)
+    code, said = typed(line)
+    assert code == 2 and "got an empty text" in said and one_sentence(said) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["lr: 1\nlr: 2", "model_kwargs: {depth: 1, depth: 2}", '{"epochs": 1, "epochs": 2}'])
+def test_a_setting_that_stands_twice_is_a_mistake(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text(text)
+    code, said = typed(["train", "--config", "a.yaml"])
+    assert code == 2 and "stands twice" in said and one_sentence(said)
+    code, said = typed(["train", "--model-kwargs", "depth=1", "depth=2"])
+    assert code == 2 and "got 'depth' twice" in said and one_sentence(said)

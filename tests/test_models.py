@@ -17,7 +17,7 @@ import spatial_entropy as se
 from spatial_entropy.families import as_embedded, find
 
 sys.path.insert(0, str(Path(__file__).parent))
-from reference import FOLDS, Calls, grid_fold, swin_hf_fold  # noqa: E402
+from reference import FOLDS, Calls, grid_fold, swin_hf_fold, tv_maxvit_fold, tv_swin_fold  # noqa: E402
 from zoo import HF, OTHERS, REFUSED, TIMM  # noqa: E402
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
@@ -88,7 +88,7 @@ def other_cases(specs):
 
 
 def fold_of(spec, size):
-    fold = swin_hf_fold if spec.fold == "swin" else grid_fold
+    fold = dict(swin=swin_hf_fold, tv_swin=tv_swin_fold, tv_maxvit=tv_maxvit_fold, grid=grid_fold, pool=FOLDS["pool"])[spec.fold]
     return lambda c, m: fold(c, m, spec, size)
 
 

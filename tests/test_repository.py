@@ -12,11 +12,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "spatial_entropy"
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-CELLS = [(nb.name, c) for nb in NOTEBOOKS for c in json.loads(nb.read_text())["cells"]]
+CELLS = [(nb.name, c) for nb in NOTEBOOKS for c in json.loads(nb.read_text(encoding="utf-8"))["cells"]]
 
 
 def module_of(notebook):
-    found = re.search(r"#\| default_exp (\w+)", notebook.read_text())
+    found = re.search(r"#\| default_exp (\w+)", notebook.read_text(encoding="utf-8"))
     return found and found.group(1)
 
 
@@ -28,8 +28,8 @@ def test_exporting_again_changes_nothing_and_leaves_no_orphan(tmp_path):
         source = ROOT / name
         shutil.copytree(source, tmp_path / name) if source.is_dir() else shutil.copy(source, tmp_path / name)
     subprocess.run([sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()"], cwd=tmp_path, check=True, capture_output=True)
-    fresh = {p.name: p.read_text() for p in (tmp_path / "spatial_entropy").glob("*.py")}
-    built = {p.name: p.read_text() for p in PACKAGE.glob("*.py")}
+    fresh = {p.name: p.read_text(encoding="utf-8") for p in (tmp_path / "spatial_entropy").glob("*.py")}
+    built = {p.name: p.read_text(encoding="utf-8") for p in PACKAGE.glob("*.py")}
     assert sorted(built) == sorted(fresh), "a module without a notebook, or a notebook never exported; run nbdev_export"
     stale = [n for n in fresh if fresh[n] != built[n]]
     assert not stale, f"stale or edited by hand: {stale}; change the notebook and run nbdev_export"
@@ -39,7 +39,7 @@ def test_imports_point_down_the_map():
     order = {m: nb.name for m, nb in MODULES.items()}
     for module, notebook in MODULES.items():
         path = PACKAGE / f"{module}.py"
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("spatial_entropy")):
                 inside = node.module not in (None, "spatial_entropy")
                 for target in [node.module.split(".")[-1]] if inside else [a.name for a in node.names]:
@@ -50,7 +50,7 @@ def test_imports_point_down_the_map():
 def test_the_package_needs_no_development_tool():
     for path in PACKAGE.glob("*.py"):
         imported = {(n.module or "") if isinstance(n, ast.ImportFrom) else n.names[0].name
-                    for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, (ast.Import, ast.ImportFrom))}
+                    for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, (ast.Import, ast.ImportFrom))}
         assert not {i.split(".")[0] for i in imported} & {"nbdev", "fastcore", "execnb", "IPython", "pytest", "scipy", "skimage"}, path.name
 
 
@@ -64,7 +64,7 @@ def test_public_names_are_documented_and_found():
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_form(notebook):
-    cells = json.loads(notebook.read_text())["cells"]
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     first = "".join(cells[0]["source"])
     assert re.match(r"# .+\n\n> .+", first), "begin with a title and one > line"
     pictures = 0
@@ -81,15 +81,43 @@ def test_notebook_form(notebook):
 
 
 def test_no_paths_of_a_machine():
-    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, encoding="utf-8").stdout.split()
     for f in files:
         if Path(f).suffix in {".py", ".md", ".ipynb", ".ini", ".toml", ".json", ".csv"} and f != "tests/test_repository.py":
-            found = re.search(r"(/home/\w+|/root/|/work/|/tmp/\w+)", (ROOT / f).read_text())
+            found = re.search(r"(/home/\w+|/root/|/work/|/tmp/\w+)", (ROOT / f).read_text(encoding="utf-8"))
             assert not found, f"{f} contains {found.group(0)}"
+
+
+def without_encoding(source):
+    "Lines that open text, or a program's output as text, and leave the encoding to the machine."
+    for node in (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call)):
+        owner = ast.unparse(node.func.value) if isinstance(node.func, ast.Attribute) else ""
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        told = {k.arg: ast.unparse(k.value) for k in node.keywords}
+        words = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)] + [told.get("mode", "")]
+        binary = any(re.fullmatch(r"['\"]?[rwxa]\+?b\+?['\"]?|.*[:|].*", w) for w in words)
+        opens = (name in ("read_text", "write_text") or name == "fdopen" or name == "open" and owner in ("", "io")
+                 or name == "open" and owner not in ("os", "Image", "tarfile", "tar", "self") and (not node.args or words[:1] > [""]))
+        pipes = owner == "subprocess" and {"text", "universal_newlines"} & set(told)
+        if (opens and not binary or pipes) and "encoding" not in told and name + str(len(node.args)) != "read_text1":
+            yield f"line {node.lineno}: {ast.unparse(node)[:80]}"
+
+
+def test_the_text_of_a_file_never_depends_on_the_machine():
+    "Every text is opened with its encoding: in the package, the tools, the site and these tests' own machinery."
+    for wrong in ("open(p)", "open(p, 'w')", "p.read_text()", "p.write_text(t)", "os.fdopen(f)", "(a/'b').open()", "p.open('w')",
+                  "subprocess.run(c, text=True)"):
+        assert list(without_encoding(wrong)), wrong
+    for right in ("open(p, 'rb')", "Image.open(p)", "read_text(p)", "p.read_text(encoding='utf-8')", "tarfile.open(p, 'r:')", "source.open(3)"):
+        assert not list(without_encoding(right)), right
+    files = [*PACKAGE.glob("*.py"), *(p for d in ("tools", "docs", "benchmarks") for p in (ROOT / d).glob("*.py")),
+             ROOT / "conftest.py", ROOT / "setup.py", Path(__file__)]
+    found = {p.name: lines for p in files if (lines := list(without_encoding(p.read_text(encoding="utf-8"))))}
+    assert not found, found
 
 
 def test_readme_is_the_index_and_ci_runs_its_command():
     subprocess.run([sys.executable, "tools/readme.py", "--check"], cwd=ROOT, check=True)
-    commands = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("python3 -m venv")]
+    commands = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("python3 -m venv")]
     assert [c.rsplit(" ", 2)[-2:] for c in commands] == [[".venv/bin/spatial-entropy", "train"], ["-m", "pytest"]]
-    assert "grep -m 1 -- '-m pytest$' README.md" in (ROOT / ".ci/run").read_text()
+    assert "grep -m 1 -- '-m pytest$' README.md" in (ROOT / ".ci/run").read_text(encoding="utf-8")

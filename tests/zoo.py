@@ -26,9 +26,11 @@ class Model:
     img_size: bool = True                                # the size is fixed at construction
     step: int = 8                                        # pixels a patch, for plain folds
     reads: str = "cls"
+    build: object = None                                 # a function of its own, where timm's name has no small copy
 
     def make(self, size):
         torch.manual_seed(0)
+        if self.build: return stirred(self.build(size))
         kwargs = dict(self.kwargs) | (dict(img_size=size) if self.img_size else {})
         return stirred(timm.create_model(self.name, num_classes=3, **kwargs))
 
@@ -91,11 +93,43 @@ TIMM += [
     Model("hiera_tiny_224", 12, "hiera", sizes=((64, 64), (64, 96))), Model("hiera_small_abswin_256", 16, "hiera", sizes=((64, 64), (64, 96))),
 ]
 
+
+
+def _caformer(size):
+    from timm.models.metaformer import Attention, LayerNorm2dNoBias, LayerNormNoBias, MetaFormer, SepConv
+    return MetaFormer(3, 3, depths=(1, 1, 1, 1), dims=(16, 16, 32, 64), token_mixers=[SepConv, SepConv, Attention, Attention],
+                      norm_layers=[LayerNorm2dNoBias] * 2 + [LayerNormNoBias] * 2)
+
+
+def _nextvit(size):
+    from timm.models.nextvit import NextViT
+    return NextViT(3, 3, stem_chs=(16, 8, 16), depths=(1, 1, 5, 3))
+
+
+_THIN, _CLIP_SIZE = dict(width_factor=.125), ((64, 64), (64, 96))
+_ENCODER = dict(patch_size=8) | TINY
+TIMM += [
+    Model("botnet26t_256", 3, "bottleneck", _THIN, ((64, 64), (96, 96))),
+    Model("halonet26t", 3, "halo", _THIN | dict(self_attn_kwargs=dict(block_size=4, halo_size=1)), ((128, 128), (128, 256)), False),
+    Model("mobilevit_xxs", 9, "mobilevit", sizes=((64, 64), (96, 64)), img_size=False),
+    Model("mobilenetv4_hybrid_medium_075", 8, "mqa", sizes=((64, 96),), img_size=False),
+    Model("caformer_s18", 2, "metaformer", sizes=((64, 64), (72, 96)), build=_caformer),
+    Model("nextvit_small", 1, "grid_of", sizes=((64, 64), (72, 96)), build=_nextvit),
+    Model("iformer_t", 5, "grid_of", sizes=((64, 96),), img_size=False), Model("shvit_s1", 9, "grid_of", sizes=((128, 192),), img_size=False),
+    Model("csatv2", 4, "grid_of", sizes=((128, 192),), img_size=False), Model("lowformer_b0", 7, "grid_of", sizes=((64, 96),), img_size=False),
+    Model("cpubone_nano", 3, "grid_of", sizes=((64, 96),), img_size=False),
+    Model("deepseek_vit_412m", 2, kwargs=_ENCODER, reads="mean"), Model("qwen3_vit_416m", 2, kwargs=_ENCODER, reads="mean"),
+    Model("gemma4_vit_167m", 2, kwargs=_ENCODER | dict(head_dim=24, intermediate_size=64), sizes=((48, 48), (48, 72)), img_size=False, reads="mean"),
+    Model("resnet50_clip", 1, "pool", _THIN, _CLIP_SIZE),
+]
+
 REFUSED = {
     "vit_dpwee_patch16_reg1_gap_256": "two softmaxes", "vit_dlittle_patch16_reg1_gap_256": "two softmaxes", "focalnet_tiny_srf": "focal modulation",
     "efficientvit_b0": "linear attention", "edgenext_xx_small": "channels, not places", "coat_tiny": "before any query", "swiftformer_xs": "additive attention",
     "efficientvim_m1": "state-space", "mixer_s32_224": "fixed weights", "convnext_atto": "convolutional", "resnet18": "convolutional",
-    "efficientvit_m0": "no adapter", "mobilevit_s": "no adapter", "poolformer_s12": "no module of it is called attention",
+    "efficientvit_m0": "no adapter", "mobilevitv2_050": "separable attention", "poolformer_s12": "pool or convolve", "lambda_resnet26t": "lambda layers",
+    "bat_resnext26ts": "bilinear attention", "gcresnet33ts": "no query", "repvgg_a0": "convolutional", "efficientnet_b0": "convolutional",
+    "sequencer2d_s": "recurrent layers", "repvit_m0_9": "convolutional",
 }
 
 
@@ -158,12 +192,46 @@ def _torchvision(size):
     return VisionTransformer(image_size=size[0], patch_size=8, num_layers=2, num_heads=2, hidden_dim=48, mlp_dim=64, num_classes=3)
 
 
-def _open_clip(size, pool="tok"):
+def _torchvision_swin(size, second=False):
+    from torchvision.models import swin_transformer as s
+    kwargs = dict(block=s.SwinTransformerBlockV2, downsample_layer=s.PatchMergingV2) if second else {}
+    return s.SwinTransformer([4, 4], 24, [2, 2], [2, 2], [4, 4], num_classes=3, **kwargs)
+
+
+def _torchvision_maxvit(size):
+    from torchvision.models import MaxVit
+    return MaxVit(size, 16, 2, [16, 32], [1, 1], 8, 0., num_classes=3)
+
+
+def _open_clip(size, pool="tok", **kwargs):
     from open_clip.transformer import VisionTransformer
-    return VisionTransformer(image_size=size, patch_size=8, width=48, layers=2, heads=2, mlp_ratio=2., output_dim=16, pool_type=pool)
+    return VisionTransformer(image_size=size, patch_size=8, width=48, layers=2, heads=2, mlp_ratio=2., output_dim=48, pool_type=pool, **kwargs)
 
 
+def _open_clip_resnet(size):
+    from open_clip.modified_resnet import ModifiedResNet
+    return ModifiedResNet([1, 1, 1, 1], 16, 4, size[0], 8)
+
+
+def _open_clip_timm(size):
+    from open_clip.timm_model import TimmModel
+    model = TimmModel("vit_tiny_patch16_224", 16, size, proj="linear", pool="avg")
+    model.trunk = timm.create_model("eva02_tiny_patch14_224", img_size=size, patch_size=8, num_classes=0, global_pool="avg", **TINY)
+    model.head.proj = torch.nn.Linear(48, 16)
+    return model
+
+
+_POOL = dict(attn_pooler_queries=5, attn_pooler_heads=2)
+_WINDOWS = ((64, 64), (40, 64), (8, 12), (16, 16))            # grids above the window of 4, that do not divide, below it, and equal to it
 OTHERS = [
     Other("torchvision ViT", _torchvision, sizes=_SQUARE), Other("open_clip ViT", _open_clip),
     Other("open_clip ViT, mean", lambda size: _open_clip(size, "avg"), reads="mean"),
+    Other("torchvision Swin", _torchvision_swin, 4, 0, "mean", "tv_swin", _WINDOWS, 4),
+    Other("torchvision Swin V2", lambda size: _torchvision_swin(size, True), 4, 0, "mean", "tv_swin", _WINDOWS, 4),
+    Other("torchvision MaxViT", _torchvision_maxvit, 4, 0, "mean", "tv_maxvit", ((64, 64), (32, 32))),
+    Other("open_clip ViT, its own blocks", lambda size: _open_clip(size, qk_norm=True, scale_heads=True, scale_fc=True)),
+    Other("open_clip CoCa", lambda size: _open_clip(size, attentional_pool=True, **_POOL), 3, reads="mean"),
+    Other("open_clip CoCa, parallel", lambda size: _open_clip(size, attentional_pool="parallel", **_POOL), 3, reads="mean"),
+    Other("open_clip ResNet", _open_clip_resnet, 1, fold="pool", sizes=((64, 64), (96, 96))),
+    Other("open_clip, a trunk of timm", _open_clip_timm, reads="mean"),
 ]

@@ -65,7 +65,7 @@ def resources(binary):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(binary.asm["cubin"])
         f.flush()
-        use = subprocess.run([tool, "--dump-resource-usage", f.name], capture_output=True, text=True).stdout
+        use = subprocess.run([tool, "--dump-resource-usage", f.name], capture_output=True, encoding="utf-8").stdout
     got = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", use)}
     return dict(registers=got.get("REG"), spilled=got.get("STACK", 0) + got.get("LOCAL", 0), shared=binary.metadata.shared)
 

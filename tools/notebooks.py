@@ -105,8 +105,8 @@ def rerun(path, flags):
 def environment(folder):
     "What a kernel needs to print and draw the same on every machine; none of the user's own configuration."
     (folder / "profile_default").mkdir()
-    (folder / "profile_default/ipython_config.py").write_text(CONFIG)
-    (folder / "matplotlibrc").write_text("figure.dpi: 100\nsavefig.dpi: figure\n")
+    (folder / "profile_default/ipython_config.py").write_text(CONFIG, encoding="utf-8")
+    (folder / "matplotlibrc").write_text("figure.dpi: 100\nsavefig.dpi: figure\n", encoding="utf-8")
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     os.environ.update(IPYTHONDIR=str(folder), MATPLOTLIBRC=str(folder / "matplotlibrc"), PYTHONPATH=path,
                       PYTHONHASHSEED="0", COLUMNS="100", NO_COLOR="1",

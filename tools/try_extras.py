@@ -37,7 +37,9 @@ def attempt(extra, notebook, uv):
         file = Path(folder) / "tutorial.py"
         file.write_text(script(notebook), encoding="utf-8")
         env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
-        return subprocess.run([python, str(file)], cwd=folder, env=env | dict(MPLBACKEND="Agg"), capture_output=True, text=True)
+        environment = env | dict(MPLBACKEND="Agg")
+        return subprocess.run([python, str(file)], cwd=folder, env=environment, capture_output=True,
+                              encoding="utf-8", errors="replace")
 
 
 def main():
