@@ -310,7 +310,7 @@ def test_transforms_of_functions():
     assert torch.equal(vmap(se.label_regions)(x > 0), se.label_regions(x > 0))
     assert torch.equal(vmap(se.above_mean)(x), se.above_mean(x))
     for options in (dict(mass=.6), dict(connectivity=4, times_mean=.5)):
-        assert_close(vmap(lambda m: se.spatial_entropy(m, **options))(x.abs()), se.spatial_entropy(x.abs(), **options))
+        assert_close(vmap(lambda m, options=options: se.spatial_entropy(m, **options))(x.abs()), se.spatial_entropy(x.abs(), **options))
     with pytest.raises(ValueError, match="got negative cells"):
         vmap(lambda m: se.spatial_entropy(m, mass=.6))(x)
 
