@@ -8,11 +8,13 @@ __all__ = ['main']
 # %% ../nbs/24_commands.ipynb #09339dda
 import argparse
 import json
+import os
 import sys
+import unicodedata
 from dataclasses import fields
 from pathlib import Path
 from typing import get_type_hints
-from .config import TrainConfig, _recipes, configure, load_config, plain_type
+from .config import Names, Range, TrainConfig, _recipes, configure, load_config, plain_type
 from .files import lenient_output, write_json
 
 # %% ../nbs/24_commands.ipynb #99d4c9e4
@@ -21,7 +23,20 @@ def _pairs(text):
     key, equals, value = text.partition("=")
     if not (key and equals): raise argparse.ArgumentTypeError(f"got {text!r}, expected key=value, such as patch_size=8")
     try: return key, json.loads(value.lower() if value in ("True", "False") else value)
-    except json.JSONDecodeError: return key, value
+    except (ValueError, RecursionError): return key, value    # a number or a nest too long for JSON
+
+# %% ../nbs/24_commands.ipynb #b7bbfe6e
+def _sentence(e, most=600):
+    "What an error says, on one line, without what a terminal would obey."
+    said = " ".join(str(e).split()) or type(e).__name__
+    if len(said) > most: said = f"{said[:most//2]} … {said[-most//2:]}"
+    unseen = lambda c: unicodedata.category(c) in ("Cc", "Cs")
+    return "".join(c.encode("unicode_escape").decode() if unseen(c) else c for c in said)
+
+class _Parser(argparse.ArgumentParser):
+    "Says a typing mistake in one sentence, not in sixty lines of usage."
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {_sentence(message)}; see {self.prog} --help\n")
 
 # %% ../nbs/24_commands.ipynb #b1726f12
 def _once(pairs):
@@ -38,14 +53,20 @@ def _refuse_empty(args):
             raise ValueError(f"{name}: got an empty text; give a value, or leave it out (--{name.replace('_', '-')})")
 
 # %% ../nbs/24_commands.ipynb #6811ff6c
+def _help_of(f):
+    "Meaning, default and range of a field."
+    known, kind = [], f.metadata["range"]
+    if f.default is not None and not isinstance(f.default, bool): known.append(str(f.default))
+    if isinstance(kind, (Range, Names)): known.append(str(kind))
+    return (f.metadata["help"] + (f" ({'; '.join(known)})" if known else "")).replace("%", "%%")
+
 def _add_settings(parser):
     "A flag for every field of TrainConfig."
     hints = get_type_hints(TrainConfig)
     for f in fields(TrainConfig):
-        kind, dashed, const = plain_type(hints[f.name]), "--" + f.name.replace("_", "-"), f.metadata["const"]
-        names = [n for n in (f.metadata["flag"], dashed) if n]
-        shown = f.metadata["help"] + ("" if f.default is None or kind is bool else f" ({f.default})")
-        options = dict(dest=f.name, default=argparse.SUPPRESS, help=shown.replace("%", "%%"))
+        kind, const = plain_type(hints[f.name]), f.metadata["const"]
+        names = [n for n in (f.metadata["flag"], "--" + f.name.replace("_", "-")) if n]
+        options = dict(dest=f.name, default=argparse.SUPPRESS, help=_help_of(f))
         if kind is bool: parser.add_argument(*names, action=argparse.BooleanOptionalAction, **options)
         elif kind is dict: parser.add_argument(*names, nargs="+", type=_pairs, metavar="KEY=VALUE", **options)
         elif kind is list: parser.add_argument(*names, nargs="+", metavar="NAME", **options)
@@ -54,7 +75,8 @@ def _add_settings(parser):
 
 # %% ../nbs/24_commands.ipynb #24b6958d
 def _parser():
-    p = argparse.ArgumentParser("spatial-entropy", description="Vision Transformers whose attention falls on connected objects.")
+    p = _Parser("spatial-entropy",
+                description="Vision Transformers whose attention falls on connected objects.")
     commands = p.add_subparsers(dest="command", required=True, metavar="{train,evaluate,draw,benchmark}")
     train = commands.add_parser("train", help="train a ViT with the spatial-entropy regulariser", description="Train a ViT with the spatial-entropy "
         "regulariser. With no flags: a small one on the embedded pictures.")
@@ -69,9 +91,12 @@ def _parser():
 
 def _add_where_from(p):
     p.add_argument("--resume", metavar="RUN", help="go on with a run's folder, from its newest whole checkpoint; from scratch if it has none")
+    p.add_argument("--allow-changes", action="store_true",
+                   help="go on though the run's config.yaml was edited since its checkpoint")
     p.add_argument("--recipe", default="small", choices=list(_recipes), help="the settings to start from (small)")
     p.add_argument("--config", metavar="FILE", help="a YAML file of settings, or a run folder; wins over the recipe, and flags win over it")
 
+# %% ../nbs/24_commands.ipynb #c92a660a
 def _add_evaluate(p):
     p.add_argument("run", help="a run folder")
     p.add_argument("--weights", default="model", choices=("model", "best"), help="those of the last epoch, or of the best (model)")
@@ -121,14 +146,16 @@ def _add_training_benchmark(p):
 
 # %% ../nbs/24_commands.ipynb #6b49129d
 def _train(args):
-    settings = {k: v for k, v in vars(args).items() if k not in ("command", "resume", "recipe", "config")}
+    ours = ("command", "resume", "recipe", "config", "allow_changes")
+    settings = {k: v for k, v in vars(args).items() if k not in ours}
     if "model_kwargs" in settings: settings["model_kwargs"] = _once(settings["model_kwargs"])
     if args.resume is not None:
         if args.config is not None: raise ValueError("--resume and --config: got both; a run goes on with its own configuration")
-        load_config(args.resume)
+        if not (Path(args.resume)/"checkpoints").is_dir(): load_config(args.resume)
     else: config = configure(args.recipe, args.config, **settings)
     from spatial_entropy.training import prepare, prepare_resume
-    job = prepare_resume(args.resume, **settings) if args.resume is not None else prepare(config)
+    if args.resume is None: job = prepare(config)
+    else: job = prepare_resume(args.resume, None, args.allow_changes, **settings)
     return lambda: _work(job)
 
 def _work(job):
@@ -149,8 +176,11 @@ def _work(job):
 def _measure(run, output=None, **options):
     "Evaluate a run, print the table, write the JSON."
     from spatial_entropy.evaluation import evaluate
+    from spatial_entropy.models import digest_in
     scores = evaluate(str(run), **options)
-    path = write_json(Path(output or Path(run)/"evaluation.json"), {"run": Path(run).name, **scores})
+    digest = digest_in(Path(run)/f"{options.get('weights', 'model')}.safetensors")
+    found = {"run": Path(run).name, **scores, "weights_sha256": digest}
+    path = write_json(Path(output or Path(run)/"evaluation.json"), found)
     _table(scores)
     print(f"as JSON: {path}")
 
@@ -178,17 +208,22 @@ def _table(scores):
 
 def _writable(path):
     "Fail now if the file cannot be written later; an existing one is not touched."
-    folder = Path(path).absolute().parent
-    if not folder.is_dir(): raise FileNotFoundError(f"{folder}: no such folder to write {Path(path).name} into")
-    import os
-    if not os.access(folder, os.W_OK): raise PermissionError(f"{folder}: not writable; choose another --output")
+    path = Path(path)
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder to write {path.name} into")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder}: not writable; choose another --output")
+    try: os.stat(path)          # a name too long for the disk fails here
+    except FileNotFoundError: return
+    if not path.is_file(): raise IsADirectoryError(f"{path}: not a file; choose another --output")
 
 # %% ../nbs/24_commands.ipynb #6b846537
 def _model_to_draw(args):
     "Model, image size, mean and std of a run or a timm name."
     from spatial_entropy.models import build_model, load_run, timm
     if Path(args.model).exists():
-        model, config, facts = load_run(args.model)
+        model, config, facts = load_run(args.model, needed=("mean", "std"))
         return model, config.img_size, tuple(facts["mean"]), tuple(facts["std"])
     from timm.data import resolve_data_config
     facts = timm.get_pretrained_cfg(args.model) if timm.is_model(args.model.split(".")[0]) else None
@@ -276,12 +311,12 @@ def _main(argv):
     args = _parser().parse_args(words)
     try:
         try: _refuse_empty(args); work = _commands[args.command](args)
-        except (ValueError, TypeError, OSError, ImportError) as e:
-            print(f"spatial-entropy {args.command}: {e}", file=sys.stderr)
+        except (ValueError, TypeError, OSError, ImportError, MemoryError) as e:
+            print(f"spatial-entropy {args.command}: {_sentence(e)}", file=sys.stderr)
             return 2
         return work() or 0
-    except (FloatingPointError, OSError) as e:
-        print(f"spatial-entropy {args.command}: stopped: {e}", file=sys.stderr)
+    except (FloatingPointError, OSError, MemoryError) as e:
+        print(f"spatial-entropy {args.command}: stopped: {_sentence(e)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"spatial-entropy {args.command}: interrupted; what was saved before, if anything, stays", file=sys.stderr)

@@ -62,9 +62,14 @@ def score_masks(model: nn.Module, pairs, # items (x, mask), as mask_pairs gives 
 
 # %% ../nbs/19_evaluation.ipynb #3a646d37
 def _device(name):
-    try: return torch.zeros(0, device=name).device
-    except (RuntimeError, AssertionError) as e: raise ValueError(f"device: got {name!r}, which torch refuses ({str(e).splitlines()[0]})") from None
+    try:
+        one = torch.ones(1, device=name); one.cpu()     # "meta" holds nothing that could come back
+        return one.device
+    except Exception as e:
+        said = " ".join(str(e).split())[:150]
+        raise ValueError(f"device: got {name!r}, which torch cannot use here ({said})") from None
 
+# %% ../nbs/19_evaluation.ipynb #c637ffb2
 def evaluate(run: str, # a run folder
              data: str | None = None, # an image folder with the same classes; default: the run's own data
              masks: str | None = None, # a folder with images/ and masks/; default: the embedded masks, if the run saw them
@@ -72,7 +77,8 @@ def evaluate(run: str, # a run folder
              weights: str = "model", # or "best"
             ) -> dict: # top1 %, entropy, regions, and Jaccard where there are masks
     """Measure a trained run. Raises FileNotFoundError or ValueError that name what is wrong."""
-    (model, config, facts), device = load_run(run, weights), _device(device)
+    device = _device(device)
+    model, config, facts = load_run(run, weights, ("mean", "std"))
     norm = dict(mean=tuple(facts["mean"]), std=tuple(facts["std"]))
     batches = loaders(data or config.data, config.img_size, config.batch_size, config.seed, workers=config.workers, crop_pct=config.crop_pct, **norm,
                       from_=dict(data_dir=config.data_dir, train_split=config.train_split, val_split=config.val_split))
