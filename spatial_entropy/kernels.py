@@ -212,6 +212,7 @@ def _read(flat, at, w, sy, sx, k, d):
         total, size = _load(flat, at, w, sy, sx, first*unit, unit, d)
     return k*total/(d.size - 64), size, unit
 
+# %% ../nbs/08_kernels.ipynb #5fff6b8d
 @_compiled
 def _entropies(flat, shape, strides, reach, k, floor, least, lo, hi, E, g):
     "E and g (if it has rows) of the maps lo..hi of (B, H, h, w), read from flat by strides."

@@ -247,12 +247,13 @@ def _backward_mean(ctx, grad, *_):
 
 _mean.register_autograd(_backward_mean, setup_context=_keep_mean)
 
-# %% ../nbs/10_operators.ipynb #62cc99bb
+# %% ../nbs/10_operators.ipynb #ffb58200
 def _can_count(maps):
     "Whether a buffer can take up numbers of these maps: not shapes only, not inside a transform."
     if torch.compiler.is_compiling(): return True
     return not (maps.is_meta or isinstance(maps, FakeTensor))
 
+# %% ../nbs/10_operators.ipynb #62cc99bb
 class SpatialEntropyLoss(nn.Module):
     """Mean spatial entropy over all maps: the regulariser of arXiv 2206.04636, to be multiplied by λ = 0.01.
 
