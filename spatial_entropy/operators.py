@@ -253,6 +253,8 @@ def _can_count(maps):
     if torch.compiler.is_compiling(): return True
     return not (maps.is_meta or isinstance(maps, FakeTensor))
 
+def _mean_of(E): return E.nansum()/(~E.isnan()).sum().clamp_min(1)
+
 # %% ../nbs/10_operators.ipynb #62cc99bb
 class SpatialEntropyLoss(nn.Module):
     """Mean spatial entropy over all maps: the regulariser of arXiv 2206.04636, to be multiplied by λ = 0.01.
@@ -271,9 +273,7 @@ class SpatialEntropyLoss(nn.Module):
     def forward(self, maps: Tensor # (..., h, w), usually (B, H, h, w)
                ) -> Tensor: # a scalar in nats
         prepared = _prepare(maps, self.connectivity, **self.threshold)
-        if _is_transformed():
-            E = _entropies(prepared)
-            return _like(E.nansum()/(~E.isnan()).sum().clamp_min(1), maps)
+        if _is_transformed(): return _like(_mean_of(_entropies(prepared)), maps)
         mean, facts, _ = _mean(*prepared)
         if _can_count(maps): self._count(facts[1])
         return _like(mean, maps)
