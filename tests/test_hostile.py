@@ -839,12 +839,11 @@ def test_a_value_that_cannot_be(world, more, said):
             "draw RUN photos/cat/0.png -o out.png",
             "facts.json: has no 'mean'",
         ),
-        ("facts.json", '{"classes": ["cat", "dog"]}', "train --resume RUN", "facts.json: has no"),
         ("facts.json", "[" * 10**5, "evaluate RUN", "not JSON"),
         (
             "facts.json",
             '{"classes": 7}',
-            "train --resume RUN",
+            "evaluate RUN",
             "classes: got 7, expected a list of names",
         ),
         ("facts.json", None, "evaluate RUN", "no such file"),
