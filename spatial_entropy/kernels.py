@@ -6,8 +6,9 @@
 __all__ = ['entropy_and_gradient', 'label_regions', 'mean_entropy']
 
 # %% ../nbs/08_kernels.ipynb #9cd151ac
-import os
+import os, warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from math import isfinite, log, nan
 
 import numpy as np
@@ -19,14 +20,51 @@ from .entropy import LEAST
 
 # %% ../nbs/08_kernels.ipynb #5c1375e4
 def _keeps():
-    "Whether compiled code can be kept on disk."
+    "Whether compiled code can be kept on disk; why not."
+    if __name__ == "__main__": return False, None
     try: njit(cache=True)(lambda x: x)
-    except RuntimeError: return False
-    return __name__ != "__main__"
+    except RuntimeError: return False, "no folder for it can be written"
+    return True, None
 
-_options = dict(nogil=True, error_model="numpy", cache=_keeps())
-_compiled = njit(**_options)
-_summing = njit(**_options, fastmath={"reassoc", "contract"})
+_kept, _why_not = _keeps()
+_options = dict(nogil=True, error_model="numpy", cache=_kept)
+
+def _say_compiled_anew(why):
+    "Once a process: compilation takes seconds, and someone may wonder where they go."
+    global _said
+    if not _said: warnings.warn(
+        f"spatial_entropy: numba's kept code cannot be used ({why}); it is compiled anew. To keep it, set NUMBA_CACHE_DIR "
+        "to a folder that can be written.", RuntimeWarning, stacklevel=2)
+    _said = True
+
+_said = False
+
+# %% ../nbs/08_kernels.ipynb #90012a2e
+class _Lenient:
+    "A cache of numba's, or its stand-in that keeps nothing: with it, errors of reading and writing are said, not raised."
+    def __init__(self, cache): self._cache = cache
+    def __getattr__(self, name): return getattr(vars(self).get("_cache"), name)
+
+    def load_overload(self, signature, target):
+        if _why_not: _say_compiled_anew(_why_not)
+        try: return self._cache.load_overload(signature, target)
+        except Exception as e:
+            _say_compiled_anew(f"{self._cache.cache_path}: {type(e).__name__}: {e}")
+            with suppress(Exception): self._cache.flush()
+
+    def save_overload(self, signature, data):
+        try: self._cache.save_overload(signature, data)
+        except Exception as e: _say_compiled_anew(f"{self._cache.cache_path}: {type(e).__name__}: {e}")
+
+def _compiler(**more):
+    "njit, with a cache that never fails."
+    def compiled(function):
+        dispatcher = njit(**_options, **more)(function)
+        if hasattr(dispatcher, "_cache"): dispatcher._cache = _Lenient(dispatcher._cache)
+        return dispatcher
+    return compiled
+
+_compiled, _summing = _compiler(), _compiler(fastmath={"reassoc", "contract"})
 
 # %% ../nbs/08_kernels.ipynb #1e9bcfb6
 @_summing
