@@ -8,6 +8,7 @@ __all__ = ['main']
 # %% ../nbs/24_commands.ipynb #09339dda
 import argparse
 import json
+import logging
 import os
 import sys
 import unicodedata
@@ -330,6 +331,7 @@ def main(argv=None) -> int: # the exit code
     with lenient_output(): return _main(argv)
 
 def _main(argv):
+    logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it would say, we say
     words = [_dashed(a) for a in (sys.argv[1:] if argv is None else argv)]
     if words[:1] == ["benchmark"] and words[1:2] in (["loss"], ["training"]): words[:2] = ["benchmark" if words[1] == "loss" else "benchmark-training"]
     args = _parser().parse_args(words)
