@@ -214,6 +214,7 @@ def _table(scores):
     for said in scores["notes"]: print(said)
     if scores["skipped"]: print(f"{len(scores['skipped'])} picture(s) could not be read and were left out: {', '.join(scores['skipped'][:5])}")
 
+# %% ../nbs/24_commands.ipynb #960ec768
 def _writable(path):
     "Fail now if the file cannot be written later; an existing one is not touched."
     path = Path(path)
@@ -287,6 +288,7 @@ def _open(path):
     except OSError as e: raise ValueError(f"{path}: not a picture that can be read; {e}") from None
     except MemoryError: raise ValueError(f"{path}: too large for this machine's memory; make it smaller") from None
 
+# %% ../nbs/24_commands.ipynb #58b06d00
 def _drawn(figure, args):
     "The bytes of the file to write."
     from io import BytesIO
