@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from itertools import count
 from pathlib import Path
-import timm
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
@@ -36,7 +35,7 @@ from .families import find
 from .files import (Damaged, Held, Hold, check, contents, hold, new_name, newest_whole,
                                    remove, seal, sweep, sync_folder, versions, writing)
 from .models import (build_model, build_teacher, change_last_block, check_name, in_short,
-                                    start_model)
+                                    known_of, start_model)
 from .operators import SpatialEntropyLoss
 from .tap import AttentionTap
 
@@ -106,7 +105,7 @@ def _accelerator(c):
 # %% ../nbs/17_jobs.ipynb #34c87f4f
 def _data(c, accelerator):
     "Loaders with the normalisation and interpolation the model is known by; how many pictures make an update."
-    known = resolve_data_config({}, pretrained_cfg=timm.get_pretrained_cfg(c.model).to_dict())
+    known = resolve_data_config({}, pretrained_cfg=known_of(c.model))
     update = c.batch_size*accelerator.num_processes*c.grad_accum_steps
     data = loaders(c.data, c.img_size, c.batch_size, c.seed, c.limit, c.workers, known["mean"], known["std"], update, c.crop_pct,
                    c.interpolation or known["interpolation"], c.aug_repeats,
