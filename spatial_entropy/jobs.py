@@ -29,7 +29,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 # %% ../nbs/17_jobs.ipynb #b5722a9d
-from .batches import Loaders, loaders, randomness
+from .batches import Loaders, loaders, place_seed, randomness
 from .config import TrainConfig, load_config, read_settings, save_config
 from .families import find
 from .files import (Damaged, Held, Hold, check, contents, hold, new_name, newest_whole,
@@ -340,6 +340,7 @@ def save_checkpoint(job: Job) -> Path:
     a, path = job.accelerator, job.folder/"checkpoints"/step_name(job.place.updates)
     job.place.sums = a.reduce(job.sums).tolist()
     job.sums.copy_(torch.tensor(job.place.sums, dtype=torch.float64) if job.main else torch.zeros(5))
+    torch.manual_seed(place_seed(job.config.seed, job.place.epoch, job.place.update, a.process_index, 3))
     with writing(path), _temporary(job, path) as temporary:
         _write_state(job, temporary)
         if job.main: seal(temporary, path, **_about(job)); _prune(job)
