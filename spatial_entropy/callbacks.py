@@ -41,6 +41,10 @@ def _operate(model):
     "The surgery, on the vision model inside whatever holds it."
     return drop_last_skip(model if isinstance(model, DistributedDataParallel) else find(model).model)
 
+def _check_views(views):
+    if not isinstance(views, int) or views < 1:
+        raise ValueError(f"views: got {views!r}, expected how many forward passes a call stands for, at least 1")
+
 # %% ../nbs/21_callbacks.ipynb #f8cc1027
 class SpatialEntropyRegularizer:
     """``loss = loss + reg()``: the current weight times the mean spatial entropy of the latest forward pass (arXiv 2206.04636).
@@ -58,9 +62,7 @@ class SpatialEntropyRegularizer:
                  query="auto", # as in AttentionTap
                  drop_skip: bool = False, # remove the last skip first; before the optimiser
                  views: int = 1): # forward passes that one call stands for, by their mean
-        if not isinstance(views, int) or views < 1:
-            raise ValueError(f"views: got {views!r}, expected the number of forward passes a call stands for, at least 1")
-        _weight_at(weight, epochs, warmup, 0.)
+        _check_views(views); _weight_at(weight, epochs, warmup, 0.)
         self.peak, self.epochs, self.warmup, self.epoch = weight, epochs, warmup, 0. if epochs is None else None
         self.surgery, self._criterion = _operate(model) if drop_skip else None, SpatialEntropyLoss()
         self._seen, self._sum, self._count, self._logs, self.entropy, self.pictures = None, 0., 0, None, None, 0

@@ -32,8 +32,7 @@ class Raster:
         "Put the values of the keys where they lie; several pictures become images of their own."
         (h, w), n = self.grid, self.pictures
         t = t[..., 0, :] if self.cells is None else self._placed(t.flatten(-2), fill)
-        if n == 1: return t.unflatten(-1, (h, w))
-        return rearrange(t, "b head (n h w) -> (b n) head h w", n=n, h=h)
+        return t.unflatten(-1, (h, w)) if n == 1 else rearrange(t, "b head (n h w) -> (b n) head h w", n=n, h=h)
 
     def _placed(self, t, fill):
         canvas = t.new_full((*t.shape[:-1], self.pictures*self.grid[0]*self.grid[1] + 1), fill)
@@ -230,8 +229,7 @@ def _pair(v): return tuple(v) if isinstance(v, (tuple, list, torch.Size)) else (
 def _windowed(call): # (B, H, W, C) blocks with a window_size, perhaps a shift
     b, grid = call.layer, tuple(call.x.shape[1:3])
     size = _pair(b.window_size)
-    stride = getattr(b, "q_stride", None)
-    pooled = (0, 0) if stride else None
+    pooled = (0, 0) if (stride := getattr(b, "q_stride", None)) else None
     if size[0] < 1 or getattr(b, "is_windowed", True) is False: return Raster(grid, queries=pooled)
     raster = windows(grid, size, _pair(getattr(b, "shift_size", 0)), device=call.x.device)
     return replace(raster, queries=pooled, real=_unpadded(grid, size, stride, call.x.device) if stride else None)

@@ -181,8 +181,7 @@ class AttentionTap:
     ``with AttentionTap(model) as tap: model(x); s = tap.maps()`` gives (B, H, h, w), in the graph, with fused attention left
     on and parameter names unchanged. Without `with`, call `close` when done; under activation
     checkpointing, not before the backward pass. Layers are counted in the order in which they run; a pool by
-    attention is the last one. Several taps may listen in one model. Each thread has passes of its
-    own; a compiled model is to be run by one thread. Raises UnsupportedModel, with family and reason, for a model without such
+    attention is the last one. Several taps may listen. Each thread has passes of its own; a compiled model has one thread. Raises UnsupportedModel, with family and reason, for a model without such
     a map, ValueError for a wrong block or query, RuntimeError rather than ever returning nothing.
     """
     def __init__(self, model: nn.Module, # a timm, Hugging Face, torchvision or open_clip vision model, also compiled, in DDP, or inside another module
@@ -192,8 +191,7 @@ class AttentionTap:
         _refuse_wrapped(model)
         self.found, self.query, self.softmax = find(model), _checked_query(query), softmax
         self._root, self.checks, self.keep = model, None, 1
-        self.single = isinstance(block, int) and not isinstance(block, bool)
-        self.blocks = _chosen(block, len(self.found.layers))
+        self.single, self.blocks = isinstance(block, int) and not isinstance(block, bool), _chosen(block, len(self.found.layers))
         self._passes, self._ears = _Passes(), [_Ear(self, i) for i in self.blocks]
         _install(self)
 
@@ -316,6 +314,7 @@ def _embed(self, module, args):
     now = self._passes.now()
     if not now.inside: now.begin(self.keep)
 
+# %% ../nbs/04_tap.ipynb #1fd4af15
 def _see_grid(self, module, args, kwargs, out):
     if _recomputing(): return
     self._passes.now().grid = self.found.adapter.read(module, (*args, *kwargs.values()), out)
@@ -544,6 +543,7 @@ def _keep(h, rows, row, seen):
     now.heard[ear.number] = [*now.heard.get(ear.number, []), h]
     if not torch.compiler.is_compiling(): _note(h, row, now)
 
+# %% ../nbs/04_tap.ipynb #dc353d4e
 def _note(h, row, now): # for a repeated run, and for who counts passes
     if row.grad_fn is None: return
     h.alive = _Alive()
