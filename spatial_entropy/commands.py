@@ -91,9 +91,12 @@ def _parser():
 
 def _add_where_from(p):
     p.add_argument("--resume", metavar="RUN", help="go on with a run's folder, from its newest whole checkpoint; from scratch if it has none")
+    p.add_argument("--allow-changes", action="store_true",
+                   help="go on though the run's config.yaml was edited since its checkpoint")
     p.add_argument("--recipe", default="small", choices=list(_recipes), help="the settings to start from (small)")
     p.add_argument("--config", metavar="FILE", help="a YAML file of settings, or a run folder; wins over the recipe, and flags win over it")
 
+# %% ../nbs/24_commands.ipynb #c92a660a
 def _add_evaluate(p):
     p.add_argument("run", help="a run folder")
     p.add_argument("--weights", default="model", choices=("model", "best"), help="those of the last epoch, or of the best (model)")
@@ -143,14 +146,16 @@ def _add_training_benchmark(p):
 
 # %% ../nbs/24_commands.ipynb #6b49129d
 def _train(args):
-    settings = {k: v for k, v in vars(args).items() if k not in ("command", "resume", "recipe", "config")}
+    ours = ("command", "resume", "recipe", "config", "allow_changes")
+    settings = {k: v for k, v in vars(args).items() if k not in ours}
     if "model_kwargs" in settings: settings["model_kwargs"] = _once(settings["model_kwargs"])
     if args.resume is not None:
         if args.config is not None: raise ValueError("--resume and --config: got both; a run goes on with its own configuration")
-        load_config(args.resume)
+        if not (Path(args.resume)/"checkpoints").is_dir(): load_config(args.resume)
     else: config = configure(args.recipe, args.config, **settings)
     from spatial_entropy.training import prepare, prepare_resume
-    job = prepare_resume(args.resume, **settings) if args.resume is not None else prepare(config)
+    if args.resume is None: job = prepare(config)
+    else: job = prepare_resume(args.resume, None, args.allow_changes, **settings)
     return lambda: _work(job)
 
 def _work(job):
@@ -171,8 +176,11 @@ def _work(job):
 def _measure(run, output=None, **options):
     "Evaluate a run, print the table, write the JSON."
     from spatial_entropy.evaluation import evaluate
+    from spatial_entropy.models import digest_in
     scores = evaluate(str(run), **options)
-    path = write_json(Path(output or Path(run)/"evaluation.json"), {"run": Path(run).name, **scores})
+    digest = digest_in(Path(run)/f"{options.get('weights', 'model')}.safetensors")
+    found = {"run": Path(run).name, **scores, "weights_sha256": digest}
+    path = write_json(Path(output or Path(run)/"evaluation.json"), found)
     _table(scores)
     print(f"as JSON: {path}")
 

@@ -99,6 +99,11 @@ class Layer:
     heads: Callable | None = None # the number of heads of a layer that asks them one after the other
     why: str | Callable = "" # not tapped: the reason, or a function of layer and model that gives it
 
+    def axes_of(self, t): # t: (..., c)
+        "The axes of queries, or of logits, with so many dimensions."
+        ways = self.axes.split(" | ")
+        return next((a for a in ways if len(re.sub(r"\(.*?\)", "x", a).split()) + 1 == t.ndim), ways[0])
+
 # %% ../nbs/03_families.ipynb #50acf863
 @dataclass
 class Adapter:
@@ -109,7 +114,7 @@ class Adapter:
     prefix: Any = 0 # tokens before the patches
     cls: Any = 0 # 1 if the first of them is [CLS]
     suffix: Any = 0 # tokens after the patches
-    reads: Any = "mean" # what the output reads: "cls", "mean" or "suffix", or a function of the model
+    reads: Any = "mean" # what the output reads: "cls", "mean", "prefix" or "suffix" (all of those), or a function of the model
     grid: Any = "" # path of the module whose output shows the grid; "": the first convolution
     read: Callable = lambda module, args, out: Raster(tuple(out.shape[-2:])) # the grid, from that module's call
     given: Callable | None = None # the grid from the model and its inputs by name, where no module shows it
@@ -128,7 +133,7 @@ def _ask(value, model):
 class Head:
     "What a model around a tower reads of it, where it is not what the tower's entry says."
     model: str | type | tuple # its class, or classes, or their dotted names; the tower itself may be one
-    reads: Any = None # "cls", "mean" or "suffix", or a function of the head; None: as the tower's entry says
+    reads: Any = None # "cls", "mean", "prefix" or "suffix", or a function of the head; None: as the tower's entry says
     last: Any = None # how many layers of the tower are read, or a function of the head and their number; None: all
     pool: bool = True # the tower's pool by attention is read too
     why: str = "" # refused: the reason
@@ -336,7 +341,7 @@ def _halved_to(call, n): # n tokens
 # %% ../nbs/03_families.ipynb #a1c0de05
 def _mobilevit(call):
     block = call.model.get_submodule(call.name.rsplit(".transformer.", 1)[0])
-    (ph, pw), n = block.patch_size, call.x.shape[1]
+    (ph, pw), n = getattr(block, "patch_size", None) or (block.patch_height, block.patch_width), call.x.shape[1]
     h, w = _halved_to(call, n*ph*pw)
     h, w = -(-h//ph), -(-w//pw) # patches; a grid that does not divide is stretched
     return windows((h*ph, w*pw), (h, w), dilated=True, device=call.x.device)
@@ -503,10 +508,263 @@ _heads += [
     Head(_models("vit.ViTForMaskedImageModeling deit.DeiTForMaskedImageModeling"), **_patches),
     Head(_models("dinov2.Dinov2Backbone dinov2_with_registers.Dinov2WithRegistersBackbone dinov3_vit.DINOv3ViTBackbone beit.BeitBackbone"
                  ), last=_stages, **_patches),
+    Head(_models("blip.BlipForConditionalGeneration blip.BlipForQuestionAnswering blip.BlipForImageTextRetrieval blip_2.Blip2Model"
+                 " blip_2.Blip2VisionModelWithProjection blip_2.Blip2ForConditionalGeneration blip_2.Blip2ForImageTextRetrieval"
+                 " instructblip.InstructBlipModel instructblip.InstructBlipForConditionalGeneration kosmos2.Kosmos2Model git.GitModel"
+                 " instructblipvideo.InstructBlipVideoModel instructblipvideo.InstructBlipVideoForConditionalGeneration"
+                 " owlvit.OwlViTForObjectDetection owlv2.Owlv2ForObjectDetection mgp_str.MgpstrForSceneTextRecognition"
+                 " vit_mae.ViTMAEForPreTraining beit.BeitForMaskedImageModeling pixio.PixioBackbone"
+                 " vision_encoder_decoder.VisionEncoderDecoderModel paligemma.PaliGemmaModel gemma3.Gemma3Model"
+                 " cohere2_vision.Cohere2VisionModel modernvbert.ModernVBertModel deepseek_vl.DeepseekVLModel lfm2_vl.Lfm2VlModel"), **_patches),
+]
+
+# %% ../nbs/03_families.ipynb #e77ded84
+_heads += [
+    Head(_models("yolos.YolosForObjectDetection"), reads="suffix"),
+    Head(_models("deit.DeiTForImageClassificationWithTeacher"), reads="prefix"),
+    Head(_models("clipseg.CLIPSegForImageSegmentation"), last=lambda m, n: max(m.extract_layers) + 1, **_patches),
+    Head(_models("dpt.DPTForDepthEstimation dpt.DPTForSemanticSegmentation"),
+         last=lambda m, n: max(m.config.backbone_out_indices) + 1, **_patches),
+    Head((*_models("beit.BeitForSemanticSegmentation"), "transformers.models.data2vec.modeling_data2vec_vision.Data2VecVisionForSemanticSegmentation"),
+         last=lambda m, n: max(m.config.out_indices), **_patches),
     Head(_models("llava.LlavaModel llava_next.LlavaNextModel llava_next_video.LlavaNextVideoModel llava_onevision.LlavaOnevisionModel"
                  " vipllava.VipLlavaModel aya_vision.AyaVisionModel internvl.InternVLModel mistral3.Mistral3Model aria.AriaModel"),
          last=_feature_layer, **_patches),
 ]
+
+# %% ../nbs/03_families.ipynb #dc89e5e6
+def _line(table, **facts): # "name | folder.Class … | Attention …", one a line
+    "Entries for plain towers of transformers."
+    for name, models, attention in (row.split(" | ") for row in table.strip().splitlines()):
+        models = _models(models)
+        hosts = tuple(Layer(f"{models[0].rpartition('.')[0]}.{a}") for a in attention.split())
+        yield Adapter(f"{name.strip()} (transformers)", models, hosts, **facts)
+
+_adapters += _line("""
+AltCLIP | altclip.AltCLIPVisionModel | AltCLIPAttention
+BLIP | blip.BlipVisionModel | BlipAttention
+BLIP-2 | blip_2.Blip2VisionModel | Blip2Attention
+InstructBLIP | instructblip.InstructBlipVisionModel | InstructBlipAttention
+InstructBLIP for video | instructblipvideo.InstructBlipVideoVisionModel | InstructBlipVideoAttention
+Chinese CLIP | chinese_clip.ChineseCLIPVisionModel | ChineseCLIPVisionAttention
+CLIPSeg | clipseg.CLIPSegVisionModel | CLIPSegAttention
+OWL-ViT | owlvit.OwlViTVisionTransformer | OwlViTAttention
+OWLv2 | owlv2.Owlv2VisionTransformer | Owlv2Attention
+DPT | dpt.DPTModel | DPTViTAttention
+MLCD | mlcd.MLCDVisionModel | MLCDAttention
+FLAVA | flava.FlavaImageModel | FlavaAttention
+Kosmos-2 | kosmos2.Kosmos2VisionModel | Kosmos2VisionAttention
+MGP-STR | mgp_str.MgpstrModel | MgpstrAttention
+""", **_cls)
+
+# %% ../nbs/03_families.ipynb #8ab023b9
+_adapters += _line("""
+Idefics2 | idefics2.Idefics2VisionTransformer | Idefics2VisionAttention
+Idefics3 | idefics3.Idefics3VisionTransformer | Idefics3VisionAttention
+SmolVLM | smolvlm.SmolVLMVisionTransformer | SmolVLMVisionAttention
+Phi-4 | phi4_multimodal.Phi4MultimodalVisionModel | Phi4MultimodalVisionAttention
+""", padded=True)
+_adapters += _line("""
+Ovis 2 | ovis2.Ovis2VisionModel | Ovis2VisionAttention
+Janus | janus.JanusVisionModel | JanusVisionAttention
+ViTPose | vitpose_backbone.VitPoseBackbone | VitPoseBackboneAttention
+""")
+_data2vec = "transformers.models.data2vec.modeling_data2vec_vision.Data2VecVision"
+_adapters += [
+    Adapter("Data2Vec (transformers)", f"{_data2vec}Model", (Layer(f"{_data2vec}Attention"),), prefix=1, cls=1, reads=_mean_if),
+    *_line("YOLOS | yolos.YolosModel | YolosAttention", suffix="config.num_detection_tokens", **_cls),
+    *_line("Pixio | pixio.PixioModel | PixioAttention", prefix="config.n_cls_tokens", cls=1, reads="prefix"),
+    *_line("InternVL | internvl.InternVLVisionModel | InternVLVisionAttention", prefix=1, cls=1),
+    *_line("GIT | git.GitVisionModel | GitVisionAttention", prefix=1, cls=1),
+]
+
+# %% ../nbs/03_families.ipynb #cffbea1e
+def _unfolded(m, inputs): # Llama 4 cuts patches without a convolution
+    p = m.config.patch_size
+    return Raster(tuple(n//p for n in inputs["pixel_values"].shape[-2:]))
+
+_ast = "transformers.models.audio_spectrogram_transformer.modeling_audio_spectrogram_transformer.AST"
+_adapters += [
+    *_line("Llama 4 | llama4.Llama4VisionModel | Llama4VisionAttention", suffix=1, given=_unfolded),
+    Adapter("AST, on a spectrogram of frequency × time (transformers)", f"{_ast}Model", (Layer(f"{_ast}Attention"),),
+            prefix=2, cls=1, reads="prefix"),
+]
+
+# %% ../nbs/03_families.ipynb #7471394a
+def _reduced(call): # Segformer, GLPN, PVT: (tokens, height, width), keys by a strided convolution
+    h, w = call.kwargs.get("height", call.args[1]), call.kwargs.get("width", call.args[2])
+    holds = next((m for m in call.layer.modules() if isinstance(m, nn.Conv2d)), None)
+    pools = any(isinstance(m, nn.AdaptiveAvgPool2d) for m in call.layer.modules())
+    if pools and any(getattr(m, "linear_attention", False) for m in call.layer.modules()): return Raster((7, 7), queries=(h, w))
+    return Raster((h//holds.stride[0], w//holds.stride[1]), queries=(h, w)) if holds is not None else Raster((h, w))
+
+def _projected(call): # CvT: keys by a depthwise convolution
+    h, w = call.kwargs.get("height", call.args[1]), call.kwargs.get("width", call.args[2])
+    c = next(m for m in call.layer.convolution_projection_key.modules() if isinstance(m, nn.Conv2d))
+    return Raster(tuple((n + 2*p - k)//s + 1 for n, p, k, s in zip((h, w), c.padding, c.kernel_size, c.stride)), queries=(h, w))
+
+def _square(call): # LeViT: the grid is a square
+    n = round(call.x.shape[1]**.5)
+    return Raster((n, n), queries=(call.layer.resolution_out,)*2 if hasattr(call.layer, "resolution_out") else None)
+
+# %% ../nbs/03_families.ipynb #a2d8fb62
+def _kinds(hosts, place, axes="b h n", **more): # "folder.Class …"
+    return tuple(Layer(h, place, axes, **more) for h in _models(hosts))
+
+_pvt, _cvt = _models("pvt.PvtAttention cvt.CvtSelfAttention")
+_adapters += [
+    Adapter("SegFormer (transformers)", _models("segformer.SegformerModel"), _kinds("segformer.SegformerAttention", _reduced)),
+    Adapter("GLPN (transformers)", _models("glpn.GLPNModel"), _kinds("glpn.GLPNEfficientSelfAttention", _reduced)),
+    Adapter("PVT (transformers)", _models("pvt.PvtModel"), (Layer(_pvt, _reduced, named=r"block\.3\.", prefix=1), Layer(_pvt, _reduced, prefix=0)),
+            prefix=1, cls=1, reads="cls"),
+    Adapter("PVT v2 (transformers)", _models("pvt_v2.PvtV2Model pvt_v2.PvtV2Backbone"), _kinds("pvt_v2.PvtV2SelfAttention", _reduced)),
+    Adapter("CvT (transformers)", _models("cvt.CvtModel"), (
+            Layer(_cvt, _projected, named=r"stages\.2\.", prefix=lambda m: int(m.config.cls_token[2])), Layer(_cvt, _projected, prefix=0)),
+            prefix=1, cls=lambda m: int(m.config.cls_token[-1]), reads=lambda m: "cls" if m.config.cls_token[-1] else "mean"),
+    Adapter("MobileViT (transformers)", _models("mobilevit.MobileViTModel"), _kinds("mobilevit.MobileViTSelfAttention", _mobilevit, "(b w) h n")),
+    Adapter("LeViT (transformers)", _models("levit.LevitModel"), _kinds("levit.LevitAttention levit.LevitAttentionSubsample", _square)),
+]
+
+# %% ../nbs/03_families.ipynb #eadc7491
+def _window_nchw(call): # ViTDet
+    grid, size = tuple(call.x.shape[2:4]), call.layer.window_size
+    return windows(grid, (size, size), device=call.x.device) if size > 0 else Raster(grid)
+
+_sam_axes = "(b w) h n | (b w h) n" # sdpa, eager
+_adapters += [
+    Adapter("ViTDet (transformers)", _models("vitdet.VitDetModel vitdet.VitDetBackbone"), _kinds("vitdet.VitDetLayer", _window_nchw, "(b w h) n")),
+    Adapter("SAM (transformers)", _models("sam.SamVisionEncoder"), _kinds("sam.SamVisionLayer", _windowed, _sam_axes)),
+    Adapter("SAM-HQ (transformers)", _models("sam_hq.SamHQVisionEncoder"), _kinds("sam_hq.SamHQVisionLayer", _windowed, _sam_axes)),
+    Adapter("SAM 3 (transformers)", _models("sam3.Sam3ViTModel"), _kinds("sam3.Sam3ViTLayer", _windowed, "(b w) h n")),
+    Adapter("Florence-2's DaViT (transformers)", _models("florence2.Florence2VisionBackbone"),
+            _kinds("florence2.Florence2VisionWindowAttention", _windowed, "(b w) h n") +
+            _kinds("florence2.Florence2VisionChannelAttention", None, why="channel attention: channels, not places")),
+]
+
+# %% ../nbs/03_families.ipynb #ef9f388c
+_sampled = "deformable attention samples a few points around each place: no row over all places"
+def _detr(name, model, host, axes="b h n", **more):
+    return Adapter(f"{name} (transformers)", _models(model), _kinds(host, as_embedded, axes, named=r"^encoder\."), padded=True, **more)
+
+_adapters += [
+    _detr("DETR", "detr.DetrModel", "detr.DetrSelfAttention", grid="input_projection"),
+    _detr("Conditional DETR", "conditional_detr.ConditionalDetrModel", "conditional_detr.ConditionalDetrSelfAttention", grid="input_projection"),
+    _detr("DAB-DETR", "dab_detr.DabDetrModel", "dab_detr.DetrAttention", grid="input_projection"),
+    _detr("Table Transformer", "table_transformer.TableTransformerModel", "table_transformer.TableTransformerAttention", "(b h) n",
+          grid="input_projection"),
+    *(Adapter(f"{name} (transformers)", _models(f"{folder}.{kind}Model"), _kinds(f"{folder}.{kind}AIFILayer", _nchw),
+              bare=_sampled) for name, folder, kind in (
+        ("RT-DETR", "rt_detr", "RTDetr"), ("RT-DETR v2", "rt_detr_v2", "RTDetrV2"), ("D-FINE", "d_fine", "DFine"), ("DEIM v2", "deimv2", "Deimv2"),
+        ("PP-DocLayout v2", "pp_doclayout_v2", "PPDocLayoutV2"), ("PP-DocLayout v3", "pp_doclayout_v3", "PPDocLayoutV3"),
+        ("PP-DocLayout v4", "pp_doclayout_v4", "PPDocLayoutV4"))),
+]
+
+# %% ../nbs/03_families.ipynb #4dbdbe41
+def _in_blocks(t, h, w, merge, device): # (t·h·w,) each, in the order of the tokens
+    "Frame, row and column of patches that come in merge×merge blocks."
+    n = rearrange(torch.arange(h*w, device=device), "(y a x b) -> (y x a b)", a=merge, b=merge, x=w//merge)
+    return torch.arange(t, device=device).repeat_interleave(h*w), (n//w).repeat(t), (n % w).repeat(t)
+
+def _behind(sizes, merge=1, window=0, device=None): # [(t, h, w), …]; window in patches
+    "The raster of pictures that lie behind one another in one sequence."
+    H, W = max(h for _, h, _ in sizes), max(w for _, _, w in sizes)
+    cells, frames = [], 0
+    for t, h, w in sizes:
+        f, y, x = _in_blocks(t, h, w, merge, device)
+        if window:
+            order = ((f*H + y//window)*W + x//window).argsort(stable=True)
+            f, y, x = f[order], y[order], x[order]
+        cells, frames = [*cells, ((frames + f)*H + y)*W + x], frames + t
+    cells = torch.cat(cells)
+    return Raster((H, W), cells[None], (cells//(H*W))[None], pictures=frames)
+
+# %% ../nbs/03_families.ipynb #8953da3a
+def _thw(m, inputs):
+    "The grid of Qwen's line, from grid_thw."
+    merge = getattr(m, "spatial_merge_size", None) or m.config.spatial_merge_size
+    size = getattr(m.config, "window_size", 0) if hasattr(m, "fullatt_block_indexes") else 0
+    thw = inputs["grid_thw"]
+    raster = _behind(thw.tolist(), merge, size//m.config.patch_size//merge*merge, thw.device)
+    return replace(raster, region=None) # each call sees its own frame, or window
+
+def _sizes(m, inputs):
+    "The grid of Pixtral, from image_sizes."
+    x, p = inputs["pixel_values"], m.patch_size
+    sizes = inputs.get("image_sizes")
+    sizes = [tuple(x.shape[-2:])]*len(x) if sizes is None else [tuple(map(int, s)) for s in sizes]
+    return _behind([(1, h//p, w//p) for h, w in sizes], device=x.device)
+
+# %% ../nbs/03_families.ipynb #e9fbfc71
+def _qwen(name, model, attention):
+    model, = _models(model)
+    return Adapter(f"{name} (transformers)", model, (Layer(f"{model.rpartition('.')[0]}.{attention}", parts=True),), given=_thw)
+
+_adapters += [
+    _qwen("Qwen2-VL", "qwen2_vl.Qwen2VisionTransformerPretrainedModel", "VisionAttention"),
+    _qwen("Qwen2.5-VL", "qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel", "Qwen2_5_VLVisionAttention"),
+    _qwen("Qwen3-VL", "qwen3_vl.Qwen3VLVisionModel", "Qwen3VLVisionAttention"),
+    _qwen("Qwen3-VL, mixture", "qwen3_vl_moe.Qwen3VLMoeVisionModel", "Qwen3VLMoeVisionAttention"),
+    _qwen("Qwen3.5", "qwen3_5.Qwen3_5VisionModel", "Qwen3_5VisionAttention"),
+    _qwen("Qwen3.5, mixture", "qwen3_5_moe.Qwen3_5MoeVisionModel", "Qwen3_5MoeVisionAttention"),
+    _qwen("Qwen2.5-Omni", "qwen2_5_omni.Qwen2_5OmniVisionEncoder", "Qwen2_5OmniVisionAttention"),
+    _qwen("Qwen3-Omni", "qwen3_omni_moe.Qwen3OmniMoeVisionEncoder", "Qwen3OmniMoeVisionAttention"),
+    _qwen("GLM-4V", "glm4v.Glm4vVisionModel", "Glm4vVisionAttention"),
+    _qwen("GLM-4V, mixture", "glm4v_moe.Glm4vMoeVisionModel", "Glm4vMoeVisionAttention"),
+    _qwen("GLM-OCR", "glm_ocr.GlmOcrVisionModel", "GlmOcrVisionAttention"),
+    _qwen("ERNIE 4.5 VL", "ernie4_5_vl_moe.Ernie4_5_VLMoeVisionTransformerPretrainedModel", "Ernie4_5_VLMoeVisionAttention"),
+    _qwen("EXAONE 4.5", "exaone4_5.Exaone4_5_VisionModel", "Exaone4_5_VisionAttention"),
+    *_line("Pixtral | pixtral.PixtralVisionModel | PixtralAttention", given=_sizes),
+]
+
+# %% ../nbs/03_families.ipynb #9eaeb3df
+def _clip_grid(module, args, out): return Raster(tuple(out.shape[-2:]), pictures=out.shape[-3])
+
+_time = "transformers.models.timesformer.modeling_timesformer.T"
+_adapters += [
+    *_line("VideoMAE | videomae.VideoMAEModel | VideoMAEAttention", grid="embeddings.patch_embeddings.projection", read=_clip_grid),
+    *_line("ViViT | vivit.VivitModel | VivitAttention", grid="embeddings.patch_embeddings.projection", read=_clip_grid, **_cls),
+    Adapter("V-JEPA 2 (transformers)", _models("vjepa2.VJEPA2Model"), _kinds("vjepa2.VJEPA2RopeAttention", as_embedded, named=r"^encoder\."),
+            grid="encoder.embeddings.patch_embeddings.proj", read=_clip_grid),
+    Adapter("TimeSformer (transformers)", f"{_time}imesformerModel", (Layer(f"{_time}imeSformerAttention", named=r"\.attention$"),
+            Layer(f"{_time}imeSformerAttention", why="attends along time, one place each")), **_cls),
+]
+
+# %% ../nbs/03_families.ipynb #3a1e409d
+_adapters += [
+    *_line("""
+Sapiens 2 | sapiens2.Sapiens2Model sapiens2.Sapiens2Backbone | Sapiens2Attention
+TIPS v2 | tipsv2.Tipsv2VisionModel tipsv2.Tipsv2VisionBackbone | Tipsv2VisionAttention
+""", prefix=_registers, cls=1, reads="cls"),
+    *_line("Qianfan-OCR | qianfan_ocr.QianfanOCRVisionModel | QianfanOCRVisionAttention", prefix=1, cls=1),
+    *_line("""
+Granite Docling | granite_docling.GraniteDoclingVisionModel | GraniteDoclingVisionAttention
+Step 3.7 | step3p7.Step3p7VisionModel | Step3p7VisionAttention
+"""),
+    *(Adapter(f"{name} (transformers)", _models(f"{folder}.{tower}"),
+              _kinds(f"{folder}.{tower.replace('VisionEncoder', 'VisionLayer').replace('VisionModel', 'VisionLayer')}", _windowed, _sam_axes))
+      for name, folder, tower in (("GOT-OCR 2", "got_ocr2", "GotOcr2VisionEncoder"), ("SLANeXt", "slanext", "SLANeXtVisionEncoder"),
+                                  ("PP-FormulaNet", "pp_formulanet", "PPFormulaNetVisionModel"),
+                                  ("DeepSeek-OCR 2's SAM", "deepseek_ocr2", "DeepseekOcr2SamVisionEncoder"),
+                                  ("Unlimited-OCR's SAM", "unlimited_ocr", "UnlimitedOcrSamVisionEncoder"))),
+    _qwen("Qwen4", "qwen4_exp.Qwen4ExpVisionModel", "Qwen4ExpVisionAttention"),
+    _qwen("Cohere Compass", "cohere_compass.CohereCompassVisionModel", "CohereCompassVisionAttention"),
+]
+
+# %% ../nbs/03_families.ipynb #7ad9a4a9
+def _hiera_hf(call):
+    "Where Hiera's tokens lie: unrolled once a stage, then pooled by keeping the first of each group."
+    c, embeds = call.model.config, call.model.embeddings.patch_embeddings
+    (h, w), (a, b) = embeds.tokens_spatial_shape, c.query_stride
+    number = torch.arange(h*w, device=call.x.device).view(1, h, w)
+    for _ in c.depths[1:]: number = rearrange(number, "n (y a) (x b) -> (n a b) y x", a=a, b=b)
+    y, x, tokens = number.flatten()//w, number.flatten() % w, call.x.shape[1]
+    while len(y) > tokens: y, x, h, w = y[:len(y)//(a*b)]//a, x[:len(x)//(a*b)]//b, h//a, w//b
+    if tokens != h*w: raise ValueError(f"got {tokens} tokens for {h}×{w}: masked units leave no whole picture; turn mask_ratio off")
+    attn = call.layer
+    units = tokens//(attn.query_stride*attn.window_size) if attn.use_mask_unit_attn else 1
+    return Raster((h, w), rearrange(y*w + x, "(n u) -> u n", u=units), queries=None if attn.query_stride == 1 else (0, 0))
+
+_adapters += [Adapter("Hiera (transformers)", _models("hiera.HieraModel"), _kinds("hiera.HieraMaskUnitAttention", _hiera_hf, "b h w n"))]
 
 # %% ../nbs/03_families.ipynb #a1c0de0f
 def _tv_swin(call):
@@ -569,6 +827,51 @@ _adapters += [Adapter(name, _timm(model), why=why) for name, model, why in (
     ("MLP-Mixer", "mlp_mixer.MlpMixer", "tokens are mixed by fixed weights, not by attention"),
     ("ConvNeXt", "convnext.ConvNeXt", "a convolutional network: no attention"),
     ("ResNet", "resnet.ResNet", "a convolutional network: no attention"),
+)]
+
+# %% ../nbs/03_families.ipynb #4ef23a26
+_together = "its patches share one sequence with words, and one causal mask: no map of a picture alone"
+_part = "a part of a model, which is not told how its tokens lie; pass the model it belongs to"
+_adapters += [Adapter(f"{name} (transformers)", _models(models), why=why) for name, models, why in (
+    ("Convolutional networks", "align.AlignVisionModel bit.BitModel bit.BitBackbone convnext.ConvNextModel convnext.ConvNextBackbone"
+     " convnextv2.ConvNextV2Model convnextv2.ConvNextV2Backbone dinov3_convnext.DINOv3ConvNextModel dinov3_convnext.DINOv3ConvNextBackbone"
+     " dinov3_convnext.DINOv3ConvNextEncoder efficientnet.EfficientNetModel hgnet_v2.HGNetV2Backbone hgnet_v2.HGNetV2ForImageClassification"
+     " mobilenet_v1.MobileNetV1Model mobilenet_v2.MobileNetV2Model regnet.RegNetModel resnet.ResNetModel resnet.ResNetBackbone"
+     " rt_detr.RTDetrResNetBackbone textnet.TextNetModel textnet.TextNetBackbone superpoint.SuperPointForKeypointDetection"
+     " pp_lcnet.PPLCNetEncoder pp_lcnet.PPLCNetBackbone pp_lcnet_v3.PPLCNetV3Encoder pp_lcnet_v3.PPLCNetV3Backbone pp_lcnet_v4.PPLCNetV4Encoder"
+     " pp_lcnet_v4.PPLCNetV4Backbone deimv2.Deimv2ConvEncoder deimv2.Deimv2LiteEncoder flava.FlavaImageCodebook",
+     "a convolutional network: no attention"),
+    ("FocalNet", "focalnet.FocalNetModel focalnet.FocalNetBackbone", "focal modulation gathers context by convolutions; no queries, no keys"),
+    ("PoolFormer", "poolformer.PoolFormerModel", "tokens are mixed by average pooling: no attention"),
+    ("SwiftFormer", "swiftformer.SwiftFormerModel", "additive attention: one global query, no row over places"),
+    ("MobileViT v2", "mobilevitv2.MobileViTV2Model", "separable attention: one context for all places, no row of a query"),
+    ("Deformable DETR", "deformable_detr.DeformableDetrModel deformable_detr.DeformableDetrEncoder mm_grounding_dino.MMGroundingDinoEncoder"
+     " grounding_dino.GroundingDinoEncoder", _sampled),
+    ("Models without a tower", "fuyu.FuyuModel chameleon.ChameleonModel emu3.Emu3Model gemma4_unified.Gemma4UnifiedModel neomme.NeoMMEModel"
+     " apertus1p5.Apertus1p5Model embedding_gemma2.EmbeddingGemma2Model", _together),
+    ("LayoutLMv3, ViLT", "layoutlmv3.LayoutLMv3Model vilt.ViltModel", "its patches share one sequence with words: no map of a picture alone"),
+)]
+
+# %% ../nbs/03_families.ipynb #119ebe0e
+_adapters += [Adapter(f"{name} (transformers)", _models(models), why=why) for name, models, why in (
+    ("Parts of detectors and backbones", "detr.DetrEncoder detr.DetrDecoder conditional_detr.ConditionalDetrEncoder"
+     " conditional_detr.ConditionalDetrDecoder dab_detr.DabDetrEncoder dab_detr.DabDetrDecoder table_transformer.TableTransformerEncoder"
+     " table_transformer.TableTransformerDecoder maskformer.MaskFormerDetrDecoder dinov2.Dinov2Encoder"
+     " dinov2_with_registers.Dinov2WithRegistersEncoder dinov3_vit.DINOv3ViTEncoder radio.RadioEncoder sapiens2.Sapiens2Encoder"
+     " swin.SwinEncoder sam3.Sam3DetrEncoder sam3.Sam3DetrDecoder sam3.Sam3MaskDecoder sam3_lite_text.Sam3LiteTextDetrEncoder"
+     " sam3_lite_text.Sam3LiteTextDetrDecoder sam3_lite_text.Sam3LiteTextMaskDecoder tipsv2.Tipsv2VisionEncoder"
+     " deimv2.Deimv2HybridEncoder rt_detr.RTDetrHybridEncoder rt_detr_v2.RTDetrV2HybridEncoder d_fine.DFineHybridEncoder", _part),
+    ("Decoders of sampled points", "rt_detr.RTDetrDecoder rt_detr_v2.RTDetrV2Decoder d_fine.DFineDecoder deimv2.Deimv2Decoder"
+     " deformable_detr.DeformableDetrDecoder grounding_dino.GroundingDinoDecoder mm_grounding_dino.MMGroundingDinoDecoder"
+     " lw_detr.LwDetrDecoder rf_detr.RfDetrDecoder omdet_turbo.OmDetTurboDecoder", _sampled),
+    ("Matchers of keypoints", "superglue.SuperGlueForKeypointMatching lightglue.LightGlueForKeypointMatching",
+     "it attends over keypoints, which lie on no grid"),
+    ("Readers of words", "sam3_lite_text.Sam3LiteTextTextModel pp_formulanet.PPFormulaNetTextModel", "a text model: no places"),
+    ("GroupViT", "groupvit.GroupViTVisionModel", "after its first stage the keys are groups of patches, not places"),
+    ("Perceiver", "perceiver.PerceiverModel", "its queries are latent arrays, none of which the output reads alone"),
+    ("Llama 3.2 Vision", "mllama.MllamaVisionModel", "the tiles of a picture are padded and joined in one sequence; no grid of the whole"),
+    ("Clips along time", "kimi_k25.Kimi_K25VisionModel minimax_m3_vl.MiniMaxM3VLVisionModel",
+     "its frames are merged, and a packed clip attends across them; no map of one picture yet"),
 )]
 
 # %% ../nbs/03_families.ipynb #effc94e1

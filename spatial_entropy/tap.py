@@ -194,7 +194,7 @@ def _enter(self, ear, args, kwargs):
 def _windows_of(raster): return 1 if raster.cells is None or raster.per_image else raster.cells.shape[0]
 
 def _canonical(ear, t): # (..., n, c) in the family's layout -> (B, H, W, n, c)
-    axes, w = ear.kind.axes, _windows_of(ear.raster)
+    axes, w = ear.kind.axes_of(t), _windows_of(ear.raster)
     if axes == "b h w n" and t.ndim == 4: axes = "b h n"                  # Hiera's global layers
     known = dict(w=w) if "w" in axes else {}
     if re.search(r"\([^)]*b[^)]*h", axes): known["b"] = ear.batch          # heads and images share an axis
@@ -230,12 +230,13 @@ AttentionTap._rows_of = _rows_of
 
 # %% ../nbs/04_tap.ipynb #9bf9f8a7
 def _between(self, ear, n, prefix):
-    "The patches, or the tokens after them where the output reads those."
+    "The patches, or the tokens before or after them where the output reads those."
     suffix = 0 if ear.kind.one_query else _ask(self.found.adapter.suffix, self.found.model)
-    if not suffix: return Rows(start=prefix)
-    after = self.query == "auto" and self.found.adapter.reads == "suffix"
+    reads = self.found.adapter.reads if self.query == "auto" else "mean"
+    if not suffix and reads != "prefix": return Rows(start=prefix)
     at = torch.arange(n, device=next(ear.module.parameters()).device)
-    read = at >= n - suffix if after else (at >= prefix) & (at < n - suffix)
+    patches = (at >= prefix) & (at < n - suffix)
+    read = dict(prefix=at < prefix, suffix=at >= n - suffix).get(reads, patches)
     return Rows(weight=read/read.sum())
 
 def _prefix(self, ear): return _ask(self.found.adapter.prefix if ear.kind.prefix is None else ear.kind.prefix, self.found.model)

@@ -6,12 +6,13 @@
 __all__ = ['entropy_weight', 'Stopped', 'validate', 'picture_of_maps', 'fit', 'Trained', 'train', 'resume', 'prepare_resume']
 
 # %% ../nbs/18_training.ipynb #f78a0fd8
-import math, multiprocessing, shutil, signal, threading, time
-from contextlib import contextmanager
+import hashlib, json, math, multiprocessing, signal, threading, time
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import torch
 from matplotlib import pyplot as plt
+from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -19,10 +20,11 @@ from torch.nn import functional as F
 
 # %% ../nbs/18_training.ipynb #99bb50ed
 from .batches import LoadingFailed, loading_failed, place_seed
-from .config import TrainConfig, configure, load_config
-from .files import write_rows, write_whole
-from .jobs import Job, checkpoints, prepare, save_checkpoint
-from .models import save_weights
+from .config import TrainConfig, configure, save_config
+from .files import use, write_json, write_rows, write_whole
+from .jobs import (Job, load_settings, machine_settings, prepare, save_checkpoint,
+                                  step_name, weights_of)
+from .models import digest_in, load_weights, save_weights, weights_digest
 from .operators import label_regions, spatial_entropy
 from .pictures import show_heads
 from .progress import RunProgress, film, plot_metrics, teller
@@ -117,7 +119,6 @@ def _run(job, progress, stop):
         job.sums.zero_()
         _save_epoch(job, row)
         progress.finish(row)
-        _draw(job)
         if job.place.epoch < job.config.epochs: _stop_if_asked(job, stop)
 
 # %% ../nbs/18_training.ipynb #9815ae16
@@ -143,31 +144,88 @@ def _save_if_due(job, progress, stop):
     _stop_if_asked(job, stop)
 
 def _save_epoch(job, row):
-    "Checkpoint, weights and metrics after an epoch."
+    "After an epoch: the checkpoint with all that the run knows, then the files made from it."
+    if job.main: job.place.weights = weights_digest(_judged(job).state_dict())
+    if job.place.best_at == job.place.updates: job.place.best_weights = job.place.weights
+    _look(job)
     save_checkpoint(job)
     job.accelerator.log(row, step=job.place.updates)
-    if not job.main: return
-    write_rows(job.folder/"metrics.csv", job.place.rows)
-    save_weights((job.ema.module if job.ema else job.model).state_dict(), job.folder/"model.safetensors")
-    if job.place.best_at == job.place.updates: write_whole(job.folder/"best.safetensors", lambda p: shutil.copyfile(job.folder/"model.safetensors", p))
+    if job.main: _derive(job)
+    _draw(job)
+
+def _judged(job): return job.ema.module if job.ema else job.model
 
 def _keep_best(job, row):
     if row["val_top1"] > job.place.best: job.place.best, job.place.best_at = row["val_top1"], (job.place.epoch + 1)*job.updates
+
+# %% ../nbs/18_training.ipynb #c725e9c4
+def _derive(job):
+    "Bring the table and the weights in line with the place of a run."
+    p = job.place
+    if p.rows: write_rows(job.folder/"metrics.csv", p.rows)
+    elif p.updates: (job.folder/"metrics.csv").unlink(missing_ok=True)
+    _derive_weights(job, "model", p.epoch*p.per_epoch, p.weights)
+    _derive_weights(job, "best", p.best_at, p.best_weights)
+
+def _derive_weights(job, name, at, digest):
+    "The file of the weights after `at` updates. If they are nowhere, a file of others is set aside."
+    path, kept = job.folder/f"{name}.safetensors", job.folder/"checkpoints"/step_name(max(at, 0))
+    if at <= 0 or digest and digest_in(path) == digest: return
+    here = at == job.place.updates
+    weights = _judged(job).state_dict() if here else weights_of(kept, _judged(job).state_dict())
+    if weights and (not digest or weights_digest(weights) == digest):
+        save_weights(weights, path)
+        return
+    other = path.with_name(f"{name}-other.safetensors")
+    if path.exists(): path.replace(other)
+    job.say(f"{path}: cannot be made again, since {kept.name} is gone or damaged"
+            + (f"; what was there is now {other.name}" if other.exists() else ""))
+
+# %% ../nbs/18_training.ipynb #628ce587
+def _mend(job):
+    "When a run goes on: every file in line with the place, however it came to differ."
+    folder, p = job.folder, job.place
+    if not (folder/"config.yaml").exists(): save_config(folder, job.config, **job.facts)
+    if _json(folder/"facts.json") != job.facts: write_json(folder/"facts.json", job.facts)
+    if job.saved < 0: return                                # no checkpoint yet, to disagree with
+    for name in ("model", "best"):                          # a digest that lies is none
+        with suppress(FileNotFoundError):
+            try: load_weights(folder/f"{name}.safetensors")
+            except ValueError as e:
+                job.say(f"{e}; made again")
+                (folder/f"{name}.safetensors").unlink()
+    _derive(job)
+    measured = _json(folder/"evaluation.json").get("weights_sha256")
+    if measured and p.updates and measured not in (p.weights, p.best_weights):
+        (folder/"evaluation.json").unlink()
+        job.say(f"{folder/'evaluation.json'}: was measured on weights that are gone, and is removed")
+
+def _json(path):
+    "What a JSON file holds, {} if that is nothing that can be used."
+    try: found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError): return {}
+    return found if isinstance(found, dict) else {}
 
 # %% ../nbs/18_training.ipynb #43613474
 class Stopped(Exception):
     "A run that was asked to stop, and has saved."
     def __init__(self, number): super().__init__(signal.Signals(number).name); self.signal = number
 
+def _asks():
+    "The signals that ask a process to end; only the main thread can listen."
+    if threading.current_thread() is not threading.main_thread(): return []
+    always, here = [signal.SIGTERM, signal.SIGINT], ("SIGHUP", "SIGXCPU", "SIGBREAK")
+    others = [getattr(signal, name) for name in here if hasattr(signal, name)]
+    return always + [n for n in others if signal.getsignal(n) != signal.SIG_IGN]
+
 @contextmanager
 def _signals():
-    "Collects SIGTERM and SIGINT in a list; a second one acts as if nobody listened. Only the main thread can listen."
-    asked, numbers = [], (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
-    before = {n: signal.getsignal(n) for n in numbers}
+    "Collects them in a list; a second one acts as if nobody listened."
+    asked, before = [], {n: signal.getsignal(n) for n in _asks()}
     def listen(number, frame):
         asked.append(number)
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    for n in numbers: signal.signal(n, listen)
+    for n in before: signal.signal(n, listen)
     try: yield asked
     finally:
         for n, handler in before.items(): signal.signal(n, handler)
@@ -178,7 +236,7 @@ def _stop_if_asked(job, stop):
     a, number = job.accelerator, stop[0] if stop else 0
     if a.num_processes > 1: number = int(a.gather(torch.tensor([number], device=a.device)).max())
     if not number: return
-    if not (checkpoints(job.folder) or [Path()])[-1].name.endswith(f"{job.place.updates:08d}"): save_checkpoint(job)
+    if job.saved != job.place.updates: save_checkpoint(job)
     raise Stopped(number)
 
 # %% ../nbs/18_training.ipynb #668d1d01
@@ -258,45 +316,92 @@ def _maps_now(job, x):
         return tap.maps().float().cpu()
 
 # %% ../nbs/18_training.ipynb #8835a41c
-def _draw(job):
-    "A frame of the film, at its time; before the first update also the maps, to compare with."
+def _look(job):
+    "Keep the maps of the first pictures when it is time: at the start, every few epochs, at the end."
     p, every = job.place, job.config.picture_interval or max(1, job.config.epochs//20)
     if p.update or (p.epoch % every and p.epoch < job.config.epochs) or not job.main: return
-    x, folder = _first_pictures(job), job.folder/"pictures"
-    folder.mkdir(exist_ok=True)
-    maps = _maps_now(job, x)
-    if p.epoch == 0: write_whole(folder/"before.safetensors", lambda f: save_file({"maps": maps.contiguous()}, f))
-    figure = picture_of_maps(job.loaders.pixels(x).cpu(), maps, [f"epoch {p.epoch}"]*len(x))
-    write_whole(folder/f"epoch-{p.epoch:04d}.png", lambda f: figure.savefig(f, dpi=100))
+    job.film[p.epoch] = _maps_now(job, _first_pictures(job))
+
+def _side(job, path, write):
+    "A picture that goes with a run: written, or left out with a sentence."
+    try: path.parent.mkdir(exist_ok=True); write_whole(path, write)
+    except Exception as e:
+        why = " ".join(str(e).split())[:200] or type(e).__name__
+        job.say(f"{path}: left out ({why})")
+
+def _frame(job, epoch): return job.folder/"pictures"/f"epoch-{epoch:04d}.png"
+
+def _shows(path, maps):
+    "Whether a picture is whole and shows these maps."
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return picture.text["Maps"] == _digest(maps)
+    except (OSError, SyntaxError, ValueError, KeyError, AttributeError): return False
+
+def _digest(maps): return hashlib.sha256(maps.numpy().tobytes()).hexdigest()
+
+# %% ../nbs/18_training.ipynb #e8a170c6
+def _draw(job, epochs=None): # those of the film; None: the one of the place
+    "Draw the frames that are not as they should be, and keep the first maps in a file of their own."
+    if not job.main: return
+    asked = [e for e in epochs or (job.place.epoch,) if e in job.film]
+    for epoch in asked:
+        if not _shows(_frame(job, epoch), job.film[epoch]): _draw_frame(job, epoch)
+    before = job.folder/"pictures"/"before.safetensors"
+    if 0 in job.film and not torch.equal(_maps_in(before), job.film[0]):
+        _side(job, before, lambda f: save_file({"maps": job.film[0].contiguous()}, f))
+
+def _draw_frame(job, epoch):
+    x, maps = _first_pictures(job), job.film[epoch]
+    figure = picture_of_maps(job.loaders.pixels(x).cpu(), maps, [f"epoch {epoch}"]*len(x))
+    about = {"Maps": _digest(maps)}
+    _side(job, _frame(job, epoch), lambda f: figure.savefig(f, dpi=100, metadata=about))
     plt.close(figure)
+
+def _maps_in(path):
+    try: return load_file(path)["maps"]
+    except Exception: return torch.empty(0)                 # errors of safetensors have no common kind
 
 # %% ../nbs/18_training.ipynb #413d98d6
 def _last_pictures(job):
-    "When a run ends: curves, before and after, the film."
+    "When a run ends: curves, before and after, the film; what is damaged by then is made again."
     if not job.main: return
-    x, folder = _first_pictures(job), job.folder
-    write_whole(folder/"curves.png", lambda f: plot_metrics(job.place.rows).savefig(f, dpi=120))
-    both = torch.stack([load_file(folder/"pictures"/"before.safetensors")["maps"], _maps_now(job, x)], 1).flatten(0, 1)
+    folder, film_ = job.folder, sorted(job.film)
+    _draw(job, film_)
+    _side(job, folder/"curves.png", lambda f: plot_metrics(job.place.rows).savefig(f, dpi=120))
+    _side(job, folder/"before_after.png", lambda f: _before_after(job, f))
+    frames = [_frame(job, e) for e in film_ if _shows(_frame(job, e), job.film[e])]
+    _side(job, folder/"attention.gif", lambda f: film(frames, f))
+
+def _before_after(job, path):
+    if 0 not in job.film: raise ValueError("the maps before the first update are not known")
+    x, last = _first_pictures(job), job.film[max(job.film)]
+    both = torch.stack([job.film[0], last], 1).flatten(0, 1)
     figure = picture_of_maps(job.loaders.pixels(x).cpu().repeat_interleave(2, 0), both, ["before", "after"]*len(x))
-    write_whole(folder/"before_after.png", lambda f: figure.savefig(f, dpi=150))
+    figure.savefig(path, dpi=150)
     plt.close(figure)
-    write_whole(folder/"attention.gif", lambda f: film(sorted((folder/"pictures").glob("epoch-*.png")), f))
 
 # %% ../nbs/18_training.ipynb #0a3bd716
 def fit(job: Job, console: Console | None = None, plot: bool | None = None) -> list[dict]: # the rows of metrics.csv
     """Run a prepared job to its end.
 
     Raises Stopped when it was asked to stop (and has saved), FloatingPointError when the loss is no number, OSError when pictures cannot be
-    read or files not be written. What was saved stays, and `train --resume` goes on from it.
+    read, files not be written, or another process has the run. What was saved stays; `train --resume` goes on.
     """
     console = (console or Console()) if job.main else Console(quiet=True)
-    _track(job)
-    with RunProgress(job.config.epochs, job.updates, console, plot) as progress, _signals() as stop:
-        progress.history = list(job.place.rows)
-        try: _draw(job); _run(job, progress, stop)
-        except RuntimeError as e: raise loading_failed(e) or _left_alone(job, e) or e from None
-    _last_pictures(job)
-    if skipped := job.loaders.skipped(): _say(console)(f"{len(skipped)} picture(s) could not be read and were left out: {', '.join(skipped[:5])}")
+    with use(job.hold) if job.hold else nullcontext():
+        _track(job)
+        shown = RunProgress(job.config.epochs, job.updates, console, plot)
+        with shown as progress, _signals() as stop:
+            progress.history, job.say = list(job.place.rows), progress.note
+            try: _start(job); _run(job, progress, stop)
+            except RuntimeError as e: raise loading_failed(e) or _left_alone(job, e) or e from None
+        job.say = _say(console)
+        _last_pictures(job)
+    if skipped := job.loaders.skipped():
+        first = ", ".join(skipped[:5])
+        job.say(f"{len(skipped)} picture(s) could not be read and were left out: {first}")
     for tracker in job.accelerator.trackers: tracker.finish()
     job.tap.close()
     return job.place.rows
@@ -312,6 +417,14 @@ def _track(job):
     job.accelerator.project_configuration.project_dir = job.accelerator.project_configuration.logging_dir = str(job.folder)
     flat = {k: v if isinstance(v, (int, float, bool)) else str(v) for k, v in asdict(job.config).items()}
     if job.config.trackers: job.accelerator.init_trackers("spatial_entropy", flat, {"wandb": {"dir": str(job.folder), "name": job.folder.name}})
+
+def _start(job):
+    "Before the first update: the maps as they are, and every file of a run that goes on as it should be."
+    if job.main: _mend(job)
+    if job.place.epoch not in job.film: _look(job)
+    first = _maps_in(job.folder/"pictures"/"before.safetensors")
+    if 0 not in job.film and len(first): job.film[0] = first    # an earlier version began this run
+    _draw(job, sorted(job.film))
 
 # %% ../nbs/18_training.ipynb #9463d2e3
 @dataclass
@@ -342,21 +455,23 @@ def train(config: TrainConfig | None = None, # None: a recipe
     return _fit(prepare(replace(config, **settings) if config else configure(recipe, **settings), say=_say(console)), console, plot)
 
 # %% ../nbs/18_training.ipynb #3897ba18
-_machine = ("device", "workers", "grad_accum_steps", "checkpoint_hist", "recovery_interval", "max_skips", "trackers")
-
 def resume(run: str, # a run folder
            console: Console | None = None, plot: bool | None = None,
+           allow_changes: bool = False, # go on though config.yaml was edited since
            **machine, # settings that do not change the result: workers, device, grad_accum_steps (with other processes), checkpoint_hist, …
           ) -> Trained:
     """Go on with a run from its newest whole checkpoint, or from scratch if it has none. The result is that of the uninterrupted run.
 
-    Raises FileNotFoundError or ValueError in one sentence when the run, its data or this machine do not allow it.
+    Raises FileNotFoundError, ValueError or OSError in one sentence when the run, its data or this machine
+    do not allow it, or another process has it.
     """
-    return _fit(prepare_resume(run, console, **machine), console, plot)
+    return _fit(prepare_resume(run, console, allow_changes, **machine), console, plot)
 
-def prepare_resume(run, console=None, **machine) -> Job:
+def prepare_resume(run, console=None, allow_changes=False, **machine) -> Job:
     "The job of a run's folder, at the place of its newest whole checkpoint."
-    if wrong := sorted(set(machine) - set(_machine)):
-        raise ValueError(f"{wrong[0]}: a run goes on with its own configuration; only {', '.join(_machine)} may change")
-    config, _ = load_config(run)
-    return prepare(replace(config, **machine), Path(run), _say(console))
+    if wrong := sorted(set(machine) - set(machine_settings)):
+        may = ", ".join(machine_settings)
+        raise ValueError(f"{wrong[0]}: a run goes on with its own configuration; only {may} may change")
+    if str(run) == "": raise ValueError("run: got an empty text, expected a run folder")
+    say = _say(console)
+    return prepare(replace(load_settings(run, say)[0], **machine), Path(run), say, allow_changes)

@@ -324,12 +324,81 @@ def hf_fold(c, spec, size):
     """transformers, by the specification of tests/zoo_transformers.py."""
     if spec.fold == "swin":
         return swin_hf_fold(c, None, spec, size)
+    if spec.fold in HF_FOLDS:
+        return HF_FOLDS[spec.fold](c, spec, size)
     logits, grid = c["logits"], [s // spec.step for s in size]
     if logits.ndim == 3:
         logits = logits.unflatten(0, (-1, c["layer"].num_heads))
     n, prefix = math.prod(grid), 0 if logits.shape[-2] == 1 else spec.prefix
-    queries = dict(cls=slice(0, 1), pool=slice(prefix, None), mean=slice(prefix, prefix + n), suffix=slice(prefix + n, None))
+    queries = dict(cls=slice(0, 1), pool=slice(prefix, None), mean=slice(prefix, prefix + n), suffix=slice(prefix + n, None), prefix=slice(0, prefix))
     return logits[..., queries[spec.reads], :].mean(-2)[..., prefix:prefix + n].unflatten(-1, grid)
+
+
+def _by_layer(c, spec, size):                              # keys pooled by the layer's own convolution
+    (h, w), layer = c["args"][1:3], c["layer"]
+    conv = next((m for m in layer.modules() if isinstance(m, torch.nn.Conv2d)), None)
+    grid = (h, w) if conv is None else conv(torch.zeros(1, conv.in_channels, h, w)).shape[-2:]
+    return _first_or_mean(c["logits"], grid)
+
+
+def _first_or_mean(logits, grid):                          # a [CLS] where there is one key more than places
+    one = logits.shape[-1] - math.prod(grid)
+    return (logits[..., 0, 1:] if one else logits.mean(-2)).unflatten(-1, grid)
+
+
+def _by_windows(c, spec, size):
+    b, x = c["layer"], c["args"][0]
+    nchw = "VitDet" in type(b).__name__
+    batch, (h, w), ws = x.shape[0], x.shape[2:4] if nchw else x.shape[1:3], b.window_size
+    logits = c["logits"]
+    if ws == 0:
+        return logits.reshape(batch, -1, *logits.shape[-2:]).mean(-2).unflatten(-1, (h, w))
+    rows, cols = -(-h // ws), -(-w // ws)
+    real = F.pad(torch.ones(h, w), (0, cols * ws - w, 0, rows * ws - h)).unflatten(1, (cols, ws)).unflatten(0, (rows, ws))
+    real = real.transpose(1, 2).flatten(0, 1).flatten(1)   # (W, n)
+    logits = logits.reshape(batch, len(real), -1, *logits.shape[-2:])
+    row = (logits * real[None, :, None, :, None]).sum(-2) / real.sum(-1)[None, :, None, None]
+    row = row.unflatten(-1, (ws, ws)).unflatten(1, (rows, cols)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+    return row[..., :h, :w]
+
+
+def _cvt_hf(c, spec, size):
+    key = c["layer"].convolution_projection_key
+    (h, w) = c["args"][1:3]
+    conv = next(m for m in key.modules() if isinstance(m, torch.nn.Conv2d))
+    return _first_or_mean(c["logits"], conv(torch.zeros(1, conv.in_channels, h, w)).shape[-2:])
+
+
+def _unfolded(c, spec, size):                              # MobileViT: each pixel of the 2×2 patches has a call of its own
+    row = c["logits"].mean(-2)
+    n = math.isqrt(row.shape[-1])
+    row = row.unflatten(0, (-1, 2, 2)).unflatten(-1, (n, n))   # (B, a, b, H, y, x)
+    return row.permute(0, 3, 4, 1, 5, 2).flatten(4, 5).flatten(2, 3)
+
+
+def _clip(c, spec, size):                                  # tokens of (T, h, w), a map for each frame
+    grid = [s // spec.step for s in size]
+    logits = c["logits"][..., spec.prefix:]
+    row = logits[..., 0, :] if spec.reads == "cls" else logits.mean(-2)
+    return row.unflatten(-1, (-1, *grid)).transpose(1, 2).flatten(0, 1)
+
+
+def _hiera_hf(c, spec, size):
+    """Unrolled three stages deep: tokens in the order of the strides, windows last."""
+    row = c["logits"].mean(-2)                            # (B, H, W, n)
+    row = row.transpose(2, 3).flatten(2)                  # token j·W + w is the j-th of window w
+    stage = int(c["name"].split("stages.")[1].split(".")[0])
+    grid = [s // spec.step // 2 ** max(stage - 1, 0) for s in size]      # pooled at the first layer of a stage, after its keys
+    turns = 2 - max(stage - 1, 0)
+    row = row.unflatten(-1, (*[2, 2] * turns, *(g // 2 ** turns for g in grid)))
+    for _ in range(turns):                                # the innermost stride last
+        *lead, a, b2, y, x = row.shape
+        row = row.movedim((-4, -3), (-3, -1)).reshape(*lead, y * a, x * b2)
+    return row
+
+
+HF_FOLDS = dict(hiera=_hiera_hf, clip=_clip, unfolded=_unfolded, pooled=_by_layer, pvt=_by_layer, windows=_by_windows, cvt=_cvt_hf,
+                square=lambda c, spec, size: _levit(c, None, spec, size))
 
 
 def tv_swin_fold(c, m, spec, size):

@@ -87,6 +87,7 @@ def test_a_damaged_checkpoint_is_passed_over(half, uninterrupted, harm, file):
 def test_not_one_whole_checkpoint(half):
     for path in jobs.checkpoints(half / "run"):
         flip(path / "optimizer.bin")
+    (half / "run" / ".lock").unlink()                        # of the killed run
     before = sorted((half / "run").rglob("*"))
     code, said = typed(["train", "--resume", str(half / "run")])
     assert code == 2 and "not one of its 4 checkpoint(s) is whole; to start it from scratch, remove" in said

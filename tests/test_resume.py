@@ -4,6 +4,7 @@ import random
 import signal
 import time
 
+import kills
 import pytest
 from accelerate import PartialState
 from runs import assert_same, everything, pair, start, state, whole
@@ -39,6 +40,26 @@ def test_killed_at_ten_random_moments_also_while_writing(tmp_path):
     run = whole(tmp_path, settings)
     assert_same(state(run), truth)
     assert not list((run / "checkpoints").glob(".*"))         # nothing half written stays
+
+
+def test_every_file_is_that_of_the_uninterrupted_run(tmp_path):
+    """Killed between any two writes and at random, with loading processes, Mixup, average and accumulation.
+
+    Only the two times in metrics.csv (and in the place, where they come from) may differ. SPATIAL_ENTROPY_KILLS=100 kills a hundred times.
+    """
+    config = kills.settings(tmp_path)
+    began = time.perf_counter()
+    truth, writes = kills.whole(tmp_path / "whole", config)
+    seconds = time.perf_counter() - began
+    assert {"best.safetensors", "model.safetensors", "metrics.csv", "evaluation.json", "attention.gif", "pictures/before.safetensors"} <= truth.keys()
+    assert truth["best.safetensors"] != truth["model.safetensors"] and writes > 150
+    moments = kills.moments(int(os.environ.get("SPATIAL_ENTROPY_KILLS", 8)), writes, seconds)
+    killed, wrong = 0, {}
+    for k, moment in enumerate(moments):
+        was, found = kills.kill_and_go_on(tmp_path / str(k), config, moment, truth)
+        killed += was
+        wrong |= {str(moment): found} if found else {}
+    assert not wrong and killed >= 2 * len(moments) // 3, (killed, wrong)
 
 
 def test_every_update_killed_once(tmp_path, uninterrupted):

@@ -13,7 +13,7 @@ from spatial_entropy.families import find
 pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parent))
 from reference import Calls, hf_fold  # noqa: E402
-from zoo_transformers import SPECS  # noqa: E402
+from zoo_transformers import PACKED, SPECS, make_packed, packed  # noqa: E402
 
 
 def cases(specs):
@@ -46,7 +46,9 @@ def test_maps(spec, size):
 def changed(inputs, size, corner, step):
     """The same batch with one square of pixels replaced, by other ones in each picture."""
     (y, x), new = corner, {k: v.clone() if torch.is_tensor(v) else v for k, v in inputs.items()}
-    square = new["pixel_values"][..., y:y + step, x:x + step]
+    pixels = next(iter(new.values()))
+    pixels = pixels.mT if pixels.ndim == 3 else pixels    # spectrograms come as (time, frequency)
+    square = pixels[..., y:y + step, x:x + step]
     square.copy_(torch.rand(square.shape, generator=torch.Generator().manual_seed(7)) * 4 - 2)
     return new
 
@@ -83,16 +85,94 @@ def test_query(spec):
     name, layer, kind = found.layers[-1]
     keep = layer.register_forward_hook(lambda m, a, out: kept.append(out[0] if isinstance(out, tuple) else out))
     out = first_tensor(getattr(model(**inputs, **spec.kwargs), spec.output))
+    assert out is not None, f"{spec.name} has no {spec.output}"
     keep.remove()
     kept[0].retain_grad() if kept[0].requires_grad else None
     g, = torch.autograd.grad((out * torch.randn_like(out)).sum(), kept[0], allow_unused=True)
     assert g is not None, f"{spec.name}: the output does not read {name}"
     said = "pool" if kind.one_query else found.adapter.reads if isinstance(found.adapter.reads, str) else found.adapter.reads(found.model)
     assert said == spec.reads or said == "cls" and spec.reads == "mean" and not spec.prefix
-    if said == "pool" or spec.fold == "swin":
+    if said == "pool" or g.ndim > 3 or spec.fold == "swin":
         return
     share = g.abs().sum(-1).reshape(-1, g.shape[-2]).mean(0)
     share = share / share.sum()
     n = len(share) - spec.suffix
-    parts = dict(cls=share[:min(spec.prefix, 1)].sum().item(), mean=share[spec.prefix:n].sum().item(), suffix=share[n:].sum().item())
+    parts = dict(cls=share[:min(spec.prefix, 1)].sum().item(), mean=share[spec.prefix:n].sum().item(), suffix=share[n:].sum().item(),
+                 prefix=share[:spec.prefix].sum().item())
     assert parts[said] > .5, f'{spec.name} reads {parts}, the query "auto" says {said}'
+
+
+def pictures(g):
+    return [torch.rand(2, 3, 16, 32, generator=g), torch.rand(4, 3, 24, 16, generator=g)]     # one picture, two frames of a clip
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed(name):
+    """Pictures behind one another: each frame's map is its own, lies where its patches lie, and is that of the picture alone."""
+    given, g = pictures(torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1)
+    for attn in ("sdpa", "eager"):
+        model = make_packed(name, attn)
+        run = lambda tap, pics, model=model: (model(*packed_for(model, pics)), tap.maps())[1]
+        with se.AttentionTap(model, "all") as tap, torch.no_grad():
+            maps = run(tap, given)
+            valid = tap.valid()[0][:, 0]
+            assert maps[0].shape == (3, 2, 6, 8) and valid.flatten(1).sum(1).tolist() == [32, 24, 24]
+            for p, rows, cols in ((given[0], 4, 8), (given[1], 6, 4)):
+                alone = run(tap, [p])
+                at = slice(0, 1) if p is given[0] else slice(1, 3)
+                assert all(torch.allclose(maps[i][at, :, :rows, :cols], alone[i], atol=1e-5) for i in maps)
+            for y, x in ((0, 0), (3, 6), (1, 2)):
+                other = [torch.stack([*p]) for p in given]
+                other[0][..., 4 * y:4 * y + 4, 4 * x:4 * x + 4] = torch.rand(2, 3, 4, 4, generator=g) * 8 - 4
+                new = run(tap, other)
+                assert divmod((new[0] - maps[0])[0].abs().sum(0).argmax().item(), 8) == (y, x), attn
+                assert all((new[i] - maps[i])[1:].abs().max() < 1e-5 for i in maps)
+
+
+def packed_for(model, pics):
+    frames = getattr(model.config, "temporal_patch_size", 1)
+    if frames == 1:                                      # ERNIE merges frames after the blocks
+        pics = [p[::2] for p in pics]
+    if type(model).__name__.startswith("Glm4v"):         # a clip comes as pictures, one a row of grid_thw
+        pics = [two for p in pics for two in p.split(2)]
+    return packed(pics, frames=frames)
+
+
+def test_packed_rows():
+    """Windows of Qwen 2.5: the mean of the logits of each window, put back by the library's own index."""
+    from transformers.vision_utils import get_vision_window_index
+    model, logits = make_packed("qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel", "eager"), []
+    x, grid = packed(pictures(torch.Generator().manual_seed(0)))
+    with se.AttentionTap(model, 0) as tap, torch.no_grad():
+        model(x, grid)
+        got = tap.maps()
+    softmax = torch.nn.functional.softmax
+    with pytest.MonkeyPatch.context() as m, torch.no_grad():
+        m.setattr(torch.nn.functional, "softmax", lambda s, *a, **k: (logits.append(s), softmax(s, *a, **k))[1])
+        model(x, grid)
+    index, ends = get_vision_window_index(grid, 2, 16, 4)
+    rows = torch.cat([s.mean(-2)[0] for s in logits[:len(ends) - 1]], -1)
+    rows = rows.unflatten(-1, (-1, 4))[:, index.argsort()].flatten(1)                    # (H, N), in blocks of 2×2
+    for k, part in enumerate(rows.split([32, 24, 24], -1)):
+        h, w = [(4, 8), (6, 4), (6, 4)][k]
+        want = part.view(2, h // 2, w // 2, 2, 2).transpose(2, 3).reshape(2, h, w)
+        assert_close(got[k, :, :h, :w], want, atol=1e-5, rtol=1e-4)
+
+
+def test_pixtral():
+    """Pictures of two sizes in one batch: each keeps to itself, and its map is that of the picture alone."""
+    import transformers as tf
+    torch.manual_seed(0)
+    config = tf.PixtralVisionConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=16, intermediate_size=32, image_size=64, patch_size=8)
+    for attn in ("sdpa", "eager"):
+        model = tf.PixtralVisionModel._from_config(config, attn_implementation=attn).eval()
+        x, sizes = torch.rand(2, 3, 32, 48), torch.tensor([(32, 24), (16, 48)])
+        for softmax in (False, True):
+            with se.AttentionTap(model, "all", softmax=softmax) as tap, torch.no_grad():
+                model(x, image_sizes=sizes)
+                maps = tap.maps()
+                assert maps[0].shape == (2, 2, 4, 6)
+                for i, (h, w) in enumerate(sizes.tolist()):
+                    model(x[i:i + 1, :, :h, :w])
+                    alone = tap.maps()
+                    assert all(torch.allclose(maps[k][i:i + 1, :, :h // 8, :w // 8], alone[k], atol=1e-5) for k in maps)

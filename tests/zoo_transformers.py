@@ -1,8 +1,15 @@
 """Small copies of transformers' vision models: how each is built, what it is given, and what it is known to read."""
+import inspect
+import re
 from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
 
 import torch
 from zoo import stirred
+
+MODULES = {"maskformer.MaskFormerSwinModel": "maskformer_swin", "donut.DonutSwinModel": "donut_swin",
+           "data2vec.Data2VecVisionForImageClassification": "data2vec_vision"}
 
 
 @dataclass
@@ -10,11 +17,11 @@ class Spec:
     """One class. `more` overrides the configuration; functions there are asked with the size of the picture."""
     name: str                                            # "folder.Class"
     config: str
-    more: dict
+    more: object                                         # a dict, or a function of the size that gives one
     layers: int = 2                                      # attention layers that must be found
     prefix: int = 1
     suffix: int = 0
-    reads: str = "cls"                                   # "cls", "mean", "suffix"; "pool": the last layer's own query
+    reads: str = "cls"                                   # "cls", "mean", "prefix", "suffix"; "pool": the last layer's own query
     step: int = 8                                        # pixels a patch
     fold: str = "plain"                                  # the reference's way of laying a row out
     sizes: tuple = ((32, 32), (32, 48))
@@ -26,13 +33,15 @@ class Spec:
 
     @property
     def cls(self):
-        import transformers
-        return getattr(transformers, self.name.split(".")[1])
+        folder, name = self.name.split(".")
+        file = MODULES.get(self.name, folder)
+        return getattr(import_module(f"transformers.models.{folder}.modeling_{file}"), name)
 
     def make(self, size, attn=None):
         import transformers
         torch.manual_seed(0)
-        config = getattr(transformers, self.config)(**{k: v(size) if callable(v) else v for k, v in self.more.items()})
+        more = self.more(size) if callable(self.more) else {k: v(size) if callable(v) else v for k, v in self.more.items()}
+        config = getattr(transformers, self.config)(**more)
         return stirred(self.cls._from_config(config, attn_implementation=attn or self.attn[0]))
 
     def given(self, size):
@@ -82,3 +91,215 @@ SPECS += [
     Spec("dinov2.Dinov2Backbone", "Dinov2Config", square(num_hidden_layers=4, out_indices=[1, 3]), 3, reads="mean", output="feature_maps"),
     Spec("dinov3_vit.DINOv3ViTBackbone", "DINOv3ViTConfig", square(num_register_tokens=4), prefix=5, reads="mean", output="feature_maps"),
 ]
+
+# ---- plain towers ----
+_bare = dict(prefix=0, reads="mean")
+_text = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=99)
+SPECS += [
+    Spec("altclip.AltCLIPVisionModel", "AltCLIPVisionConfig", square(), output="pooler_output", sizes=SQUARE),
+    Spec("blip.BlipVisionModel", "BlipVisionConfig", square(), output="pooler_output", sizes=SQUARE, attn=("eager",)),
+    Spec("blip_2.Blip2VisionModel", "Blip2VisionConfig", square(), output="pooler_output", sizes=SQUARE),
+    Spec("instructblip.InstructBlipVisionModel", "InstructBlipVisionConfig", square(), output="pooler_output", sizes=SQUARE),
+    Spec("chinese_clip.ChineseCLIPVisionModel", "ChineseCLIPVisionConfig", square(), output="pooler_output", sizes=SQUARE),
+    Spec("clipseg.CLIPSegVisionModel", "CLIPSegVisionConfig", square(), output="pooler_output", sizes=SQUARE),
+    Spec("owlvit.OwlViTVisionModel", "OwlViTVisionConfig", square(), output="pooler_output", sizes=SQUARE),
+    Spec("owlv2.Owlv2VisionModel", "Owlv2VisionConfig", square(), output="pooler_output", sizes=SQUARE),
+    Spec("mlcd.MLCDVisionModel", "MLCDVisionConfig", square(), output="pooler_output", sizes=SQUARE),
+    Spec("flava.FlavaImageModel", "FlavaImageConfig", square(), output="pooler_output", sizes=SQUARE, attn=("eager",)),
+    Spec("data2vec.Data2VecVisionForImageClassification", "Data2VecVisionConfig", square(), reads="mean", sizes=SQUARE),
+    Spec("dpt.DPTForDepthEstimation", "DPTConfig", square(num_hidden_layers=5, backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[8, 8, 8, 8],
+         fusion_hidden_size=8), layers=4, reads="mean", output="predicted_depth", sizes=SQUARE, attn=("eager",)),
+    Spec("internvl.InternVLVisionModel", "InternVLVisionConfig", square(), reads="mean", output="last_hidden_state", sizes=SQUARE),
+    Spec("yolos.YolosForObjectDetection", "YolosConfig", vit(image_size=lambda s: list(s), num_detection_tokens=7), suffix=7, reads="suffix"),
+    Spec("pixio.PixioModel", "PixioConfig", vit(n_cls_tokens=4, image_size=lambda s: s[0]), prefix=4, reads="prefix", output="pooler_output"),
+    Spec("pixio.PixioBackbone", "PixioConfig", vit(n_cls_tokens=4, image_size=lambda s: s[0]), prefix=4, reads="mean", output="feature_maps"),
+    Spec("llama4.Llama4VisionModel", "Llama4VisionConfig", square(intermediate_size=192, vision_output_dim=48, projector_input_dim=48, projector_output_dim=48,
+         pixel_shuffle_ratio=.5), suffix=1, output="last_hidden_state", sizes=SQUARE, **_bare),
+    Spec("idefics2.Idefics2VisionTransformer", "Idefics2VisionConfig", square(), output="last_hidden_state", sizes=SQUARE, **_bare),
+    Spec("idefics3.Idefics3VisionTransformer", "Idefics3VisionConfig", square(), output="last_hidden_state", sizes=SQUARE, **_bare),
+    Spec("smolvlm.SmolVLMVisionTransformer", "SmolVLMVisionConfig", square(), output="last_hidden_state", sizes=SQUARE, **_bare),
+    Spec("audio_spectrogram_transformer.ASTModel", "ASTConfig", vit(max_length=lambda s: s[1], num_mel_bins=lambda s: s[0], frequency_stride=8,
+         time_stride=8), prefix=2, reads="prefix", output="pooler_output",
+         inputs=lambda size, g: dict(input_values=torch.rand(2, size[1], size[0], generator=g))),
+]
+
+# ---- pyramids and windows ----
+_pyramid = dict(num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[16, 32], num_attention_heads=[2, 2], patch_sizes=[3, 3],
+                strides=[4, 2], mlp_ratios=[2, 2], decoder_hidden_size=16)
+_fields = dict(prefix=0, reads="mean", fold="pooled", near=1, step=4)
+SPECS += [
+    Spec("segformer.SegformerForImageClassification", "SegformerConfig", _pyramid, sizes=((32, 32), (32, 48)), **_fields),
+    Spec("glpn.GLPNModel", "GLPNConfig", _pyramid, sizes=((32, 32), (32, 48)), attn=("eager",), **_fields | dict(output="last_hidden_state")),
+    Spec("pvt.PvtForImageClassification", "PvtConfig", dict(image_size=lambda s: s[0], num_encoder_blocks=4, depths=[1, 1, 1, 1],
+         sequence_reduction_ratios=[2, 2, 1, 1], hidden_sizes=[16, 16, 32, 32], num_attention_heads=[2, 2, 2, 2], mlp_ratios=[2, 2, 2, 2]), 4,
+         sizes=((64, 64),), attn=("eager",), **_fields | dict(fold="pvt", reads="cls", near=0, prefix=1)),
+    Spec("pvt_v2.PvtV2ForImageClassification", "PvtV2Config", dict(image_size=lambda s: s[0], depths=[1, 1, 1, 1], hidden_sizes=[16, 16, 32, 32],
+         num_attention_heads=[2, 2, 2, 2], mlp_ratios=[2, 2, 2, 2]), 4, sizes=((64, 64), (64, 96)), attn=("eager",), **_fields),
+    Spec("vitdet.VitDetBackbone", "VitDetConfig", vit(window_block_indices=[0], window_size=3, use_relative_position_embeddings=True),
+         output="feature_maps", prefix=0, reads="mean", fold="windows", attn=("eager",)),
+    Spec("sam.SamVisionModel", "SamVisionConfig", square(window_size=3, global_attn_indexes=[1], output_channels=16, mlp_dim=64),
+         output="last_hidden_state", prefix=0, reads="mean", fold="windows", sizes=SQUARE),
+    Spec("sam3.Sam3ViTModel", "Sam3ViTConfig", vit(window_size=2, global_attn_indexes=[1], pretrain_image_size=32), output="last_hidden_state",
+         prefix=0, reads="mean", fold="windows", sizes=SQUARE),
+    Spec("florence2.Florence2VisionBackbone", "Florence2VisionConfig", dict(embed_dim=[16, 32], num_heads=[2, 2], num_groups=[2, 2], depths=[1, 1],
+         patch_size=[7, 3], patch_stride=[4, 2], patch_padding=[3, 1], patch_prenorm=[False, True], window_size=3), output="last_hidden_state",
+         prefix=0, reads="mean", fold="windows", step=4, near=1, sizes=((32, 32), (32, 48)),
+         inputs=lambda size, g: dict(hidden_states=torch.rand(2, 3, *size, generator=g))),
+    Spec("mobilevit.MobileViTModel", "MobileViTConfig", dict(hidden_sizes=[16, 16, 16], neck_hidden_sizes=[8, 8, 8, 8, 8, 8, 8], num_attention_heads=2,
+         output_stride=32), 9, output="last_hidden_state", prefix=0, reads="mean", fold="unfolded", near=8, sizes=((64, 64),),
+         attn=("eager",)),                               # its stem sees the whole of so small a picture
+    Spec("levit.LevitForImageClassification", "LevitConfig", dict(image_size=64, hidden_sizes=[16, 24, 32], num_attention_heads=[2, 2, 2],
+         depths=[1, 1, 1], key_dim=[8, 8, 8], mlp_ratio=[2, 2, 2], attention_ratio=[2, 2, 2]), 5, prefix=0, reads="mean", fold="square", near=2,
+         sizes=((64, 64),), step=16, attn=("eager",)),
+    Spec("cvt.CvtForImageClassification", "CvtConfig", dict(embed_dim=[16, 16, 32], num_heads=[1, 2, 2], depth=[1, 2, 3]), 6, prefix=1, reads="cls",
+         fold="cvt", near=1, sizes=((64, 64), (64, 96)), attn=("eager",)),
+]
+
+# ---- detectors and clips ----
+def detr(size, **more):
+    import transformers as tf
+    return dict(backbone_config=tf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], out_features=["stage4"]),
+                use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, d_model=32, encoder_layers=2, decoder_layers=1,
+                encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, num_queries=5) | more
+
+
+_queried = dict(prefix=0, reads="mean", step=32, output="last_hidden_state", layers=2, sizes=((64, 64), (64, 96)), near=3,
+                attn=(None, "eager"))                    # the backbone's own, and the encoder's
+SPECS += [
+    Spec("detr.DetrModel", "DetrConfig", detr, **_queried), Spec("conditional_detr.ConditionalDetrModel", "ConditionalDetrConfig", detr, **_queried),
+    Spec("dab_detr.DabDetrModel", "DabDetrConfig", detr, **_queried | dict(attn=("eager",))),
+    Spec("table_transformer.TableTransformerModel", "TableTransformerConfig", detr, **_queried | dict(attn=("eager",))),
+]
+
+
+def clip(size, g, frames=4):
+    return dict(pixel_values=torch.rand(2, frames, 3, *size, generator=g))
+
+
+_clip = dict(inputs=clip, sizes=SQUARE, output="last_hidden_state", fold="clip")
+SPECS += [
+    Spec("videomae.VideoMAEModel", "VideoMAEConfig", square(num_frames=4), prefix=0, reads="mean", **_clip),
+    Spec("vivit.VivitModel", "VivitConfig", square(num_frames=4, tubelet_size=[2, 8, 8]), **_clip | dict(output="pooler_output")),
+    Spec("vjepa2.VJEPA2Model", "VJEPA2Config", dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, patch_size=8,
+         crop_size=lambda s: s[0], frames_per_clip=4, pred_hidden_size=24, pred_num_attention_heads=2, pred_num_hidden_layers=1), prefix=0, reads="mean",
+         **_clip | dict(inputs=lambda size, g: dict(pixel_values_videos=clip(size, g)["pixel_values"]))),
+    Spec("timesformer.TimesformerForVideoClassification", "TimesformerConfig", square(num_frames=4), **_clip | dict(output="logits", fold="plain"),
+         attn=("eager",)),
+]
+
+
+_hiera = dict(embed_dim=16, image_size=lambda s: list(s), depths=[1, 1, 1], num_heads=[1, 2, 2], embed_dim_multiplier=2, num_query_pool=2,
+              masked_unit_size=[4, 4], masked_unit_attention=[True, True, False], patch_stride=[4, 4])
+SPECS += [
+    Spec("hiera.HieraModel", "HieraConfig", _hiera, 3, output="pooler_output", prefix=0, reads="mean", fold="hiera", step=4, near=1,
+         attn=("eager",), sizes=((64, 64), (64, 96))),
+    Spec("sapiens2.Sapiens2Model", "Sapiens2Config", vit(num_register_tokens=2, num_key_value_heads=2, image_size=lambda s: list(s)), prefix=3,
+         output="pooler_output"),
+    Spec("got_ocr2.GotOcr2VisionEncoder", "GotOcr2VisionConfig", square(window_size=3, global_attn_indexes=[1], output_channels=16, mlp_dim=64),
+         output="last_hidden_state", prefix=0, reads="mean", fold="windows", sizes=SQUARE, attn=("eager",)),
+]
+
+
+# ---- pictures behind one another ----
+def packed(pictures, patch=4, merge=2, frames=2):
+    """(N, 3·frames·patch²) patches in blocks of merge×merge, as the processors of Qwen's line lay them, and grid_thw."""
+    rows, grids = [], []
+    for p in pictures:                                   # (T, 3, h, w), T a multiple of the frames
+        t, (h, w) = len(p) // frames, (n // patch for n in p.shape[-2:])
+        p = p.view(t, frames, 3, h // merge, merge, patch, w // merge, merge, patch).permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
+        rows, grids = [*rows, p.reshape(t * h * w, -1)], [*grids, (t, h, w)]
+    return torch.cat(rows), torch.tensor(grids)
+
+
+_qwen2 = dict(depth=2, embed_dim=32, hidden_size=32, num_heads=2, mlp_ratio=2, patch_size=4)
+_qwen3 = dict(depth=2, hidden_size=32, intermediate_size=32, num_heads=2, patch_size=4, out_hidden_size=32)
+_deep = _qwen3 | dict(deepstack_visual_indexes=[0], num_position_embeddings=64)
+PACKED = {                                               # class: configuration, its values
+    "qwen2_vl.Qwen2VisionTransformerPretrainedModel": ("Qwen2VLVisionConfig", _qwen2),
+    "qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel": ("Qwen2_5_VLVisionConfig", _qwen3 | dict(window_size=16, fullatt_block_indexes=[1])),
+    "qwen3_vl.Qwen3VLVisionModel": ("Qwen3VLVisionConfig", _deep),
+    "qwen3_vl_moe.Qwen3VLMoeVisionModel": ("Qwen3VLMoeVisionConfig", _deep),
+    "qwen3_5.Qwen3_5VisionModel": ("Qwen3_5VisionConfig", _deep),
+    "qwen3_5_moe.Qwen3_5MoeVisionModel": ("Qwen3_5MoeVisionConfig", _deep),
+    "qwen4_exp.Qwen4ExpVisionModel": ("Qwen4ExpVisionConfig", _deep),
+    "cohere_compass.CohereCompassVisionModel": ("CohereCompassVisionConfig", _deep),
+    "qwen2_5_omni.Qwen2_5OmniVisionEncoder": ("Qwen2_5OmniVisionEncoderConfig", _qwen3 | dict(window_size=16, fullatt_block_indexes=[1])),
+    "qwen3_omni_moe.Qwen3OmniMoeVisionEncoder": ("Qwen3OmniMoeVisionEncoderConfig", _deep),
+    "glm4v.Glm4vVisionModel": ("Glm4vVisionConfig", _qwen3 | dict(image_size=32)),
+    "glm4v_moe.Glm4vMoeVisionModel": ("Glm4vMoeVisionConfig", _qwen3 | dict(image_size=32)),
+    "glm_ocr.GlmOcrVisionModel": ("GlmOcrVisionConfig", _qwen3),
+    "ernie4_5_vl_moe.Ernie4_5_VLMoeVisionTransformerPretrainedModel": ("Ernie4_5_VLMoeVisionConfig", _qwen3),
+    "exaone4_5.Exaone4_5_VisionModel": ("Exaone4_5_VisionConfig", _qwen3 | dict(window_size=16, fullatt_block_indexes=[1], num_key_value_heads=2)),
+}
+
+
+def make_packed(name, attn="sdpa"):
+    folder, cls = name.split(".")
+    module = import_module(f"transformers.models.{folder}.modeling_{folder}")
+    config = getattr(import_module(f"transformers.models.{folder}.configuration_{folder}"), PACKED[name][0])
+    torch.manual_seed(0)
+    return stirred(getattr(module, cls)._from_config(config(**PACKED[name][1]), attn_implementation=attn))
+
+
+# ---- every vision class of the library ----
+VISUAL = ("IMAGE", "VIDEO", "VISION", "VISUAL", "DEPTH", "OBJECT", "SEGM", "BACKBONE", "MASK_GEN", "KEYPOINT", "MULTIMODAL", "TABLE_REC")
+OVERRIDES = {                                            # where the default configuration builds nothing
+    "beit.BeitForSemanticSegmentation": dict(out_indices=[1, 1, 2, 2]),
+    "hiera.HieraForPreTraining": dict(decoder_hidden_size=32, decoder_depth=1, decoder_num_heads=2),
+    "perceiver.PerceiverForImageClassificationFourier": dict(num_cross_attention_heads=1),
+    "perceiver.PerceiverForImageClassificationConvProcessing": dict(num_cross_attention_heads=1),
+}
+
+
+def mapped():
+    """The names in the library's own maps from tasks with pictures to classes."""
+    from transformers.models.auto import modeling_auto
+    maps = [m for k, m in vars(modeling_auto).items() if k.endswith("MAPPING_NAMES") and any(w in k for w in VISUAL)]
+    return {c for m in maps for v in m.values() for c in (v if isinstance(v, (tuple, list)) else [v])}
+
+
+def vision_classes():
+    """{"folder.Class": class} of every model class of transformers that is given pictures or clips."""
+    import transformers
+    from transformers.modeling_utils import PreTrainedModel
+    names, found = mapped(), {}
+    for file in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
+        if not re.search("pixel_values|pixel_embeds|video", file.read_text(encoding="utf-8")):
+            continue
+        module = import_module(f"transformers.models.{file.parent.name}.{file.stem}")
+        for name, cls in vars(module).items():
+            own = isinstance(cls, type) and issubclass(cls, PreTrainedModel) and cls.__module__ == module.__name__
+            if own and not name.endswith("PreTrainedModel") and (name in names or is_given_pictures(cls)):
+                found[f"{file.parent.name}.{name}"] = cls
+    return found
+
+
+def is_given_pictures(cls):
+    main = getattr(cls, "main_input_name", "")
+    asked = [*inspect.signature(cls.forward).parameters, *([main] if isinstance(main, str) else main)]
+    return any(a.startswith(("pixel_", "grid_thw")) for a in asked)
+
+
+def shallow(config):
+    """Two layers everywhere: what is looked at is which kinds there are."""
+    for key in ("num_hidden_layers", "num_layers", "encoder_layers", "decoder_layers"):
+        if isinstance(getattr(config, key, None), int):
+            setattr(config, key, 2)
+    for inner in [v for v in vars(config).values() if hasattr(v, "to_dict")]:
+        shallow(inner)
+    return config
+
+
+def census():
+    """(name, build) of every vision class; build() gives the model, of the default configuration, and its inputs."""
+    for name, cls in vision_classes().items():
+        def build(name=name, cls=cls):
+            config = cls.config_class(**OVERRIDES.get(name, {}))
+            try:
+                model = cls(shallow(cls.config_class(**OVERRIDES.get(name, {}))))
+            except (ValueError, TypeError, IndexError, KeyError, AssertionError, AttributeError, RuntimeError):
+                model = cls(config)                      # some need all their layers
+            size = getattr(getattr(config, "vision_config", config), "image_size", None) or 224
+            size = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+            return model, dict(pixel_values=torch.empty(2, 3, *size[-2:]))
+        yield name, build

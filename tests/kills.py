@@ -1,0 +1,176 @@
+"""A run that is killed between two writes, or at any moment, and what is left of it, file by file."""
+import contextlib
+import csv
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import yaml
+from matplotlib.figure import Figure
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from runs import assert_same, everything, processes
+
+from spatial_entropy import evaluation, training
+from spatial_entropy.commands import main
+
+WRITES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate", "shutil.rmtree"}
+CHANGES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+
+
+def pictures(root, n=24):
+    "An image folder of two classes."
+    draw = random.Random(0)
+    for c in "ab":
+        (root / c).mkdir(parents=True)
+        for i in range(n):
+            noise = Image.effect_noise((36, 36), 30 + 50 * (c == "b")).convert("RGB")
+            noise.paste((draw.randrange(256), 90, 40), (8, 8, 20 + i % 9, 24))
+            noise.save(root / c / f"{i}.png")
+    return root
+
+
+def settings(root, **more):
+    "A file of settings: workers, Mixup, CutMix, average, accumulation, a checkpoint after every update."
+    text = {**everything, "limit": None, "data": str(pictures(root / "data")), "epochs": 3, "workers": 2, **more}
+    for name in ("experiment", "limit"):
+        text.pop(name)
+    (root / "settings.yaml").write_text(yaml.safe_dump(text), encoding="utf-8")
+    return root / "settings.yaml"
+
+
+def writes(then):
+    "Call `then` before every change of the file system below this folder that Python makes."
+    here, me = os.getcwd(), os.getpid()
+
+    def hook(event, args):
+        if event not in WRITES and not (event == "open" and isinstance(args[2], int) and args[2] & CHANGES):
+            return
+        if os.getpid() == me and isinstance(args[0], str | bytes | os.PathLike) and os.path.abspath(os.fsdecode(args[0])).startswith(here):
+            then(event, args)
+    sys.addaudithook(hook)
+
+
+class Quick(Figure):
+    "Stands for a drawing, of which matplotlib makes one a second: the same numbers, as grey pixels."
+    def __init__(self, numbers):
+        super().__init__()
+        self.numbers = numbers
+
+    def savefig(self, path, dpi=None, metadata=None):
+        said = PngInfo()
+        for k, v in (metadata or {}).items():
+            said.add_text(k, v)
+        grey = (self.numbers.double().flatten()[:4096] * 997).abs().remainder(256).byte()
+        Image.frombytes("L", (len(grey), 1), bytes(grey.tolist())).save(path, "PNG", pnginfo=said)
+
+
+assert evaluation.evaluate  # imported once, before the forks
+
+
+def quick_maps(pixels, maps, names):
+    return Quick(torch.cat([pixels.flatten()[:500], maps.flatten()]))
+
+
+def quick_curves(rows):
+    return Quick(torch.tensor([v for r in rows for k, v in r.items() if k not in ("seconds", "images_per_s")]))
+
+
+def work(folder, config, at):
+    "The command, in its own folder; killed before its n-th write, or never, and then it says how many there were."
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    done = []
+
+    def count(event, args):
+        done.append(event)
+        if len(done) == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+    writes(count)
+    there = Path("runs/run").exists()
+    line = ["--resume", "runs/run"] if there else ["--config", str(config), "--output", "runs", "--experiment", "run"]
+    drawn = patch.multiple(training, picture_of_maps=quick_maps, plot_metrics=quick_curves)
+    with open("../said", "a", encoding="utf-8") as said, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), drawn:
+        code = main(["train", *line])
+    os.chdir("..")                                          # what follows is not counted
+    Path("writes").write_text(str(len(done)))
+    os._exit(code)
+
+
+def run(folder, config, at=None, after=None):
+    "A process that does it: killed before its n-th write or after some seconds. Its exit code."
+    (folder / "here").mkdir(parents=True, exist_ok=True)
+    child = processes.Process(target=work, args=(folder / "here", config, at))
+    child.start()
+    if after is not None:
+        child.join(after)
+        if child.is_alive():
+            os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    return child.exitcode
+
+
+def content(path):
+    "What must be the same: all of a file but the two times in the table, and what follows from them."
+    if path.name == "metrics.csv":
+        rows = list(csv.DictReader(path.read_text().splitlines()))
+        return [{k: v for k, v in r.items() if k not in ("seconds", "images_per_s")} for r in rows]
+    if path.name == "place.pt":
+        ours = torch.load(path, weights_only=True)
+        for row in ours["place"]["rows"]:
+            row.pop("seconds"), row.pop("images_per_s")
+        return ours
+    if path.name == "manifest.json":
+        listed = json.loads(path.read_text())
+        listed.pop("sha256"), listed["files"].pop("place.pt")
+        return listed
+    return path.read_bytes()
+
+
+def files(run):
+    return {str(p.relative_to(run)): p for p in sorted(run.rglob("*")) if not p.is_dir()}
+
+
+def moments(n, writes, seconds, seed=0):
+    "Kills: between writes, spread over all of them, and at random times."
+    draw = random.Random(seed)
+    third = n // 3
+    spread = [round(1 + (writes - 1) * k / max(n - third - 1, 1)) for k in range(n - third)]
+    return [dict(at=w) for w in spread] + [dict(after=draw.uniform(.02, seconds)) for _ in range(third)]
+
+
+def different(run, truth):
+    "The files that are not those of the uninterrupted run."
+    ours, found = files(run), []
+    for name in sorted(truth.keys() | ours.keys()):
+        try:
+            assert_same(content(ours[name]), truth[name])
+        except (AssertionError, KeyError) as e:
+            found.append(f"{name}: {str(e)[:100]}")
+    return found
+
+
+def whole(folder, config):
+    "The uninterrupted run: what its files hold, and how many writes made them."
+    assert run(folder, config) == 0, (folder / "said").read_text()
+    there = folder / "here" / "runs" / "run"
+    return {name: content(p) for name, p in files(there).items()}, int((folder / "writes").read_text())
+
+
+def kill_and_go_on(folder, config, moment, truth):
+    "Killed at this moment, gone on with to the end: whether it was killed, and which files are different then."
+    code = run(folder, config, **moment)
+    assert code in (0, -signal.SIGKILL), (moment, code, (folder / "said").read_text())
+    again = run(folder, config)
+    said = (folder / "said").read_text()
+    assert again == 0, (moment, again, said[-2000:])
+    found = different(folder / "here" / "runs" / "run", truth)
+    found += [f"{p}: left behind" for p in (folder / "here").rglob(".*")]
+    shutil.rmtree(folder)
+    return code == -signal.SIGKILL, found
