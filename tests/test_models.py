@@ -194,7 +194,8 @@ def test_auto_is_what_the_output_reads(spec):
     if kind.one_query or asks_first(model, x):
         assert share[0] > .5 and share[0] == share.max()
     else:
-        patches = share[len(share) - maps_of(model, lambda m: m(x), -1)[0, 0].numel():]
+        before = len(share) - maps_of(model, lambda m: m(x), -1)[0, 0].numel()
+        patches = share[before if before < 10 else 0:]                   # more is no prefix: there are fewer keys than queries
         assert patches.sum() > .99 and patches.min() > .1 / len(patches)
 
 
