@@ -8,6 +8,7 @@ __all__ = ['main']
 # %% ../nbs/24_commands.ipynb #09339dda
 import argparse
 import json
+import logging
 import os
 import sys
 import unicodedata
@@ -107,7 +108,7 @@ def _add_evaluate(p):
 
 # %% ../nbs/24_commands.ipynb #631f5d1c
 def _add_draw(p):
-    p.add_argument("model", metavar="run_or_model", help="a run folder, or a timm model name")
+    p.add_argument("model", metavar="run_or_model", help="a run folder, or a name that timm.create_model takes")
     p.add_argument("images", nargs="+", help="picture files")
     p.add_argument("-o", "--output", required=True, help="the picture to write: .png, .pdf or .svg")
     p.add_argument("--block", type=int, default=-1, help="which block; negative counts from the last (-1)")
@@ -221,14 +222,14 @@ def _writable(path):
 # %% ../nbs/24_commands.ipynb #6b846537
 def _model_to_draw(args):
     "Model, image size, mean and std of a run or a timm name."
-    from spatial_entropy.models import build_model, load_run, timm
+    from spatial_entropy.models import build_model, known_of, load_run
     if Path(args.model).exists():
         model, config, facts = load_run(args.model, needed=("mean", "std"))
         return model, config.img_size, tuple(facts["mean"]), tuple(facts["std"])
     from timm.data import resolve_data_config
-    facts = timm.get_pretrained_cfg(args.model) if timm.is_model(args.model.split(".")[0]) else None
-    config = TrainConfig(model=args.model, img_size=args.img_size or (facts.input_size[-1] if facts else 224))
-    model = build_model(config, facts.num_classes if facts else 0)
+    facts = known_of(args.model)
+    config = TrainConfig(model=args.model, img_size=args.img_size or facts.get("input_size", (224,))[-1])
+    model = build_model(config, facts.get("num_classes", 0))
     _load(model, args)
     known = resolve_data_config({}, model=model)
     return model.eval(), config.img_size, known["mean"], known["std"]
@@ -306,6 +307,7 @@ def main(argv=None) -> int: # the exit code
     with lenient_output(): return _main(argv)
 
 def _main(argv):
+    logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it would say, we say
     words = [_dashed(a) for a in (sys.argv[1:] if argv is None else argv)]
     if words[:1] == ["benchmark"] and words[1:2] in (["loss"], ["training"]): words[:2] = ["benchmark" if words[1] == "loss" else "benchmark-training"]
     args = _parser().parse_args(words)

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 import torch
+from accelerate import Accelerator
 from matplotlib import pyplot as plt
 from PIL import Image
 from rich.console import Console
@@ -24,7 +25,8 @@ from .benchmark import _checked_output, _fresh_folder, _machine
 from .config import TrainConfig
 from .data import shapes
 from .files import write_json, write_whole
-from .jobs import prepare
+from .jobs import prepare, try_forward
+from .models import build_model
 from .training import _train_epoch
 
 # %% ../nbs/23_training_benchmark.ipynb #cee98612
@@ -200,7 +202,8 @@ def prepare_training_benchmark(output: str = "benchmark-results", quick: bool = 
     for name in ("rounds", "updates", "batch_size", "img_size"):
         if getattr(q, name) < 1: raise ValueError(f"{name.replace('_', '-')}: got {getattr(q, name)}, expected at least 1")
     if q.timm_train: _script(q.timm_train); q.timm_train = str(q.timm_train)
-    TrainConfig(model=q.model, img_size=q.img_size, amp_dtype=q.amp_dtype)
+    c = TrainConfig(model=q.model, model_kwargs=q.model_kwargs, img_size=q.img_size, amp_dtype=q.amp_dtype)
+    try_forward(build_model(c, 10), c, 10, Accelerator(cpu=True))
     if q.data and not (Path(q.data)/"train").is_dir(): raise FileNotFoundError(f"data: {q.data}: expected an image folder with train/ and validation/")
     return q, _checked_output(output)
 
