@@ -373,6 +373,7 @@ def _tokens(call): return Raster(_halved_to(call, call.x.shape[1]))
 def _in_runs(block, model): # NextViT pools its keys along the sequence of tokens, not over the grid
     return "" if block.e_mhsa.sr is None else "its keys are means of runs of tokens, row after row: no cells of a grid"
 
+# %% ../nbs/03_families.ipynb #a1c0de40
 def _msra(call): # EfficientViT (MSRA): padded windows, or one where that is the whole grid
     grid, size = tuple(call.x.shape[2:4]), call.layer.attn.resolution
     return Raster(grid) if grid == (size, size) else windows(grid, (size, size), device=call.x.device)
