@@ -37,12 +37,10 @@ class Raster:
 
     def _placed(self, t, fill):
         canvas = t.new_full((*t.shape[:-1], self.pictures*self.grid[0]*self.grid[1] + 1), fill)
+        cells, add = self.cells.flatten(), lambda zeros, values: zeros.index_add(-1, cells, values)
         if self.per_image: canvas = canvas.scatter(-1, self.cells[:, None].expand_as(t), t)
-        elif self.overlap:
-            cells = self.cells.flatten()
-            seen = t.new_zeros(canvas.shape[-1]).index_add(0, cells, t.new_ones(len(cells)))
-            canvas = torch.zeros_like(canvas).index_add(-1, cells, t)/seen.clamp_min(1)
-        else: canvas = canvas.index_copy(-1, self.cells.flatten(), t)
+        elif self.overlap: canvas = add(canvas*0, t)/add(canvas*0, torch.ones_like(t)).clamp_min(1)
+        else: canvas = canvas.index_copy(-1, cells, t)
         return canvas[..., :-1]
 
 # %% ../nbs/03_families.ipynb #f830aadc
