@@ -9,6 +9,7 @@ __all__ = ['place_seed', 'randomness', 'Pictures', 'Order', 'LoadingFailed', 'lo
 import os, random, signal, threading
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import parent_process
 import numpy as np
 import torch
 from timm.data import Mixup, create_transform
@@ -90,13 +91,16 @@ def _start_worker(_):
     "Let the main process alone decide when loading ends."
     for name in ("SIGINT", "SIGHUP", "SIGXCPU"):           # what a terminal or a queue says to a whole group
         if hasattr(signal, name): signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
+    if _waits: signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_obey, args=(parent_process(), os.getppid()), daemon=True).start()
 
-def _obey(parent):
-    "End when the parent says SIGTERM, and for nobody else."
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent: pass
+_waits = hasattr(signal, "sigtimedwait") # neither macOS nor Windows has it: there any SIGTERM ends a loading process
+
+def _obey(main, starter): # the process that the pictures are for; the one that made this one: main, or a fork server
+    "End when the main process says SIGTERM or is gone, and for nobody else."
+    while main.is_alive() and os.getppid() == starter:
+        if not _waits: main.join(1)
+        elif (said := signal.sigtimedwait({signal.SIGTERM}, 1)) and said.si_pid == main.pid: break
     os._exit(0)
 
 # %% ../nbs/14_batches.ipynb #bac1e299
@@ -165,6 +169,8 @@ class Loaders:
         "Undo the normalisation: (..., 3, S, S) in 0–1."
         view = lambda t: torch.tensor(t, device=x.device).view(3, 1, 1)
         return (x*view(self.std) + view(self.mean)).clamp(0, 1)
+
+    def notes(self): return tuple(dict.fromkeys(self.train.dataset.source.notes + self.val.dataset.source.notes))
 
     def skipped(self): return [f for d in (self.train.dataset, self.val.dataset) for f in d.skipped()]
 

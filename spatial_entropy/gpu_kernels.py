@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .entropy import LEAST
+
 # %% ../nbs/09_gpu_kernels.ipynb #5aaa46d1
 GATHER_CELLS = 1024 # cells up to which a map lives in one program's registers
 GATHER_WARPS = {128: 1, 256: 2, 512: 4, 1024: 8} # by cells, rounded up to a power of two
@@ -22,6 +24,8 @@ WALK, WALK_WARPS = 2048, 8 # cells a step of its one-program-a-map passes holds
 JUMPS = tl.constexpr(2) # times a label is looked up in the labels between two looks at the neighbours
 _SUM = tl.constexpr(2.0**61) # the whole of a map's mass as an integer
 _FINE = tl.constexpr(2.0**50) # one nat as an integer
+_MOST, _LITTLE = tl.constexpr(2.0**900), tl.constexpr(2.0**-700) # float64 maps above the first are multiplied by _DOWN,
+_DOWN, _UP = tl.constexpr(2.0**-300), tl.constexpr(2.0**300) # those below the second by _UP
 
 # Sizes and strides stay run-time numbers: Triton would otherwise compile anew for a 1 or a multiple of 16 among them.
 _kernel = triton.jit(do_not_specialize=["H", "h", "w", "n", "sb", "sh", "sy", "sx", "tb", "th"])
@@ -106,24 +110,37 @@ def _masses(a, number, R, N: tl.constexpr, K: tl.constexpr):
 
 # %% ../nbs/09_gpu_kernels.ipynb #a19ddea8
 @triton.jit
-def _support(base, i, inside, sy, sx, n, k, W: tl.constexpr, ACC: tl.constexpr):
-    "Mass above k times the mean (0 off the support), the support, the sum of |s|, and whether every cell is finite."
+def _unit_of(s, WIDE: tl.constexpr):
+    "What to multiply a map by whose sums would overflow, or whose shares would; 1 for all others."
+    unit = 1.0
+    if WIDE:
+        top = tl.max(tl.abs(s))
+        unit = tl.where(top > _MOST, _DOWN, tl.where(top < _LITTLE, _UP, 1.0))
+    return unit
+
+@triton.jit
+def _support(base, i, inside, sy, sx, n, k, W: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr):
+    "Mass above k times the mean (0 off the support) as a share of the size, the support, the size, whether all is finite."
     s = _read(base, i//W, i % W, sy, sx, inside)
-    start = tl.load(base).to(tl.float64)
+    unit = _unit_of(s, WIDE)
+    s = s*unit
+    start = tl.where(k == 1, tl.load(base).to(tl.float64)*unit, 0)
     d = tl.where(inside, s - start, 0) # a constant map is all zeros: nothing can round above its mean
-    over = d - (k*(tl.sum(d)/n) + (k - 1)*start)
-    finite = tl.max((inside & ~(tl.abs(s) < float("inf"))).to(tl.int32)) == 0
+    over = d - k*tl.sum(d)/n
+    size = tl.sum(tl.abs(s))
+    finite = (size < float("inf")).to(tl.int32) > 0
     on = inside & (over > 0) & finite
-    return tl.where(on, over, 0).to(ACC), on, tl.sum(tl.abs(s).to(ACC)), finite
+    share = 1/tl.maximum(size, 1e-300)
+    return tl.where(on, over*share, 0).to(ACC), on, size, unit, finite
 
 # %% ../nbs/09_gpu_kernels.ipynb #7ed8c62f
 @_kernel
-def _gather_kernel(maps, E, G, H, h, w, sb, sh, sy, sx, k: "fp64", floor: "fp64", N: tl.constexpr, W: tl.constexpr,
-                   CONN: tl.constexpr, K: tl.constexpr, ACC: tl.constexpr, GRAD: tl.constexpr):
+def _gather_kernel(maps, E, G, H, h, w, sb, sh, sy, sx, k: "fp64", floor: "fp64", least: "fp64", N: tl.constexpr,
+                   W: tl.constexpr, CONN: tl.constexpr, K: tl.constexpr, ACC: tl.constexpr, GRAD: tl.constexpr):
     "Entropy and gradient of one small map: h·w cells in raster order, padded to N; W is w."
     m, i = tl.program_id(0).to(tl.int64), tl.arange(0, N)
     inside, n = i < h*w, (h*w).to(tl.float64)
-    a, on, size, finite = _support(_map_of(maps, H, sb, sh), i, inside, sy, sx, n, k, W, ACC)
+    a, on, size, unit, finite = _support(_map_of(maps, H, sb, sh), i, inside, sy, sx, n, k, W, ACC, ACC == tl.float64)
     number, first, R = _numbered(on, _first_cells(on, N, W, CONN), N)
     mass, total = _masses(a, number, R, N, K)
     share = mass*(1/tl.where(R > 0, total, 1))
@@ -131,8 +148,9 @@ def _gather_kernel(maps, E, G, H, h, w, sb, sh, sy, sx, k: "fp64", floor: "fp64"
     value = tl.where(R > 1, tl.maximum(-tl.sum(tl.where(first, share*ln, 0)), 0), 0)
     tl.store(E + m, tl.where(finite, value, float("nan")))
     if GRAD:
-        least = 1/tl.maximum(total, (tl.maximum(size, 1)*floor).to(ACC))
-        u = tl.where(on & (R > 1), -(ln + value)*least, 0)
+        all_mass = total.to(tl.float64)*tl.maximum(size, 1e-300)
+        by = (unit/tl.maximum(tl.maximum(all_mass, floor*tl.maximum(size, unit)), least*unit)).to(ACC)
+        u = tl.where(on & (R > 1), -(ln + value)*by, 0)
         pull = tl.sum(u)*(k/n).to(ACC)
         tl.store(G + m*h*w + i, tl.where(R > 1, u - pull, 0), mask=inside)
 
@@ -146,44 +164,63 @@ def _gather_labels(mask, out, H, h, w, sb, sh, sy, sx, N: tl.constexpr, W: tl.co
     tl.store(out + m*h*w + i, number + 1, mask=i < h*w)
 
 # %% ../nbs/09_gpu_kernels.ipynb #aeefb955
+@triton.jit
+def _unit_of_all(base, h, w, sy, sx, TILE: tl.constexpr):
+    "What to multiply a large float64 map by."
+    lane, at, top = tl.arange(0, TILE), 0, tl.zeros((TILE,), tl.float64)
+    while at < h*w:
+        i = at + lane
+        top = tl.maximum(top, tl.abs(_read(base, i//w, i % w, sy, sx, i < h*w)))
+        at += TILE
+    return _unit_of(top, True)
+
+# %% ../nbs/09_gpu_kernels.ipynb #4dceb6c3
 @_kernel
-def _level_kernel(maps, level, sums, H, h, w, sb, sh, sy, sx, k: "fp64", floor: "fp64", TILE: tl.constexpr):
-    "One pass over a map for its threshold and its scale; empties its sums."
+def _level_kernel(maps, level, sums, H, h, w, sb, sh, sy, sx, k: "fp64", floor: "fp64", least: "fp64", TILE: tl.constexpr):
+    "One pass over a map (of float64 two) for its threshold and its scale; empties its sums."
     m = tl.program_id(0).to(tl.int64)
     base, lane, cells = _map_of(maps, H, sb, sh), tl.arange(0, TILE), h*w
-    start = tl.load(base).to(tl.float64)
+    unit = 1.0
+    if maps.dtype.element_ty == tl.float64: unit = _unit_of_all(base, h, w, sy, sx, TILE)
+    start = tl.where(k == 1, tl.load(base).to(tl.float64)*unit, 0)
     rise, size = tl.zeros((TILE,), tl.float64), tl.zeros((TILE,), tl.float64)
-    top, broken = tl.full((TILE,), float("-inf"), tl.float64), tl.zeros((TILE,), tl.int32)
-    at = 0
+    top, at = tl.full((TILE,), float("-inf"), tl.float64), 0
     while at < cells:
         i, ok = at + lane, at + lane < cells
-        s = _read(base, i//w, i % w, sy, sx, ok)
+        s = _read(base, i//w, i % w, sy, sx, ok)*unit
         rise += tl.where(ok, s - start, 0)
         size += tl.abs(s)
         top = tl.maximum(top, tl.where(ok, s - start, float("-inf")))
-        broken = tl.maximum(broken, (~(tl.abs(s) < float("inf"))).to(tl.int32))
         at += TILE
-    n = cells.to(tl.float64)
-    t = tl.where(tl.max(broken) != 0, float("nan"), k*(tl.sum(rise)/n) + (k - 1)*start)
+    n, whole = cells.to(tl.float64), tl.sum(size)
+    t = tl.where(whole < float("inf"), k*tl.sum(rise)/n, float("nan"))
     most = tl.max(top) - t
-    unit = tl.where(most > 0, tl.minimum(_SUM/n/most, 1e300), 0) # n cells of the largest mass still fit
-    _note(level + m*4, sums + m*5, start, t, unit, floor*tl.maximum(tl.sum(size), 1))
+    fine = tl.where(most > 0, tl.minimum(_SUM/n/most, 1e300), 0) # n cells of the largest mass still fit
+    _note(level + m*5, sums + m*5, start, t, fine, tl.maximum(floor*tl.maximum(whole, unit), least*unit), unit)
 
 # %% ../nbs/09_gpu_kernels.ipynb #6b0ad1b9
 @triton.jit
-def _note(level, sums, start, t, unit, least):
-    tl.store(level, start); tl.store(level + 1, t); tl.store(level + 2, unit); tl.store(level + 3, least)
+def _note(level, sums, start, t, fine, least, unit):
+    tl.store(level, start); tl.store(level + 1, t); tl.store(level + 2, fine); tl.store(level + 3, least)
+    tl.store(level + 4, unit*1.0)
     j = tl.arange(0, 8)
     tl.store(sums + j, tl.zeros((8,), tl.int64), mask=j < 5)
 
 @triton.jit
-def _over(base, start, t, i, dy, dx, ok, w, sy, sx, MASK: tl.constexpr):
+def _noted(level, WIDE: tl.constexpr):
+    "Of a map: where its cells are measured from, its threshold, and what they are multiplied by."
+    unit = 1.0
+    if WIDE: unit = tl.load(level + 4)
+    return tl.load(level), tl.load(level + 1), unit
+
+@triton.jit
+def _over(base, start, t, unit, i, dy, dx, ok, w, sy, sx, MASK: tl.constexpr):
     "Mass above the threshold at a neighbour of cell i; -1 outside the map. For a mask: 1 or -1."
     y, x = i//w + dy, i % w + dx
     ok = ok & (y >= 0) & (x >= 0) & (x < w)
     s = _read(base, y, x, sy, sx, ok)
     if MASK: over = tl.where(s != 0, 1.0, -1.0)
-    else: over = s - start - t
+    else: over = s*unit - start - t
     return tl.where(ok, over, -1)
 
 # %% ../nbs/09_gpu_kernels.ipynb #4d43f132
@@ -193,17 +230,17 @@ def _plant_kernel(maps, level, parents, mass, H, h, w, sb, sh, sy, sx, TILE: tl.
     "First parents: a cell's run names its first cell, which names a cell of the row above if it touches one."
     m = tl.program_id(0).to(tl.int64)
     base, lane = _map_of(maps, H, sb, sh), tl.arange(0, TILE)
-    start, t = 0., 0.
-    if not MASK: start, t = tl.load(level + m*4), tl.load(level + m*4 + 1)
+    start, t, unit = 0., 0., 1.
+    if not MASK: start, t, unit = _noted(level + m*5, maps.dtype.element_ty == tl.float64)
     begin = tl.program_id(1)*TILE
     i = begin + lane
     ok = i < h*w
-    on = _over(base, start, t, i, 0, 0, ok, w, sy, sx, MASK) > 0
-    left = on & (_over(base, start, t, i, 0, -1, ok, w, sy, sx, MASK) > 0)
-    up = tl.where(_over(base, start, t, i, -1, 0, ok, w, sy, sx, MASK) > 0, i - w, i)
+    on = _over(base, start, t, unit, i, 0, 0, ok, w, sy, sx, MASK) > 0
+    left = on & (_over(base, start, t, unit, i, 0, -1, ok, w, sy, sx, MASK) > 0)
+    up = tl.where(_over(base, start, t, unit, i, -1, 0, ok, w, sy, sx, MASK) > 0, i - w, i)
     if CONN == 8:
-        aslant = tl.where(_over(base, start, t, i, -1, 1, ok, w, sy, sx, MASK) > 0, i - w + 1, i)
-        aslant = tl.where(_over(base, start, t, i, -1, -1, ok, w, sy, sx, MASK) > 0, i - w - 1, aslant)
+        aslant = tl.where(_over(base, start, t, unit, i, -1, 1, ok, w, sy, sx, MASK) > 0, i - w + 1, i)
+        aslant = tl.where(_over(base, start, t, unit, i, -1, -1, ok, w, sy, sx, MASK) > 0, i - w - 1, aslant)
         up = tl.where(up == i, aslant, up)
     run = tl.associative_scan(tl.where(left & (lane > 0), begin, i), 0, _larger)
     parent = tl.where(left, tl.where(lane > 0, run, i - 1), up) # where a tile cuts a run, its first cell names the last
@@ -267,12 +304,13 @@ def _unite_kernel(parents, h, w, TILE: tl.constexpr, CONN: tl.constexpr):
 def _weigh_kernel(maps, level, parents, mass, sums, H, h, w, sb, sh, sy, sx, TILE: tl.constexpr):
     "Name the roots and add each cell to its root's mass: the tile's first region at once, the others cell by cell."
     m = tl.program_id(0).to(tl.int64)
-    level, parents, mass, sums = level + m*4, parents + m*h*w, mass + m*h*w, sums + m*5
+    level, parents, mass, sums = level + m*5, parents + m*h*w, mass + m*h*w, sums + m*5
     i = tl.program_id(1)*TILE + tl.arange(0, TILE)
     p = tl.load(parents + i, mask=i < h*w, other=-1)
     on = p >= 0
     p = _climb(parents, i, tl.maximum(p, 0), on)
-    over = _over(_map_of(maps, H, sb, sh), tl.load(level), tl.load(level + 1), i, 0, 0, on, w, sy, sx, False)
+    start, t, unit = _noted(level, maps.dtype.element_ty == tl.float64)
+    over = _over(_map_of(maps, H, sb, sh), start, t, unit, i, 0, 0, on, w, sy, sx, False)
     q = tl.where(on, tl.maximum((over*tl.load(level + 2)).to(tl.int64), 1), 0)
     first = tl.min(tl.where(on, p, h*w)) # a region that fills the map is this one: no queue of atomics for it
     tl.atomic_add(mass + p, q, mask=on & (p != first), sem="relaxed")
@@ -309,7 +347,7 @@ def _finish_kernel(level, parents, mass, sums, E, G, h, w, k: "fp64", TILE: tl.c
                    GRAD: tl.constexpr):
     "Entropy of a map and the gradient of a tile."
     m = tl.program_id(0).to(tl.int64)
-    level, parents, mass, sums = level + m*4, parents + m*h*w, mass + m*h*w, sums + m*5
+    level, parents, mass, sums = level + m*5, parents + m*h*w, mass + m*h*w, sums + m*5
     value = tl.load(sums + 1).to(tl.float64)/_FINE
     alive = tl.load(sums + 4) > 1
     broken = tl.load(level + 1) != tl.load(level + 1)
@@ -321,7 +359,8 @@ def _finish_kernel(level, parents, mass, sums, E, G, h, w, k: "fp64", TILE: tl.c
         least = tl.maximum(total, tl.load(level + 3))
         n = (h*w).to(tl.float64)
         mean = tl.load(sums + 2).to(tl.float64)/_FINE - value*(tl.load(sums + 3).to(tl.float64)/n) # of u, times least
-        g = (tl.where(on, -(ln + value.to(ACC)), 0) - (k*mean).to(ACC))/least.to(ACC)
+        by = tl.load(level + 4)/least
+        g = (tl.where(on, -(ln + value.to(ACC)), 0) - (k*mean).to(ACC))*by.to(ACC)
         tl.store(G + m*h*w + i, tl.where(alive, g, 0), mask=i < h*w)
 
 # %% ../nbs/09_gpu_kernels.ipynb #ec045b2b
@@ -403,9 +442,9 @@ def _planted(maps, level, mass, connectivity, MASK):
 def _tiled(maps, E, G, connectivity, k, floor, ACC, GRAD):
     "Entropy and gradient in tiles: seven launches."
     M, (h, w), dev = E.numel(), maps.shape[2:], maps.device
-    level, sums = torch.empty(M, 4, dtype=torch.float64, device=dev), torch.empty(M, 5, dtype=torch.int64, device=dev)
+    level, sums = torch.empty(M, 5, dtype=torch.float64, device=dev), torch.empty(M, 5, dtype=torch.int64, device=dev)
     mass = torch.empty(M, h*w, dtype=torch.int64, device=dev)
-    _level_kernel[(M,)](maps, level, sums, *_places(maps), k, floor, WALK, **_with(WALK_WARPS))
+    _level_kernel[(M,)](maps, level, sums, *_places(maps), k, floor, LEAST[E.dtype], WALK, **_with(WALK_WARPS))
     parents, grid = _planted(maps, level, mass, connectivity, False)
     _weigh_kernel[grid](maps, level, parents, mass, sums, *_places(maps), TILE, **_with(TILE_WARPS))
     _sum_kernel[grid](parents, mass, sums, h, w, TILE, ACC, **_with(TILE_WARPS))
@@ -426,7 +465,7 @@ def entropy_and_gradient(maps: torch.Tensor, # (B, H, h, w), any strides; float1
     if not E.numel(): return E, G
     with _at(maps):
         if form := _small(maps):
-            _gather_kernel[(E.numel(),)](maps, E, G, *_places(maps), k, floor, form[0], maps.shape[3], connectivity,
+            _gather_kernel[(E.numel(),)](maps, E, G, *_places(maps), k, floor, LEAST[dtype], form[0], maps.shape[3], connectivity,
                                          REGIONS, ACC, need_gradient, **_with(form[1]))
         else: _tiled(maps, E, G, connectivity, k, floor, ACC, need_gradient)
     return E, G

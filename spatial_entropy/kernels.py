@@ -6,8 +6,9 @@
 __all__ = ['entropy_and_gradient', 'label_regions', 'mean_entropy']
 
 # %% ../nbs/08_kernels.ipynb #9cd151ac
-import os
+import os, warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from math import isfinite, log, nan
 
 import numpy as np
@@ -15,37 +16,89 @@ import torch
 from numba import njit, types
 from numba.extending import intrinsic
 
+from .entropy import LEAST
+
 # %% ../nbs/08_kernels.ipynb #5c1375e4
 def _keeps():
-    "Whether compiled code can be kept on disk."
+    "Whether compiled code can be kept on disk; why not."
+    if __name__ == "__main__": return False, None
     try: njit(cache=True)(lambda x: x)
-    except RuntimeError: return False
-    return __name__ != "__main__"
+    except RuntimeError: return False, "no folder for it can be written"
+    return True, None
 
-_options = dict(nogil=True, error_model="numpy", cache=_keeps())
-_compiled = njit(**_options)
-_summing = njit(**_options, fastmath={"reassoc", "contract"})
+_kept, _why_not = _keeps()
+_options = dict(nogil=True, error_model="numpy", cache=_kept)
+
+def _say_compiled_anew(why):
+    "Once a process: compilation takes seconds, and someone may wonder where they go."
+    global _said
+    if not _said: warnings.warn(
+        f"spatial_entropy: numba's kept code cannot be used ({why}); it is compiled anew. To keep it, set NUMBA_CACHE_DIR "
+        "to a folder that can be written.", RuntimeWarning, stacklevel=2)
+    _said = True
+
+_said = False
+
+# %% ../nbs/08_kernels.ipynb #90012a2e
+class _Lenient:
+    "A cache of numba's, or its stand-in that keeps nothing: with it, errors of reading and writing are said, not raised."
+    def __init__(self, cache): self._cache = cache
+    def __getattr__(self, name): return getattr(vars(self).get("_cache"), name)
+
+    def load_overload(self, signature, target):
+        if _why_not: _say_compiled_anew(_why_not)
+        try: return self._cache.load_overload(signature, target)
+        except Exception as e:
+            _say_compiled_anew(f"{self._cache.cache_path}: {type(e).__name__}: {e}")
+            with suppress(Exception): self._cache.flush()
+
+    def save_overload(self, signature, data):
+        try: self._cache.save_overload(signature, data)
+        except Exception as e: _say_compiled_anew(f"{self._cache.cache_path}: {type(e).__name__}: {e}")
+
+def _compiler(**more):
+    "njit, with a cache that never fails."
+    def compiled(function):
+        dispatcher = njit(**_options, **more)(function)
+        if hasattr(dispatcher, "_cache"): dispatcher._cache = _Lenient(dispatcher._cache)
+        return dispatcher
+    return compiled
+
+_compiled, _summing = _compiler(), _compiler(fastmath={"reassoc", "contract"})
 
 # %% ../nbs/08_kernels.ipynb #1e9bcfb6
 @_summing
-def _differences(s, first, d):
-    "Fill d with s - first; return the sums of that and of |s|."
+def _differences(s, first, unit, d):
+    "Fill d with s·unit - first; return the sums of that and of |s·unit|."
     total = size = 0.
     for i in range(s.size):
-        cell = np.float64(s[i])
+        cell = np.float64(s[i])*unit
         d[i] = cell - first
         total += cell - first
         size += abs(cell)
     return total, size
 
 @_summing
-def _load(flat, at, w, sy, sx, d):
-    "Fill d (h*w, and spare) with s - s[0]; return the sums of d and of |s|."
-    n, first, total, size = d.size - 64, np.float64(flat[at]), 0., 0.
-    if sx == 1 and sy == w: return _differences(flat[at:at + n], first, d)
+def _row(flat, row, w, sx, first, unit, d):
+    "The same for w cells that lie sx apart, from `row` on."
+    total = size = 0.
+    for x in range(w):
+        cell = np.float64(flat[row + x*sx])*unit
+        d[x] = cell - first
+        total += cell - first
+        size += abs(cell)
+    return total, size
+
+# %% ../nbs/08_kernels.ipynb #7e977556
+@_summing
+def _load(flat, at, w, sy, sx, first, unit, d):
+    "Fill d (h*w, and spare) with s·unit - first; return the sums of that and of |s·unit|."
+    n, total, size = d.size - 64, 0., 0.
+    if sx == 1 and sy == w: return _differences(flat[at:at + n], first, unit, d)
     for y in range(n//w):
         row = at + y*sy
-        t, a = _differences(flat[row:row + (w - 1)*sx + 1:sx], first, d[y*w:])
+        if sx == 1: t, a = _differences(flat[row:row + w], first, unit, d[y*w:])
+        else: t, a = _row(flat, row, w, sx, first, unit, d[y*w:])
         total, size = total + t, size + a
     return total, size
 
@@ -155,8 +208,8 @@ def _masses(d, t, count, pieces, mass):
     start, stop, parent = pieces
     A, mass[:count] = 0., 0.
     for r in range(count):
-        m = -t*(stop[r] - start[r])
-        for i in range(start[r], stop[r]): m += d[_u64(i)]
+        m = 0.
+        for i in range(start[r], stop[r]): m += d[_u64(i)] - t
         mass[parent[r]] += m
         A += m
     return A
@@ -168,7 +221,7 @@ def _entropy(mass, A, count):
     E = 0.
     for r in range(count):
         if mass[r] > 0:
-            P = mass[r]/A
+            P = max(mass[r]/A, 2.3e-308)
             mass[r] = log(P)
             E -= P*mass[r]
     return max(E, 0.)
@@ -188,25 +241,34 @@ def _gradient(g, scale, k, E, count, pieces, logs):
 
 # %% ../nbs/08_kernels.ipynb #7cb4c389
 @_compiled
-def _entropies(flat, shape, strides, reach, k, floor, lo, hi, E, g):
+def _read(flat, at, w, sy, sx, k, d):
+    "Load a map: the threshold in d, the sum of |s|, and what all was multiplied by. A broken map's sum is not finite."
+    first, unit = np.float64(flat[at]) if k == 1 else 0., 1.
+    total, size = _load(flat, at, w, sy, sx, first, unit, d)
+    if not isfinite(size + abs(k*total)):
+        unit = 2.**-300
+        total, size = _load(flat, at, w, sy, sx, first*unit, unit, d)
+    return k*total/(d.size - 64), size, unit
+
+# %% ../nbs/08_kernels.ipynb #5fff6b8d
+@_compiled
+def _entropies(flat, shape, strides, reach, k, floor, least, lo, hi, E, g):
     "E and g (if it has rows) of the maps lo..hi of (B, H, h, w), read from flat by strides."
     (_, H, h, w), (sb, sh, sy, sx) = shape, strides
-    n = h*w
-    d, bits, mass = np.zeros(n + 64), np.zeros(n//64 + 2, np.uint64), np.empty(h*((w + 1)//2 + w//64 + 1))
+    d, bits = np.zeros(h*w + 64), np.zeros(h*w//64 + 2, np.uint64)
     pieces, row, base = _room(h, w)
+    mass = np.empty(pieces[0].size)
     for i in range(lo, hi):
-        at = i//H*sb + i%H*sh
-        total, size = _load(flat, at, w, sy, sx, d)
+        t, size, unit = _read(flat, i//H*sb + i%H*sh, w, sy, sx, k, d)
         E[i] = 0 if isfinite(size) else nan
         if g.size: g[i, :] = 0
         if not isfinite(size): continue
-        t = k*total/n + (k - 1)*np.float64(flat[at])
         _pack(d, t, bits)
         count = _regions(bits, h, w, reach, pieces, row, base)
         if _settle(pieces[2], count) < 2: continue
         A = _masses(d, t, count, pieces, mass)
         E[i] = e = _entropy(mass, A, count)
-        if g.size: _gradient(g[i], -1/max(A, floor*max(1., size)), k, e, count, pieces, mass)
+        if g.size: _gradient(g[i], -unit/max(A, floor*max(unit, size), least), k, e, count, pieces, mass)
 
 # %% ../nbs/08_kernels.ipynb #f4b51c42
 @_compiled
@@ -218,8 +280,8 @@ def _labels(flat, shape, strides, reach, lo, hi, out):
     number = np.empty(start.size, np.int32)
     for i in range(lo, hi):
         at = i//H*sb + i%H*sh
-        _load(flat, at, w, sy, sx, d)
-        _pack(d, .5 - flat[at], bits)
+        _load(flat, at, w, sy, sx, 0., 1., d)
+        _pack(d, .5, bits)
         found, out[i, :] = 0, 0
         count = _regions(bits, h, w, reach, (start, stop, parent), row, base)
         _settle(parent, count)
@@ -260,8 +322,8 @@ def entropy_and_gradient(maps, # (B, H, h, w) on the CPU, any strides
     (B, H, h, w), memory = maps.shape, _memory(maps)
     E = maps.new_empty(B, H)
     g = maps.new_empty(maps.shape if need_gradient else 0)
-    e, rows = E.view(-1).numpy(), g.view(-1, h*w).numpy()
-    _share_out(lambda lo, hi: _entropies(*memory, int(connectivity == 8), times_mean, floor, lo, hi, e, rows), B*H, h*w)
+    e, rows, options = E.view(-1).numpy(), g.view(-1, h*w).numpy(), (times_mean, floor, LEAST[maps.dtype])
+    _share_out(lambda lo, hi: _entropies(*memory, int(connectivity == 8), *options, lo, hi, e, rows), B*H, h*w)
     return E, g
 
 # %% ../nbs/08_kernels.ipynb #92604749
@@ -269,7 +331,7 @@ def label_regions(mask, # (B, H, h, w) bool on the CPU, any strides
                   connectivity):
     "Labels (B, H, h, w) int32, 1.. in raster order."
     (B, H, h, w), memory = mask.shape, _memory(mask.view(torch.uint8))
-    labels = torch.empty(mask.shape, dtype=torch.int32)
+    labels = torch.empty(mask.shape, dtype=torch.int32, device=mask.device)
     rows = labels.view(-1, h*w).numpy()
     _share_out(lambda lo, hi: _labels(*memory, int(connectivity == 8), lo, hi, rows), B*H, h*w)
     return labels

@@ -11,13 +11,16 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from .entropy import FLOOR, clear_entropy
-from .regions import _check_connectivity, _check_maps, clear_labels, keep_mass
+from .regions import LONG, _check_connectivity, _check_maps, check_real, clear_labels, from_first, keep_mass
 
 # %% ../nbs/10_operators.ipynb #9a8a3da1
 @cache
 def _kernels(device): # "cpu", "cuda", …
     "The module with the fused kernels for a kind of device, or None."
+    if device == "meta": return None                           # shapes only
     try:
         if device == "cpu": from spatial_entropy import kernels as found
         elif device == "cuda": from spatial_entropy import gpu_kernels as found
@@ -34,6 +37,11 @@ def backend(device: torch.device | str # such as "cpu" or "cuda:1"
     return {"kernels": "numba", "gpu_kernels": "triton"}[module.__name__.rpartition(".")[2]] if module else "clear"
 
 # %% ../nbs/10_operators.ipynb #ded1f6b2
+@cache
+def _report_broken_maps():
+    warnings.warn("spatial_entropy: got maps with NaN or infinite cells; their entropy is NaN with gradient 0. The loss "
+                  "leaves them out and counts them in `left_out`. This is said once.", stacklevel=2)
+
 def _empty(maps, connectivity, times_mean, floor, need_gradient):
     "Tensors of the right shape: E (B, H), dE/ds (B, H, h, w) or nothing."
     E = maps.new_empty(maps.shape[:2], dtype=torch.float64 if maps.dtype == torch.float64 else torch.float32)
@@ -51,7 +59,9 @@ def _compute(maps, connectivity, times_mean, floor, need_gradient):
 @torch.library.custom_op("spatial_entropy::entropy", mutates_args=())
 def _entropy(maps: Tensor, connectivity: int, times_mean: float, floor: float, need_gradient: bool) -> tuple[Tensor, Tensor]:
     "E (B, H) and dE/ds (B, H, h, w) of maps (B, H, h, w)."
-    return _compute(maps, connectivity, times_mean, floor, need_gradient)
+    E, g = _compute(maps, connectivity, times_mean, floor, need_gradient)
+    if E.is_cpu and E.isnan().any(): _report_broken_maps()
+    return E, g
 
 _entropy.register_fake(_empty)
 
@@ -74,10 +84,11 @@ def _keep(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1]); ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output)
 
+_SECOND = ("spatial_entropy: asked for a second derivative (create_graph=True, a hessian), which it does not have; "
+           "take the first one only")
+
 def _refuse_second_derivative():
-    if torch.is_grad_enabled():
-        raise RuntimeError("spatial_entropy: asked for a second derivative (create_graph=True), which it does not have; "
-                           "call backward without create_graph")
+    if torch.is_grad_enabled(): raise RuntimeError(_SECOND)
 
 def _backward(ctx, grad, _):
     _refuse_second_derivative()
@@ -86,6 +97,45 @@ def _backward(ctx, grad, _):
     return _scaled(g, grad.masked_fill(E.isnan(), 0), ctx.dtype), None, None, None, None
 
 _entropy.register_autograd(_backward, setup_context=_keep)
+
+# %% ../nbs/10_operators.ipynb #d7d36fe3
+@_entropy.register_vmap
+def _entropy_vmap(info, dims, maps, *options):
+    maps = maps.movedim(dims[0], 0)
+    E, g = _entropy(maps.flatten(0, 1), *options)
+    return (E.unflatten(0, maps.shape[:2]), g.view(maps.shape) if options[-1] else g), (0, 0 if options[-1] else None)
+
+class _Scaled(torch.autograd.Function):
+    "g·grad, of which no derivative is taken."
+    generate_vmap_rule = True
+    def forward(maps, g, grad): return (g*grad[..., None, None]).to(maps.dtype)
+    def setup_context(ctx, inputs, output): pass
+    def backward(ctx, grad): raise RuntimeError(_SECOND)
+    def jvp(ctx, *tangents): raise RuntimeError(_SECOND)
+
+# %% ../nbs/10_operators.ipynb #8f29b592
+class _Transformed(torch.autograd.Function):
+    "The entropy operator as `torch.func` can take it apart."
+    def forward(maps, connectivity, times_mean, floor): return _entropy(maps, connectivity, times_mean, floor, True)
+
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(inputs[0], *output); ctx.save_for_forward(inputs[0], *output)
+
+    def backward(ctx, grad, _):
+        maps, E, g = ctx.saved_tensors
+        return _Scaled.apply(maps, g, torch.where(E.isnan(), 0, grad)), None, None, None
+
+    def jvp(ctx, tangent, *_):
+        _, E, g = ctx.saved_tensors
+        return (g*tangent).sum((-2, -1)).to(E.dtype), None
+
+    def vmap(info, dims, maps, *options):
+        maps = maps.movedim(dims[0], 0)
+        E, g = _Transformed.apply(maps.flatten(0, 1), *options)
+        return (E.unflatten(0, maps.shape[:2]), g.unflatten(0, maps.shape[:2])), (0, 0)
+
+def _is_transformed(): return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 # %% ../nbs/10_operators.ipynb #b8e92b24
 @torch.library.custom_op("spatial_entropy::label_regions", mutates_args=())
@@ -97,11 +147,15 @@ def _label(mask: Tensor, connectivity: int) -> Tensor:
 @_label.register_fake
 def _label_fake(mask, connectivity): return torch.empty(mask.shape, dtype=torch.int32, device=mask.device)
 
+@_label.register_vmap
+def _label_vmap(info, dims, mask, connectivity):
+    mask = mask.movedim(dims[0], 0)
+    return _label(mask.flatten(0, 1), connectivity).view(mask.shape), 0
+
 # %% ../nbs/10_operators.ipynb #49d792d1
 def _four(x):
     "(..., h, w) as (B, H, h, w), without a copy where that can be."
-    if x.ndim < 4: return x[(None,)*(4 - x.ndim)]
-    return x if x.ndim == 4 else x.reshape(-1, *x.shape[-3:])
+    return x[(None,)*(4 - x.ndim)] if x.ndim < 4 else x.flatten(0, x.ndim - 4)
 
 def label_regions(mask: Tensor, # (..., h, w) bool, or numbers of which non-zero is attended
                   connectivity: int = 8, # 8: diagonal steps count; 4: they do not
@@ -115,30 +169,33 @@ def label_regions(mask: Tensor, # (..., h, w) bool, or numbers of which non-zero
     on = mask.detach() if mask.dtype == torch.bool else mask.detach() != 0
     return _label(_four(on), connectivity).view(mask.shape)
 
-# %% ../nbs/10_operators.ipynb #3a51e686
-@cache
-def _report_broken_maps():
-    warnings.warn("spatial_entropy: got maps with NaN or infinite cells; their entropy is NaN with gradient 0. The loss "
-                  "leaves them out and counts them in `left_out`. This is said once.", stacklevel=4)
-
-def _check(maps, connectivity, times_mean, mass, floor):
-    _check_maps(maps); _check_connectivity(connectivity)
-    if maps.is_complex(): raise TypeError(f"maps: got {maps.dtype}, expected real numbers; take .abs() or .real")
-    if not 0 <= times_mean < float("inf"): raise ValueError(f"times_mean: got {times_mean}, expected a number of at least 0; 1 is the paper's")
-    if not 0 <= floor < float("inf"): raise ValueError(f"floor: got {floor}, expected a number of at least 0; {FLOOR} is the default")
-    if mass is not None and times_mean != 1: raise ValueError(f"got times_mean={times_mean} and mass={mass}; choose one threshold")
-
-def _should_look(maps): return maps.device.type == "cpu" and not torch.compiler.is_compiling()
-
 # %% ../nbs/10_operators.ipynb #a7ee9c8d
+def _check(maps, connectivity, times_mean, mass, floor):
+    _check_maps(maps); check_real(maps); _check_connectivity(connectivity)
+    if not 0 <= times_mean < float("inf"):
+        raise ValueError(f"times_mean: got {times_mean}, expected a number of at least 0; 1 is the paper's")
+    if not 0 <= floor < float("inf"):
+        raise ValueError(f"floor: got {floor}, expected a number of at least 0; {FLOOR} is the default")
+    if mass is not None and times_mean != 1:
+        raise ValueError(f"got times_mean={times_mean} and mass={mass}; choose one threshold")
+
+_READ = (torch.float16, torch.bfloat16, torch.float32, torch.float64) # what kernels read as it is
+
 def _prepare(maps, connectivity, times_mean, mass, floor):
     "The operator's arguments: maps (B, H, h, w), connectivity, k, floor, whether a gradient is needed."
     _check(maps, connectivity, times_mean, mass, floor)
-    s = maps if maps.is_floating_point() else maps.float()
-    if mass is not None: s, times_mean = torch.where(keep_mass(s.detach(), mass), s, s*0), 0.
-    return _four(s), connectivity, float(times_mean), float(floor), s.requires_grad and torch.is_grad_enabled()
+    k = float(times_mean) if mass is None else 0.
+    s = from_first(maps, k) if maps.dtype in LONG else maps if maps.dtype in _READ else maps.float()
+    if mass is not None: s = torch.where(keep_mass(maps, mass), s, s*0)
+    return _four(s), connectivity, k, float(floor), s.requires_grad and torch.is_grad_enabled()
+
+def _like(E, maps): return E if maps.dtype == torch.float64 else E.float()
 
 # %% ../nbs/10_operators.ipynb #51e782ce
+def _entropies(prepared):
+    "E (B, H)."
+    return (_Transformed.apply(*prepared[:-1]) if _is_transformed() else _entropy(*prepared))[0]
+
 def spatial_entropy(maps: Tensor, # (..., h, w) similarities before the softmax, any real dtype, any strides
                     connectivity: int = 8, # 8 as in the paper, or 4
                     *, times_mean: float = 1., # k: cells above k times the mean count; 1 as in the paper
@@ -149,11 +206,10 @@ def spatial_entropy(maps: Tensor, # (..., h, w) similarities before the softmax,
 
     A map with nothing above its threshold gives 0 with gradient 0. A map with a NaN or infinite cell gives NaN with
     gradient 0 (and on a CPU a warning, once). Half precision is computed in float32. The host does not wait for the
-    device, unless `mass` is given. Raises TypeError or ValueError for what is not a (..., h, w) real tensor.
+    device, unless `mass` is given. The first derivative also under `torch.func`, where the second raises RuntimeError.
+    Raises TypeError or ValueError for what is not a (..., h, w) tensor of real numbers.
     """
-    E, _ = _entropy(*_prepare(maps, connectivity, times_mean, mass, floor))
-    if _should_look(maps) and E.isnan().any(): _report_broken_maps()
-    return E.view(maps.shape[:-2])
+    return _like(_entropies(_prepare(maps, connectivity, times_mean, mass, floor)), maps).reshape(maps.shape[:-2])
 
 # %% ../nbs/10_operators.ipynb #a4919687
 def _average(E):
@@ -168,7 +224,9 @@ def _average(E):
 def _mean(maps: Tensor, connectivity: int, times_mean: float, floor: float, need_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
     "Their mean entropy; one over their number and how many have none (2,); dE/ds."
     E, g = _compute(maps, connectivity, times_mean, floor, need_gradient)
-    return *_average(E), g
+    mean, facts = _average(E)
+    if facts.is_cpu and facts[1] > 0: _report_broken_maps()
+    return mean, facts, g
 
 @_mean.register_fake
 def _mean_fake(maps, connectivity, times_mean, floor, need_gradient):
@@ -189,12 +247,21 @@ def _backward_mean(ctx, grad, *_):
 
 _mean.register_autograd(_backward_mean, setup_context=_keep_mean)
 
+# %% ../nbs/10_operators.ipynb #ffb58200
+def _can_count(maps):
+    "Whether a buffer can take up numbers of these maps: not shapes only, not inside a transform."
+    if torch.compiler.is_compiling(): return True
+    return not (maps.is_meta or isinstance(maps, FakeTensor))
+
+def _mean_of(E): return E.nansum()/(~E.isnan()).sum().clamp_min(1)
+
 # %% ../nbs/10_operators.ipynb #62cc99bb
 class SpatialEntropyLoss(nn.Module):
     """Mean spatial entropy over all maps: the regulariser of arXiv 2206.04636, to be multiplied by λ = 0.01.
 
     `left_out` counts the maps with NaN or infinite cells seen so far, on the maps' device: read it when you log, not in
-    every step. They enter neither mean nor gradient. Arguments and errors are those of `spatial_entropy`.
+    every step. They enter neither mean nor gradient. Under `torch.func`, where nothing outside may change, they are left
+    out and not counted. Arguments and errors are those of `spatial_entropy`.
     """
     def __init__(self, connectivity: int = 8, # 8 as in the paper, or 4
                  *, times_mean: float = 1., mass: float | None = None, floor: float = FLOOR):
@@ -205,10 +272,16 @@ class SpatialEntropyLoss(nn.Module):
 
     def forward(self, maps: Tensor # (..., h, w), usually (B, H, h, w)
                ) -> Tensor: # a scalar in nats
-        mean, facts, _ = _mean(*_prepare(maps, self.connectivity, **self.threshold))
-        if self.left_out.device != maps.device: self.left_out = self.left_out.to(maps.device)
-        self.left_out += facts[1].to(torch.int64)
-        if _should_look(maps) and facts[1] > 0: _report_broken_maps()
-        return mean
+        prepared = _prepare(maps, self.connectivity, **self.threshold)
+        if _is_transformed(): return _like(_mean_of(_entropies(prepared)), maps)
+        mean, facts, _ = _mean(*prepared)
+        if _can_count(maps): self._count(facts[1])
+        return _like(mean, maps)
+
+    def _count(self, broken):
+        if self.left_out.device != broken.device:
+            old = 0 if self.left_out.is_meta else self.left_out
+            self.left_out = torch.zeros_like(self.left_out, device=broken.device) + old
+        self.left_out += broken.to(torch.int64)
 
     def extra_repr(self): return ", ".join(f"{k}={v}" for k, v in dict(connectivity=self.connectivity, **self.threshold).items())

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 import torch
+from accelerate import Accelerator
 from matplotlib import pyplot as plt
 from PIL import Image
 from rich.console import Console
@@ -24,7 +25,8 @@ from .benchmark import _checked_output, _fresh_folder, _machine
 from .config import TrainConfig
 from .data import shapes
 from .files import write_json, write_whole
-from .jobs import prepare
+from .jobs import prepare, try_forward
+from .models import build_model
 from .training import _train_epoch
 
 # %% ../nbs/23_training_benchmark.ipynb #cee98612
@@ -200,7 +202,8 @@ def prepare_training_benchmark(output: str = "benchmark-results", quick: bool = 
     for name in ("rounds", "updates", "batch_size", "img_size"):
         if getattr(q, name) < 1: raise ValueError(f"{name.replace('_', '-')}: got {getattr(q, name)}, expected at least 1")
     if q.timm_train: _script(q.timm_train); q.timm_train = str(q.timm_train)
-    TrainConfig(model=q.model, img_size=q.img_size, amp_dtype=q.amp_dtype)
+    c = TrainConfig(model=q.model, model_kwargs=q.model_kwargs, img_size=q.img_size, amp_dtype=q.amp_dtype)
+    try_forward(build_model(c, 10), c, 10, Accelerator(cpu=True))
     if q.data and not (Path(q.data)/"train").is_dir(): raise FileNotFoundError(f"data: {q.data}: expected an image folder with train/ and validation/")
     return q, _checked_output(output)
 
@@ -222,7 +225,7 @@ def run_training_benchmark(request, folder, console=None): # the report, as trai
     with tempfile.TemporaryDirectory() as work:
         data = request.data or work + "/pictures"
         if not request.data: _pictures(data, request)
-        rounds, shares = _turns(request, data, work + "/runs", lambda said: console.print(said, highlight=False))
+        rounds, shares = _turns(request, data, work + "/runs", lambda said: console.print(said, highlight=False, markup=False))
     cuda = rounds[0]["plain"]["peak"] is not None
     peaks = {n: max(r[n]["peak"] for r in rounds) for n in rounds[0]} if cuda else _peaks(request)
     report = dict(request=asdict(request), machine={**_machine(torch.device("cuda" if cuda else "cpu")), "threads": torch.get_num_threads()},
@@ -231,7 +234,7 @@ def run_training_benchmark(request, folder, console=None): # the report, as trai
     report["request"].pop("timm_train"); write_json(folder/"training.json", report)
     write_whole(folder/"training.png", lambda p: draw_training(report).savefig(p, dpi=120))
     _print(report, console)
-    console.print(f"written: {folder/'training.json'}, training.png", highlight=False)
+    console.print(f"written: {folder/'training.json'}, training.png", highlight=False, markup=False)
     return report
 
 # %% ../nbs/23_training_benchmark.ipynb #1b92dd19
@@ -250,7 +253,7 @@ def _print(report, console):
     if "to_timm" in report["contenders"]["regulariser"]["cpu"]:
         for clock, what in _clocks.items():
             low, mid, high = report["contenders"]["regulariser"][clock]["to_timm"]
-            console.print(f"everything on, against timm's script: {mid:.3f}× its throughput ({low:.3f}–{high:.3f}), {what}", highlight=False)
+            console.print(f"everything on, against timm's script: {mid:.3f}× its throughput ({low:.3f}–{high:.3f}), {what}", highlight=False, markup=False)
 
 # %% ../nbs/23_training_benchmark.ipynb #cd94bff8
 def draw_training(report):

@@ -61,6 +61,7 @@ def main():
             maps = torch.tensor(np.abs(smooth(4, 14, 14, 1, np.random.default_rng(3)))).to(dtype)
             check(maps, 8, k)
             check(maps[:, ::2, 1::3], 4, k)                                     # strides
+    magnitudes()
     for h, w in [(33, 35), (64, 64)]:
         rng = np.random.default_rng(h)
         maps = torch.tensor(np.concatenate([smooth(1, h, w, 1, rng), blob(1, h, w, rng), spiral(h, w)[None], dots(h, w)[None], serpentine(h, w)[None]]))
@@ -68,6 +69,42 @@ def main():
         check_labels(maps > .5, 8)
     through_the_front_door()
     print(done)
+
+
+def magnitudes():
+    "Maps at the ends of their type's range, cells that vanish beside others, and a cell that stands for many."
+    map_ = torch.tensor(smooth(1, 7, 9, 1, np.random.default_rng(4)))
+    map_ = map_ / map_.abs().max()
+    for dtype, sizes in {torch.float32: (3e38, 1e-27), torch.float64: (1.7e308, 1e-297), torch.bfloat16: (3e38,)}.items():
+        for size in sizes:
+            for k in (1., .5):
+                both_forms(7, 9, lambda d=dtype, s=size, k=k: check_scaled((map_.abs() if k != 1 else map_).mul(s).to(d), k))
+    for dtype in (torch.float32, torch.float64):
+        maps = torch.tensor([[[1e20, 1e3, 1e20], [0, 0, 0], [1e20, 1e20, 1e20]], [[1e20, 0, 1e20], [0, 0, 0], [1e3, 1, 1e20]]], dtype=dtype)
+        both_forms(3, 3, lambda m=maps: check_values(m, 0.))
+        both_forms(1, 9, lambda d=dtype: check(torch.randn(2, 5, 1).to(d).expand(2, 5, 6)))
+        both_forms(1, 9, lambda d=dtype: check(torch.randn(2, 1, 1).to(d).expand(2, 5, 6)))
+
+
+def check_values(maps, k):
+    E, _ = gpu_kernels.entropy_and_gradient(maps[None], 8, k, 1e-3, True)
+    want = [oracle(m, 8, k)[0] for m in maps.double().numpy()]
+    assert np.allclose(E[0].double(), want, atol=TOLERANCE[maps.dtype]), (E, want)
+    done["entropy"] += len(maps)
+
+
+def check_scaled(maps, k):
+    "As the map divided by 2**n, of which the gradient is 2**n times as large."
+    power = 2. ** np.floor(np.log2(float(maps.double().abs().max())))
+    E, g = gpu_kernels.entropy_and_gradient(maps[None], 8, k, 0., True)
+    for m, e, slope in zip(maps.double().numpy() / power, E[0].tolist(), g[0].double().numpy()):
+        want, bent, _, size = oracle(m, 8, k, 0.)
+        least = float(torch.finfo(torch.float64 if maps.dtype == torch.float64 else torch.float32).tiny)
+        off = np.abs(slope - bent / power).max()
+        assert abs(e - want) <= TOLERANCE[maps.dtype], (maps.dtype, power, k, e, want)
+        assert off <= 10 * TOLERANCE[maps.dtype] * size / power + least, (maps.dtype, power, k, off, size / power)
+        done["entropy"] += 1
+        done["gradient"] += 1
 
 
 def through_the_front_door():

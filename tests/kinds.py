@@ -10,8 +10,8 @@ def oracle(s, connectivity=8, times_mean=1., floor=1e-3):
     s = np.asarray(s, np.float64)
     if not np.isfinite(s).all():
         return np.nan, np.zeros_like(s), None, 0.
-    d = s - s.flat[0]
-    a = d - (times_mean * d.mean() + (times_mean - 1) * s.flat[0])
+    d = s - s.flat[0] if times_mean == 1 else s
+    a = d - times_mean * d.sum() / d.size
     on = a > 0
     labels, count = ndimage.label(on, STRUCTURE[connectivity])
     if not count:

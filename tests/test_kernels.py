@@ -3,8 +3,10 @@ import os
 import subprocess
 import sys
 import textwrap
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -132,9 +134,53 @@ def test_where_nothing_can_be_kept_on_disk_it_is_compiled_in_memory():
         caching.CodeLibraryCacheImpl._locator_classes = [Nowhere]
         import torch, spatial_entropy as se
         from spatial_entropy import kernels
-        print(kernels._options["cache"], se.spatial_entropy(torch.eye(4)).item())
+        import warnings
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            print(kernels._options["cache"], se.spatial_entropy(torch.eye(4)).item())
+        print(*(w.message for w in said), sep="\\n")
     """)
-    assert "False 0.0" in said
+    assert "False 0.0" in said and said.count("numba's kept code cannot be used (no folder for it can be written)") == 1
+
+
+def spoil(path, harm):
+    if harm == "a folder in its place":
+        path.unlink()
+        path.mkdir()
+    elif harm == "another user's":
+        path.chmod(0)
+    else:
+        path.write_bytes({"empty": b"", "noise": bytes(range(1, 200)), "cut": path.read_bytes()[:-30]}[harm])
+
+
+@pytest.mark.parametrize("files", ["*.nbi", "*.nbc"])
+@pytest.mark.parametrize("harm", ["empty", "noise", "cut", "a folder in its place", "another user's", "full disk"])
+def test_a_cache_that_fails_is_said_once_and_does_without(tmp_path, monkeypatch, harm, files):
+    "Of a function of two signatures: kept by one dispatcher, spoiled, wanted by the next."
+    if harm == "another user's" and os.geteuid() == 0:
+        pytest.skip("root may read everything")
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+
+    def triple(x):
+        return 3 * x
+
+    assert kernels._compiled(triple)(14) == 42
+    kept = list(tmp_path.rglob(files))
+    assert kept
+    if harm == "full disk":
+        def full(*args, **kwargs):
+            raise OSError(28, "No space left on device")
+        monkeypatch.setattr(numba.core.caching.IndexDataCacheFile, "_open_for_write", full)
+        [p.unlink() for p in tmp_path.rglob("*.nb?")]
+    else:
+        [spoil(p, harm) for p in kept]
+    monkeypatch.setattr(kernels, "_said", False)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        again = kernels._compiled(triple)
+        assert again(14) == 42 and again(1.5) == 4.5
+    said = [str(w.message) for w in said]
+    assert len(said) == 1 and "numba's kept code cannot be used" in said[0]
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -4,20 +4,26 @@ import io
 import multiprocessing
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from unittest.mock import patch
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from rich.console import Console
+from timm.models import save_for_hf
 
 from spatial_entropy import jobs
+from spatial_entropy.batches import loaders
 from spatial_entropy.commands import main
 from spatial_entropy.config import TrainConfig
 from spatial_entropy.files import read_text
+from spatial_entropy.models import load_run
 from spatial_entropy.progress import RunProgress
 from spatial_entropy.training import prepare
 
@@ -199,3 +205,99 @@ def test_a_terminal_that_cannot_redraw_gets_lines():
         progress.update(8, loss=1.)
         progress.finish(dict(epoch=1))
     assert said.getvalue() == "epoch   1/1\n"
+
+
+# ---- names that timm.create_model takes
+
+@pytest.fixture(scope="module")
+def folder_of_timm(tmp_path_factory):
+    "A model as timm keeps it in a folder, with its own mean and number of classes."
+    path = tmp_path_factory.mktemp("modèle")
+    torch.manual_seed(0)
+    known = dict(mean=(.1, .2, .3), input_size=(3, 64, 64))
+    save_for_hf(timm.create_model("test_vit", num_classes=2, pretrained_cfg_overlay=known), path, safe_serialization=True)
+    return path
+
+
+def test_a_folder_of_timm_is_trained_evaluated_and_drawn(folder_of_timm, pictures, tmp_path):
+    name = f"local-dir:{folder_of_timm}"
+    for start in (["--pretrained"], ["--initial-checkpoint", str(next(folder_of_timm.glob("*.safetensors")))]):
+        words = small(pictures, tmp_path)[:-len(tiny) - 1]
+        words[words.index("--model") + 1], words[words.index("--experiment") + 1] = name, start[0][2:]
+        words[words.index("--img-size") + 1] = "64"
+        assert typed(*words, *start) == (0, "")
+    model, config, facts = load_run(tmp_path / "pretrained")
+    assert config.model == name and facts["mean"] == [.1, .2, .3]
+    picture = next(pictures.rglob("*.png"))
+    assert typed("draw", name, picture, "-o", tmp_path / "drawn.png") == (0, "") and (tmp_path / "drawn.png").exists()
+
+
+names = {"vit_tiny_patch16_224.no_such_tag": "got the tag 'no_such_tag', but timm", "local-dir:nowhere": "local-dir:nowhere cannot be had here",
+         "hf-hub:nobody/nothing": "hf-hub:nobody/nothing cannot be had here", "timm/vit_tiny_patch16_224": "timm/vit_tiny_patch16_224",
+         "hf-hub:": "got 'hf-hub:'", "s3:bucket/model": "got 's3:bucket/model'", "vit_tinny": "does not know; near: "}
+
+
+@pytest.mark.parametrize("name", names)
+def test_a_name_that_timm_does_not_take_is_one_sentence(name, pictures, tmp_path):
+    words = small(pictures, tmp_path)
+    words[words.index("--model") + 1] = name
+    with patch("huggingface_hub.constants.HF_HUB_OFFLINE", True):
+        for line in (words, ["draw", name, next(pictures.rglob("*.png")), "-o", tmp_path / "drawn.png"],
+                     [*small(pictures, tmp_path), "--teacher", name], ["benchmark", "training", "--model", name, "-o", tmp_path / "measured"]):
+            code, said = typed(*line)
+            assert code == 2 and names[name] in said and one_sentence(said), (line, said)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_training_benchmark_tries_its_model_first(tmp_path):
+    code, said = typed("benchmark", "training", "--model-kwargs", "in_chans=1", "-o", tmp_path / "measured")
+    assert code == 2 and "cannot be trained on 2 picture(s)" in said and one_sentence(said), said
+
+
+# ---- loading processes end with the program that they load for, however it ends and however they were started
+
+def program(method, end, pictures, out):
+    "One batch with a loading process, and then an end."
+    multiprocessing.set_start_method(method, force=True)
+    data = loaders(str(pictures), 32, 4, workers=1)
+    next(iter(data.train.at(0)))
+    out.send([p.pid for p in multiprocessing.active_children()])
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    if end == "error":
+        raise ZeroDivisionError("in the user's loop")
+    if end == "sys.exit":
+        sys.exit(5)
+    os.kill(os.getpid(), signal.SIGINT if end == "Ctrl-C" else signal.SIGKILL)
+    time.sleep(60)
+
+
+def running(pid):
+    try:
+        return read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="reads /proc")
+@pytest.mark.parametrize("method, end", [
+    ("fork", "error"), ("fork", "sys.exit"), ("fork", "Ctrl-C"), ("fork", "SIGKILL"), ("forkserver", "error"), ("forkserver", "SIGKILL"), ("spawn", "error")])
+def test_loading_processes_end_with_their_program(pictures, method, end):
+    ours, theirs = multiprocessing.Pipe()
+    child = multiprocessing.get_context("fork").Process(target=program, args=(method, end, pictures, theirs))
+    child.start()
+    workers = []
+    try:
+        assert ours.poll(300)
+        workers = ours.recv()
+        assert len(workers) == 1
+        child.join(20)
+        assert child.exitcode == {"sys.exit": 5, "SIGKILL": -signal.SIGKILL}.get(end, 1)
+        until = time.monotonic() + 20
+        while any(map(running, workers)) and time.monotonic() < until:
+            time.sleep(.1)
+        assert not any(map(running, workers))
+    finally:
+        for pid in [*filter(running, workers), child.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        child.join()
