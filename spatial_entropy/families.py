@@ -509,16 +509,21 @@ _heads += [
                  ), last=_stages, **_patches),
     Head(_models("blip.BlipForConditionalGeneration blip.BlipForQuestionAnswering blip.BlipForImageTextRetrieval blip_2.Blip2Model"
                  " blip_2.Blip2VisionModelWithProjection blip_2.Blip2ForConditionalGeneration blip_2.Blip2ForImageTextRetrieval"
-                 " instructblip.InstructBlipModel instructblip.InstructBlipForConditionalGeneration kosmos2.Kosmos2Model git.GitModel"
+                 " instructblip.InstructBlipModel instructblip.InstructBlipForConditionalGeneration kosmos2.Kosmos2Model"
+                 " kosmos2.Kosmos2ForConditionalGeneration git.GitModel flava.FlavaModel"
                  " instructblipvideo.InstructBlipVideoModel instructblipvideo.InstructBlipVideoForConditionalGeneration"
                  " owlvit.OwlViTForObjectDetection owlv2.Owlv2ForObjectDetection mgp_str.MgpstrForSceneTextRecognition"
                  " vit_mae.ViTMAEForPreTraining beit.BeitForMaskedImageModeling pixio.PixioBackbone"
                  " vision_encoder_decoder.VisionEncoderDecoderModel paligemma.PaliGemmaModel gemma3.Gemma3Model"
-                 " cohere2_vision.Cohere2VisionModel modernvbert.ModernVBertModel deepseek_vl.DeepseekVLModel lfm2_vl.Lfm2VlModel"), **_patches),
+                 " cohere2_vision.Cohere2VisionModel modernvbert.ModernVBertModel deepseek_vl.DeepseekVLModel lfm2_vl.Lfm2VlModel"
+                 " deepseek_vl_hybrid.DeepseekVLHybridModel t5gemma2.T5Gemma2Encoder"), **_patches),
 ]
 
 # %% ../nbs/03_families.ipynb #e77ded84
 _heads += [
+    Head((*_models("swin.SwinBackbone swinv2.Swinv2Backbone pvt_v2.PvtV2Backbone"),
+          "transformers.models.maskformer.modeling_maskformer_swin.MaskFormerSwinBackbone"),
+         last=lambda m, n: sum(m.config.depths[:_upto(m.config.out_indices, len(m.config.depths))])),
     Head(_models("yolos.YolosForObjectDetection"), reads="suffix"),
     Head(_models("deit.DeiTForImageClassificationWithTeacher"), reads="prefix"),
     Head(_models("clipseg.CLIPSegForImageSegmentation"), last=lambda m, n: max(m.extract_layers) + 1, **_patches),
