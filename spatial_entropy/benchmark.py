@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from matplotlib.figure import Figure
 import spatial_entropy
 from .entropy import clear_entropy
+from .files import write_whole
 from .operators import SpatialEntropyLoss, backend
 
 # %% ../nbs/22_benchmark.ipynb #688a01b7
@@ -553,11 +554,6 @@ def _fresh_folder(folder):
         try: path.mkdir(parents=True); return path
         except FileExistsError: continue
 
-def _write(path, save):
-    "Write with save(temporary path), then move it in place in one go."
-    temporary = path.with_name(f".{path.name}")
-    save(temporary); temporary.replace(path)
-
 # %% ../nbs/22_benchmark.ipynb #bdd02afe
 def _weight(shape, kind, threads): return 4 if (shape, kind, threads) == (_CLASSIC, "mix", 1) else 1
 
@@ -639,8 +635,8 @@ def run_benchmark(job: _Job,
     "Measure, print the tables, and write the report into a new folder."
     report = _measure_report(job, say)
     folder = _fresh_folder(job.output)
-    _write(folder/"benchmark.json", lambda path: path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"))
-    _write(folder/"benchmark.png", lambda path: draw_benchmark(report).savefig(path, format="png", dpi=150))
+    write_whole(folder/"benchmark.json", lambda path: path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"))
+    write_whole(folder/"benchmark.png", lambda path: draw_benchmark(report).savefig(path, format="png", dpi=150))
     _print_report(report)
     print(f"report: {folder/'benchmark.json'}   picture: {folder/'benchmark.png'}")
     return folder

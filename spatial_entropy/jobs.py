@@ -29,7 +29,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 # %% ../nbs/17_jobs.ipynb #b5722a9d
-from .batches import Loaders, loaders, randomness
+from .batches import Loaders, loaders, place_seed, randomness
 from .config import TrainConfig, load_config, read_settings, save_config
 from .families import find
 from .files import (Damaged, Held, Hold, check, contents, hold, new_name, newest_whole,
@@ -109,7 +109,8 @@ def _data(c, accelerator):
     update = c.batch_size*accelerator.num_processes*c.grad_accum_steps
     data = loaders(c.data, c.img_size, c.batch_size, c.seed, c.limit, c.workers, known["mean"], known["std"], update, c.crop_pct,
                    c.interpolation or known["interpolation"], c.aug_repeats,
-                   dict(fraction=c.fraction, data_dir=c.data_dir, download=c.download, train_split=c.train_split, val_split=c.val_split),
+                   dict(fraction=c.fraction, data_dir=c.data_dir, download=c.download, leave_out=[c.output],
+                        train_split=c.train_split, val_split=c.val_split),
                    dict(mixup=c.mixup, cutmix=c.cutmix, prob=c.mixup_prob, switch_prob=c.mixup_switch_prob, smoothing=c.smoothing),
                    c.reprob, scale=(c.scale, 1.), hflip=c.hflip, color_jitter=c.color_jitter, auto_augment=c.aa)
     if not len(data.train): raise ValueError(f"batch_size: got {c.batch_size}" + (f", and {update} pictures an update" if update > c.batch_size else "")
@@ -217,6 +218,7 @@ def prepare(config: TrainConfig,
 def _built(c, accelerator, folder, found, say):
     "A job at its start, from its settings; the weights of one that goes on come later."
     data, update = _data(c, accelerator)
+    for said in data.notes(): say(said)
     model = build_model(c, len(data.classes)) if found else start_model(c, data.classes, say)
     find(model)                                             # refuses, with the reason, what has no map of places
     updates = len(data.train.order)//update
@@ -338,6 +340,7 @@ def save_checkpoint(job: Job) -> Path:
     a, path = job.accelerator, job.folder/"checkpoints"/step_name(job.place.updates)
     job.place.sums = a.reduce(job.sums).tolist()
     job.sums.copy_(torch.tensor(job.place.sums, dtype=torch.float64) if job.main else torch.zeros(5))
+    torch.manual_seed(place_seed(job.config.seed, job.place.epoch, job.place.update, a.process_index, 3))
     with writing(path), _temporary(job, path) as temporary:
         _write_state(job, temporary)
         if job.main: seal(temporary, path, **_about(job)); _prune(job)

@@ -1,16 +1,22 @@
 """A run that is killed, however often and whenever, ends with the bits of the run that was not."""
 import os
+import platform
 import random
+import shutil
 import signal
 import time
+from unittest.mock import patch
 
 import kills
 import pytest
 from accelerate import PartialState
-from runs import assert_same, everything, pair, start, state, whole
+from rich.console import Console
+from runs import assert_same, everything, pair, processes, start, state, whole
 
 import spatial_entropy as se
-from spatial_entropy import jobs
+from spatial_entropy import files, jobs
+from spatial_entropy.commands import main
+from spatial_entropy.progress import RunProgress
 
 
 @pytest.fixture(scope="module")
@@ -42,17 +48,24 @@ def test_killed_at_ten_random_moments_also_while_writing(tmp_path):
     assert not list((run / "checkpoints").glob(".*"))         # nothing half written stays
 
 
-def test_every_file_is_that_of_the_uninterrupted_run(tmp_path):
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    "A run that nobody disturbed: its settings, its folder, what its files hold, the writes and the seconds it took."
+    root = tmp_path_factory.mktemp("ended")
+    config = kills.settings(root)
+    began = time.perf_counter()
+    truth, writes = kills.whole(root / "whole", config)
+    return config, root / "whole" / "here", truth, writes, time.perf_counter() - began
+
+
+def test_every_file_is_that_of_the_uninterrupted_run(ended, tmp_path):
     """Killed between any two writes and at random, with loading processes, Mixup, average and accumulation.
 
     Only the two times in metrics.csv (and in the place, where they come from) may differ. SPATIAL_ENTROPY_KILLS=100 kills a hundred times.
     """
-    config = kills.settings(tmp_path)
-    began = time.perf_counter()
-    truth, writes = kills.whole(tmp_path / "whole", config)
-    seconds = time.perf_counter() - began
-    assert {"best.safetensors", "model.safetensors", "metrics.csv", "evaluation.json", "attention.gif", "pictures/before.safetensors"} <= truth.keys()
-    assert truth["best.safetensors"] != truth["model.safetensors"] and writes > 150
+    config, _, truth, writes, seconds = ended
+    expected = {"best.safetensors", "model.safetensors", "metrics.csv", "evaluation.json", "attention.gif", "curves.png", "before_after.png"}
+    assert expected <= truth.keys() and truth["best.safetensors"] != truth["model.safetensors"] and writes > 150
     moments = kills.moments(int(os.environ.get("SPATIAL_ENTROPY_KILLS", 8)), writes, seconds)
     killed, wrong = 0, {}
     for k, moment in enumerate(moments):
@@ -60,6 +73,129 @@ def test_every_file_is_that_of_the_uninterrupted_run(tmp_path):
         killed += was
         wrong |= {str(moment): found} if found else {}
     assert not wrong and killed >= 2 * len(moments) // 3, (killed, wrong)
+
+
+def gone_on(folder, config):
+    (folder / "said").unlink(missing_ok=True)
+    code = kills.run(folder, config)
+    return code, (folder / "said").read_text()
+
+
+def cut(path):
+    with open(path, "r+b") as f:
+        f.truncate(path.stat().st_size // 2)
+
+
+def test_every_file_is_made_again(ended, tmp_path):
+    "Removed, cut short, or of another run; beside them what is not ours: links under guessable names, notes, another's checkpoint."
+    config, whole_run, truth, *_ = ended
+    for harm in ("removed", "cut"):
+        folder = tmp_path / harm
+        shutil.copytree(whole_run, folder / "here")
+        ours, outside = folder / "here" / "runs" / "run", folder / "outside"
+        for name, path in kills.files(ours).items():
+            if not name.startswith("checkpoints") and (name, harm) != ("config.yaml", "cut"):
+                path.unlink() if harm == "removed" else cut(path)
+        outside.write_text("mine")
+        kept = []
+        if harm == "removed":
+            shutil.rmtree(ours / "pictures")
+            kept = [ours / f".{n}" for n in ("evaluation.tmp.json", "metrics.tmp.csv", "model.tmp.safetensors", "curves.tmp.png")]
+            [p.symlink_to(outside) for p in kept]
+        else:
+            checkpoints = ours / "checkpoints"
+            (checkpoints / "step-notes.txt").write_text("x")
+            (checkpoints / "step-00000004-keep").mkdir()
+            shutil.copytree(checkpoints / "step-00000002", checkpoints / "step-2")
+            (checkpoints / "step-00000001").symlink_to(checkpoints / "step-00000002")
+            (ours / "pictures" / "epoch-notes.png").write_text("no picture")
+            kept = [checkpoints / n for n in ("step-notes.txt", "step-00000004-keep", "step-2", "step-00000001")] + [ours / "pictures" / "epoch-notes.png"]
+        code, said = gone_on(folder, config)
+        assert code == 0, said
+        assert outside.read_text() == "mine" and all(os.path.lexists(p) for p in kept)
+        [shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink() for p in kept]
+        assert kills.different(ours, truth) == [], said
+        assert ("config.yaml: missing; taken from a checkpoint" in said) == (harm == "removed")
+        assert ("model.safetensors: not weights that can be read" in said) == (harm == "cut")
+
+
+def test_weights_that_are_nowhere_are_not_guessed(ended, tmp_path):
+    "The best epoch's checkpoint is gone, and the file is another's; what was measured on other weights is no measure of these."
+    config, whole_run, truth, *_ = ended
+    shutil.copytree(whole_run, tmp_path / "here")
+    ours = tmp_path / "here" / "runs" / "run"
+    shutil.copy(ours / "model.safetensors", ours / "best.safetensors")
+    shutil.rmtree(ours / "checkpoints" / "step-00000002")
+    (ours / "evaluation.json").write_text('{"weights_sha256": "of others"}')
+    code, said = gone_on(tmp_path, config)
+    assert code == 0 and "best.safetensors: cannot be made again, since step-00000002 is gone or damaged" in said, said
+    assert not (ours / "best.safetensors").exists() and (ours / "best-other.safetensors").read_bytes() == truth["model.safetensors"]
+    assert "evaluation.json: was measured on weights that are gone, and is removed" in said
+    assert (ours / "evaluation.json").read_bytes() == truth["evaluation.json"]
+
+
+def at_first_update(act):
+    def update(self, images, **means):
+        act()
+    return patch.object(RunProgress, "update", update)
+
+
+tiny = dict(limit=64, batch_size=16, epochs=2, img_size=32, entropy_warmup=0, model_kwargs=dict(depth=1, embed_dim=24, num_heads=2, patch_size=8),
+            experiment="run", device="cpu", picture_interval=9)
+
+
+def waits(output):
+    "A run that comes to its first update, says so and does no more."
+    with at_first_update(lambda: ((output / "began").touch(), time.sleep(600))), open(os.devnull, "w") as out:
+        se.train(output=str(output), console=Console(file=out), plot=False, **tiny)
+
+
+@pytest.mark.parametrize("system", [True, False], ids=["flock", "record"])
+def test_one_process_at_a_time(tmp_path, monkeypatch, capsys, system):
+    if not system:
+        monkeypatch.setattr(files, "fcntl", None)            # Windows, and file systems without locks
+    child = processes.Process(target=waits, args=(tmp_path,))
+    child.start()
+    while child.is_alive() and not (tmp_path / "began").exists():
+        time.sleep(.02)
+    before = sorted(p for p in (tmp_path / "run").rglob("*"))
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert f"in use: process {child.pid} on {platform.node()} has had it since 20" in said and said.count("\n") == 1
+    assert sorted(p for p in (tmp_path / "run").rglob("*")) == before
+    child.kill()
+    child.join()
+    held = files.hold(tmp_path / "run")                      # a dead holder has nothing
+    held.release()
+    assert not [p for p in (tmp_path / "run").iterdir() if p.name in (".lock", ".held")]
+
+
+def test_a_changed_configuration_is_named_and_refused(tmp_path, capsys):
+    def stop():
+        signal.raise_signal(signal.SIGHUP)
+    with at_first_update(stop):
+        run = se.train(output=str(tmp_path), plot=False, **tiny)
+    assert run.stopped == "SIGHUP" and len(jobs.checkpoints(run.folder)) == 1
+    text = (run.folder / "config.yaml").read_text()
+    for old, new in {"\nlr: 0.001": "\nlr: 0.5", "\nseed: 42": "\nseed: 7", "\nepochs: 2": "\nepochs: 1", "\nworkers: 0": "\nworkers: 1"}.items():
+        assert old in text
+        text = text.replace(old, new)
+    (run.folder / "config.yaml").write_text(text)
+    capsys.readouterr()
+    assert main(["train", "--resume", str(run.folder)]) == 2
+    said = capsys.readouterr().err
+    assert all(what in said for what in ("lr was 0.001, is 0.5", "seed was 42, is 7", "epochs was 2, is 1", "--allow-changes")) and "workers was" not in said
+    assert said.count("\n") == 1 and len(jobs.checkpoints(run.folder)) == 1
+    older = {**jobs._versions(), "torch": "1.0"}
+    with patch.object(jobs, "_versions", lambda: older), at_first_update(stop):
+        code = main(["train", "--resume", str(run.folder), "--allow-changes"])
+    assert code == 128 + signal.SIGHUP and "going on so, as asked" in capsys.readouterr().out
+    after = se.resume(run.folder, plot=False, workers=0)
+    assert len(after.rows) == 1 and after.rows[0]["lr"] > .01    # the old one was at most 0.001
+    assert "was trained with torch 1.0 (here " in capsys.readouterr().out
+    (run.folder / "config.yaml").write_text(text.replace("opt: adamw", "opt: sgd"))
+    with pytest.raises(ValueError, match="opt was 'adamw', is 'sgd'; another optimiser cannot take over"):
+        se.resume(run.folder, allow_changes=True)
 
 
 def test_every_update_killed_once(tmp_path, uninterrupted):
@@ -74,7 +210,7 @@ def test_every_update_killed_once(tmp_path, uninterrupted):
     assert_same(state(whole(tmp_path)), uninterrupted[0])
 
 
-def test_sigterm_and_sigint_save_and_go_on(tmp_path, uninterrupted):
+def test_signals_save_and_go_on(tmp_path, uninterrupted):
     truth, seconds = uninterrupted
     codes, said = [], tmp_path / "said"
     said.touch()
@@ -85,7 +221,7 @@ def test_sigterm_and_sigint_save_and_go_on(tmp_path, uninterrupted):
             time.sleep(.01)                                  # it has begun, or says that it goes on
         time.sleep(.1 + seconds * .05)
         if child.is_alive():
-            os.kill(child.pid, (signal.SIGTERM, signal.SIGINT)[k % 2])
+            os.kill(child.pid, (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)[k % 3])
         child.join()
         codes.append(child.exitcode)
     assert 3 in codes and set(codes) <= {0, 3}, (codes, said.read_text())
