@@ -23,6 +23,7 @@ class Raster:
     cells: torch.Tensor | None = None # (W, m), or (B, m) if per_image; None: row by row
     region: torch.Tensor | None = None # (W, m): patches of a window that see one another share a number
     queries: tuple[int, int] | None = None # (h, w) of the queries, where it is another one
+    asked: torch.Tensor | None = None # (W, n) bool: pooled queries that are no padding; None: all
     per_image: bool = False # each image has an order of its own
     pictures: int = 1 # pictures, or frames, behind one another in one sequence; cells count through all of them
     overlap: bool = False # windows share keys: a cell is the mean over those that see it
@@ -36,12 +37,10 @@ class Raster:
 
     def _placed(self, t, fill):
         canvas = t.new_full((*t.shape[:-1], self.pictures*self.grid[0]*self.grid[1] + 1), fill)
+        cells, add = self.cells.flatten(), lambda zeros, values: zeros.index_add(-1, cells, values)
         if self.per_image: canvas = canvas.scatter(-1, self.cells[:, None].expand_as(t), t)
-        elif self.overlap:
-            cells = self.cells.flatten()
-            seen = t.new_zeros(canvas.shape[-1]).index_add(0, cells, t.new_ones(len(cells)))
-            canvas = torch.zeros_like(canvas).index_add(-1, cells, t)/seen.clamp_min(1)
-        else: canvas = canvas.index_copy(-1, self.cells.flatten(), t)
+        elif self.overlap: canvas = add(canvas*0, t)/add(canvas*0, torch.ones_like(t)).clamp_min(1)
+        else: canvas = canvas.index_copy(-1, cells, t)
         return canvas[..., :-1]
 
 # %% ../nbs/03_families.ipynb #f830aadc
@@ -95,6 +94,7 @@ class Layer:
     one_query: bool = False # class-attention and pools: a single query of their own
     padded: bool = False # masks may hide keys
     parts: bool = False # asks its windows, or its pictures, one after the other
+    heads: Callable | None = None # the number of heads of a layer that asks them one after the other
     why: str | Callable = "" # not tapped: the reason, or a function of layer and model that gives it
 
     def axes_of(self, t): # t: (..., c)
@@ -227,7 +227,13 @@ def _windowed(call): # (B, H, W, C) blocks with a window_size, perhaps a shift
     size = _pair(b.window_size)
     pooled = (0, 0) if getattr(b, "q_stride", None) else None
     if size[0] < 1 or getattr(b, "is_windowed", True) is False: return Raster(grid, queries=pooled)
-    return replace(windows(grid, size, _pair(getattr(b, "shift_size", 0)), device=call.x.device), queries=pooled)
+    raster = windows(grid, size, _pair(getattr(b, "shift_size", 0)), device=call.x.device)
+    return replace(raster, queries=pooled, asked=_asked(raster, b, size) if pooled else None)
+
+def _asked(raster, block, size): # SAM 2: a maximum over a few cells of a window, some of them padding
+    real = (raster.cells < raster.grid[0]*raster.grid[1]).float().unflatten(-1, size)
+    step = _pair(block.q_stride)
+    return nn.functional.max_pool2d(real[:, None], step, step).flatten(1) > 0
 
 def _tiny(call): # TinyViT attends globally where one window is the whole grid
     return Raster(tuple(call.x.shape[1:3])) if call.x.shape[1:3] == _pair(call.layer.window_size) else _windowed(call)
@@ -365,6 +371,11 @@ def _tokens(call): return Raster(_halved_to(call, call.x.shape[1]))
 def _in_runs(block, model): # NextViT pools its keys along the sequence of tokens, not over the grid
     return "" if block.e_mhsa.sr is None else "its keys are means of runs of tokens, row after row: no cells of a grid"
 
+# %% ../nbs/03_families.ipynb #a1c0de40
+def _msra(call): # EfficientViT (MSRA): padded windows, or one where that is the whole grid
+    grid, size = tuple(call.x.shape[2:4]), call.layer.attn.resolution
+    return Raster(grid) if grid == (size, size) else windows(grid, (size, size), device=call.x.device)
+
 def _iformer(call): # single-headed, in windows or not
     grid, size = tuple(call.x.shape[2:4]), call.layer.window_size
     return windows(grid, (size, size), device=call.x.device) if size else Raster(grid)
@@ -393,6 +404,8 @@ _adapters += [
     Adapter("CAFormer", _timm("metaformer.MetaFormer"), (Layer("timm.models.metaformer.Attention", _tokens),), grid="stem",
             bare="its mixers pool or convolve: no attention"),
     Adapter("NextViT", _timm("nextvit.NextViT"), (Layer("timm.models.nextvit.NextTransformerBlock", _next, why=_in_runs),)),
+    Adapter("EfficientViT (MSRA)", _timm("efficientvit_msra.EfficientVitMsra"),
+            (Layer("timm.models.efficientvit_msra.LocalWindowAttention", _msra, "(b w) n", heads=lambda m: m.num_heads),)),
     Adapter("iFormer", _timm("iformer.IFormer"), (Layer("timm.models.iformer.SHMA", _iformer, "(b w) h n"),)),
     Adapter("SHViT", _timm("shvit.SHViT"), (Layer("timm.models.shvit.SHSA", _nchw, "b n"),)),
     Adapter("LowFormer, CPUBone", _timm("lowformer.LowFormer cpubone.CPUBone"),
@@ -496,16 +509,21 @@ _heads += [
                  ), last=_stages, **_patches),
     Head(_models("blip.BlipForConditionalGeneration blip.BlipForQuestionAnswering blip.BlipForImageTextRetrieval blip_2.Blip2Model"
                  " blip_2.Blip2VisionModelWithProjection blip_2.Blip2ForConditionalGeneration blip_2.Blip2ForImageTextRetrieval"
-                 " instructblip.InstructBlipModel instructblip.InstructBlipForConditionalGeneration kosmos2.Kosmos2Model git.GitModel"
+                 " instructblip.InstructBlipModel instructblip.InstructBlipForConditionalGeneration kosmos2.Kosmos2Model"
+                 " kosmos2.Kosmos2ForConditionalGeneration git.GitModel flava.FlavaModel"
                  " instructblipvideo.InstructBlipVideoModel instructblipvideo.InstructBlipVideoForConditionalGeneration"
                  " owlvit.OwlViTForObjectDetection owlv2.Owlv2ForObjectDetection mgp_str.MgpstrForSceneTextRecognition"
                  " vit_mae.ViTMAEForPreTraining beit.BeitForMaskedImageModeling pixio.PixioBackbone"
                  " vision_encoder_decoder.VisionEncoderDecoderModel paligemma.PaliGemmaModel gemma3.Gemma3Model"
-                 " cohere2_vision.Cohere2VisionModel modernvbert.ModernVBertModel deepseek_vl.DeepseekVLModel lfm2_vl.Lfm2VlModel"), **_patches),
+                 " cohere2_vision.Cohere2VisionModel modernvbert.ModernVBertModel deepseek_vl.DeepseekVLModel lfm2_vl.Lfm2VlModel"
+                 " deepseek_vl_hybrid.DeepseekVLHybridModel t5gemma2.T5Gemma2Encoder"), **_patches),
 ]
 
 # %% ../nbs/03_families.ipynb #e77ded84
 _heads += [
+    Head((*_models("swin.SwinBackbone swinv2.Swinv2Backbone pvt_v2.PvtV2Backbone"),
+          "transformers.models.maskformer.modeling_maskformer_swin.MaskFormerSwinBackbone"),
+         last=lambda m, n: sum(m.config.depths[:_upto(m.config.out_indices, len(m.config.depths))])),
     Head(_models("yolos.YolosForObjectDetection"), reads="suffix"),
     Head(_models("deit.DeiTForImageClassificationWithTeacher"), reads="prefix"),
     Head(_models("clipseg.CLIPSegForImageSegmentation"), last=lambda m, n: max(m.extract_layers) + 1, **_patches),
@@ -875,10 +893,20 @@ class Found:
     layers: list # of (path, module, Layer)
     skipped: set # reasons for layers that were passed over
 
+def _took_apart(module, adapter): # timm's features_only: the blocks of a model, without the model
+    "Whether the entry's family is what a net of features was made from: the file that its blocks come from tells."
+    if not _is_a(module, _FEATURES) or isinstance(adapter.prefix, str): return False
+    files = {type(m).__module__ for m in module.modules()}
+    models = adapter.model if isinstance(adapter.model, tuple) else (adapter.model,)
+    shown = not isinstance(adapter.grid, str) or not adapter.grid or adapter.grid in module._modules
+    return shown and any(isinstance(m, str) and m.rpartition(".")[0] in files for m in models)
+
+_FEATURES = _of("timm.models._features", "FeatureDictNet FeatureHookNet")
+
 def _towers(model):
     for name, module in model.named_modules():
         for adapter in _adapters:
-            if _is_a(module, adapter.model):
+            if _is_a(module, adapter.model) or _took_apart(module, adapter):
                 yield name, module, adapter
                 break
 
