@@ -910,6 +910,7 @@ def _towers(model):
                 yield name, module, adapter
                 break
 
+# %% ../nbs/03_families.ipynb #bd85c758
 class SeveralModels(UnsupportedModel):
     "A model in which more than one vision model could be meant."
 
