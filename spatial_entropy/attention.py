@@ -6,7 +6,6 @@
 __all__ = ['Rows', 'similarity_maps']
 
 # %% ../nbs/02_attention.ipynb #59ffc514
-from contextlib import nullcontext
 from dataclasses import dataclass
 import torch
 
@@ -45,8 +44,8 @@ def _seen(rows, mask):
 # %% ../nbs/02_attention.ipynb #0a41173e
 def _wide(t): return t.to(torch.float64 if t.dtype == torch.float64 else torch.float32)
 
-def _full_precision(device): # the meta device knows no autocast
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+def _full_precision(t): # the meta device, on which shapes are tried out, has no autocast
+    return torch.autocast("cpu" if t.device.type == "meta" else t.device.type, enabled=False)
 
 def _own_region(rows): # (W, n queries, m keys), columns sum to 1
     same = (rows.region[:, :, None] == rows.region[:, None, :]).float()
@@ -54,7 +53,7 @@ def _own_region(rows): # (W, n queries, m keys), columns sum to 1
 
 def _row(q, k, scale, mask, rows):
     "(B, H, W, m) similarities from (B, H, W, n, d) queries and (B, H, W, m, d) keys, and which keys are seen, or None."
-    with _full_precision(k.device):
+    with _full_precision(k):
         q, k = _wide(q), _wide(k)
         if rows.region is not None:
             own = _own_region(rows).to(q.dtype)
@@ -113,7 +112,7 @@ def _weights(logits, n, rows, step=64):
 
 def _attention(q, k, scale, mask, rows):
     "(B, H, W, m) attention weights of the rows, from queries and keys."
-    with _full_precision(k.device):
+    with _full_precision(k):
         q, k = _wide(q), _wide(k)
         if mask is not None and mask.dtype == torch.bool: mask = torch.where(mask, 0., torch.finfo(q.dtype).min)
         if mask is not None and rows.region is None: rows = _without_padding(rows, mask)

@@ -412,8 +412,7 @@ def _rows_of(h, n):
     if token is not None: return Rows(token=token)
     prefix = 0 if ear.kind.one_query else _prefix(ear)
     if isinstance(tap.query, tuple): return _rows_of_patch(h, prefix)
-    if raster.real is not None and raster.real.shape[-1] == n:            # padded queries have no say
-        return Rows(weight=raster.real/raster.real.sum(-1, keepdim=True).clamp_min(1))
+    if raster.asked is not None: return Rows(weight=raster.asked/raster.asked.sum(-1, keepdim=True).clamp_min(1))
     if raster.region is not None and raster.region.shape[-1] == n: return Rows(region=raster.region)
     return _between(ear, n, prefix)
 
@@ -456,7 +455,7 @@ def _keys_of(h): return _prefix(h.ear) + _cells_of(h.raster) + _suffix(h.ear)
 def _fits(h, n, m, what):
     "Whether this is the layer's attention. Raises UnsupportedModel for a second one."
     if not h.kept and torch.compiler.is_compiling(): return h.row is None   # a repeated run, checked before
-    if h.ear.kind.parts: return h.row is None                         # its windows one after the other
+    if h.ear.kind.parts or h.ear.kind.heads is not None: return h.row is None   # one part after the other
     if m != _keys_of(h): h.passed_by.append((what, n, m))
     elif h.row is None: return True
     elif h.ear.kind.applied is None:
@@ -524,7 +523,11 @@ def _unfused(h, table):
 # %% ../nbs/04_tap.ipynb #f2fcd313
 def _keep(h, rows, row, seen):
     ear, prefix, tap, m = h.ear, _prefix(h.ear), h.ear.tap, _cells_of(h.raster)
-    if ear.kind.parts:
+    if ear.kind.heads is not None:
+        h.parts.append(row)
+        row = torch.cat(h.parts, 1)
+        if len(h.parts) < ear.kind.heads(ear.module): return
+    elif ear.kind.parts:
         h.parts.append(row)
         row = torch.cat(h.parts, -1)
         if row.shape[-1] < m: return
@@ -538,7 +541,7 @@ def _keep(h, rows, row, seen):
         raise RuntimeError("the block runs under reentrant checkpointing, which would drop the map's gradient without a "
                            "word; use checkpoint(..., use_reentrant=False)")
     if rows.weight is not None and isinstance(tap.query, tuple) and not h.raster.per_image: seen = _window_of(rows, h.raster)
-    elif h.raster.real is not None: seen = h.raster.real.any(-1, keepdim=True).expand_as(h.raster.cells)
+    elif h.raster.asked is not None: seen = h.raster.asked.any(-1, keepdim=True).expand_as(h.raster.cells)
     h.seen = seen if seen is None or h.raster.cells is not None and seen.ndim == 2 else seen[..., prefix:prefix + m]
     now.heard[ear.number] = [*now.heard.get(ear.number, []), h]
     if not torch.compiler.is_compiling(): _note(h, row, now)
@@ -730,7 +733,7 @@ def _error_of_row(h, logits, table, hidden):
             if not tap.softmax: counts = counts & (rows.region[:, :, None] == rows.region[:, None, :])
         if tap.softmax: counts = counts.any(-1, keepdim=True)
         want = torch.where(counts, table if tap.softmax else logits, 0.).sum(-2)/counts.sum(-2).clamp_min(1)
-    if len(h.parts) > 1: row = row[..., -want.shape[-1]:]                   # the last of several calls
+    if len(h.parts) > 1: row = row[:, -want.shape[1]:, ..., -want.shape[-1]:]   # the last of several calls
     error = (want[..., prefix:prefix + row.shape[-1]] - row).abs()
     if seen is not None: error = torch.where(seen, error, 0.)
     if raster.cells is not None and len(h.parts) < 2: error = error[..., raster.cells < raster.grid[0]*raster.grid[1]] if not raster.per_image else error
