@@ -181,7 +181,8 @@ class AttentionTap:
     ``with AttentionTap(model) as tap: model(x); s = tap.maps()`` gives (B, H, h, w), in the graph, with fused attention left
     on and parameter names unchanged. Without `with`, call `close` when done; under activation
     checkpointing, not before the backward pass. Layers are counted in the order in which they run; a pool by
-    attention is the last one. Several taps may listen. Each thread has passes of its own; a compiled model has one thread. Raises UnsupportedModel, with family and reason, for a model without such
+    attention is the last one. Several taps may listen. Each thread has passes of
+    its own; a compiled model has one thread. Raises UnsupportedModel, with family and reason, for a model without such
     a map, ValueError for a wrong block or query, RuntimeError rather than ever returning nothing.
     """
     def __init__(self, model: nn.Module, # a timm, Hugging Face, torchvision or open_clip vision model, also compiled, in DDP, or inside another module
