@@ -44,13 +44,16 @@ def _seen(rows, mask):
 # %% ../nbs/02_attention.ipynb #0a41173e
 def _wide(t): return t.to(torch.float64 if t.dtype == torch.float64 else torch.float32)
 
+def _full_precision(t): # the meta device, on which shapes are tried out, has no autocast
+    return torch.autocast("cpu" if t.device.type == "meta" else t.device.type, enabled=False)
+
 def _own_region(rows): # (W, n queries, m keys), columns sum to 1
     same = (rows.region[:, :, None] == rows.region[:, None, :]).float()
     return same/same.sum(1, keepdim=True)
 
 def _row(q, k, scale, mask, rows):
     "(B, H, W, m) similarities from (B, H, W, n, d) queries and (B, H, W, m, d) keys, and which keys are seen, or None."
-    with torch.autocast(k.device.type, enabled=False):
+    with _full_precision(k):
         q, k = _wide(q), _wide(k)
         if rows.region is not None:
             own = _own_region(rows).to(q.dtype)
@@ -105,7 +108,7 @@ def _weights(logits, n, rows, step=64):
 
 def _attention(q, k, scale, mask, rows):
     "(B, H, W, m) attention weights of the rows, from queries and keys."
-    with torch.autocast(k.device.type, enabled=False):
+    with _full_precision(k):
         q, k = _wide(q), _wide(k)
         if mask is not None and mask.dtype == torch.bool: mask = torch.where(mask, 0., torch.finfo(q.dtype).min)
         if mask is not None and rows.region is None: rows = _without_padding(rows, mask)

@@ -213,6 +213,7 @@ def _rows_of(self, ear, n):
     if token is not None: return Rows(token=token)
     prefix = 0 if ear.kind.one_query else _prefix(self, ear)
     if not isinstance(self.query, tuple):
+        if raster.asked is not None: return Rows(weight=raster.asked/raster.asked.sum(-1, keepdim=True).clamp_min(1))
         if raster.region is not None and raster.region.shape[-1] == n: return Rows(region=raster.region)
         return _between(self, ear, n, prefix)
     (y, x), (h, w) = self.query, raster.queries or raster.grid
@@ -263,7 +264,11 @@ AttentionTap._fused, AttentionTap._read, AttentionTap._unfused = _fused, _read, 
 def _keep(self, ear, rows, row, seen):
     prefix, raster = _prefix(self, ear), ear.raster
     m = raster.cells.shape[-1] if raster.cells is not None else raster.grid[0]*raster.grid[1]*raster.pictures
-    if ear.kind.parts:
+    if ear.kind.heads is not None:
+        ear.parts.append(row)
+        row = torch.cat(ear.parts, 1)
+        if len(ear.parts) < ear.kind.heads(ear.module): return
+    elif ear.kind.parts:
         ear.parts.append(row)
         row = torch.cat(ear.parts, -1)
         if row.shape[-1] < m: return
@@ -399,7 +404,7 @@ def _error_of_row(self, ear, logits, table, hidden):
             if not self.softmax: counts = counts & (rows.region[:, :, None] == rows.region[:, None, :])
         if self.softmax: counts = counts.any(-1, keepdim=True)
         want = torch.where(counts, table if self.softmax else logits, 0.).sum(-2)/counts.sum(-2).clamp_min(1)
-    if len(ear.parts) > 1: row = row[..., -want.shape[-1]:]                 # the last of several calls
+    if len(ear.parts) > 1: row = row[:, -want.shape[1]:, ..., -want.shape[-1]:]                 # the last of several calls
     error = (want[..., prefix:prefix + row.shape[-1]] - row).abs()
     if seen is not None: error = torch.where(seen, error, 0.)
     if raster.cells is not None and len(ear.parts) < 2: error = error[..., raster.cells < raster.grid[0]*raster.grid[1]] if not raster.per_image else error
