@@ -964,6 +964,10 @@ def _look_alikes(model):
         return re.search(r"att(n|ention)", type(m).__name__.lower()) or any(s <= parts for s in _QUERY_AND_KEY)
     return sorted({type(m).__name__ for m in model.modules() if alike(m)})
 
+def _beside(model, tower): # a refused tower is not all of it
+    rest = set(_look_alikes(model)) - set(_look_alikes(tower)) - {n for n in _look_alikes(model) if "Text" in n}
+    return f"; no adapter for the attention beside it ({', '.join(sorted(rest))})" if rest and model is not tower else ""
+
 def _nothing(tower, adapter):
     known = _look_alikes(tower)
     return f"none of its attention layers ({', '.join(known)}) is in the table" if known else adapter.bare or "it has no attention layer"
@@ -982,7 +986,7 @@ def find(model: nn.Module, # any model that holds one vision model of the table
         raise UnsupportedModel(f"{type(model).__name__}: no adapter for this family" + (f" (its attention: {', '.join(known)})" if known else
             "; no module of it is called attention, or has queries and keys") + "; add an entry with register_adapter, see 03_families")
     name, tower, adapter = next((t for t in towers if not t[2].why), towers[0])
-    if adapter.why: raise UnsupportedModel(f"{type(tower).__name__} ({adapter.name}): {adapter.why}")
+    if adapter.why: raise UnsupportedModel(f"{type(tower).__name__} ({adapter.name}): {adapter.why}{_beside(model, tower)}")
     if others := _other_towers(name, towers):
         raise SeveralModels(f"{type(model).__name__} holds several vision models ({', '.join([name, *others])}); pass the one to tap")
     adapter, layers, skipped = _as_read(model, name, adapter, *_layers_of(tower, adapter))
