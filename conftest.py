@@ -10,6 +10,7 @@ import copy
 import importlib
 import os
 import re
+import signal
 import sys
 import tempfile
 import traceback
@@ -42,7 +43,15 @@ def pytest_configure(config):
     config.nb_home = ROOT / cfg["nbs_path"]
     config.nb_off = set(cfg.get("tst_flags", "").split()) - set(config.getoption("--flags").split())
     interpret_triton()
+    listen_again()
     config.nb_ipython = tempfile.TemporaryDirectory(prefix="ipython")  # leaves the user's profile alone
+
+
+def listen_again():
+    "Tests send signals; a launcher such as nohup may have had them ignored, which children inherit."
+    for name, handler in (("SIGINT", signal.default_int_handler), ("SIGTERM", signal.SIG_DFL), ("SIGHUP", signal.SIG_DFL)):
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_IGN:
+            signal.signal(getattr(signal, name), handler)
 
 
 def interpret_triton():
