@@ -259,6 +259,7 @@ def _draw(args):
     from timm.data import create_transform
     _writable(args.output)
     if Path(args.output).suffix not in (".png", ".pdf", ".svg"): raise ValueError(f"output: got {args.output}, expected .png, .pdf or .svg")
+    if (n := len(args.images)) > 330: raise ValueError(f"images: got {n}, expected at most 330, the rows that a file can hold; draw them in several")
     pictures = [_open(p) for p in args.images]
     model, size, mean, std = _model_to_draw(args)
     to_tensor = create_transform(size, mean=mean, std=std, crop_pct=1., crop_mode="squash")
