@@ -67,10 +67,14 @@ def _row(q, k, scale, mask, rows):
         return s + (add[..., 0, :] if add.shape[-2] == 1 else rows.of(add)[..., 0, :]), _seen(rows, mask)
 
 # %% ../nbs/02_attention.ipynb #50b9b217
+def _of_own_region(rows, logits): # a mask of -inf hides the other regions
+    own = _own_region(rows).to(logits.dtype)
+    return (own*torch.where(own > 0, logits, 0.)).sum(-2)
+
 def _row_of_logits(logits, rows, padded=False):
     "The same from (B, H, W, n, m) logits; `padded` says that some of them may be hidden."
     logits = _wide(logits)
-    if rows.region is not None: return (_own_region(rows).to(logits.dtype)*logits).sum(-2), None
+    if rows.region is not None: return _of_own_region(rows, logits), None
     if not padded: return rows.of(logits)[..., 0, :], None
     rows, seen = _without_padding(rows, logits), None
     seen = _seen(rows, logits)
