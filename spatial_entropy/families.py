@@ -32,8 +32,7 @@ class Raster:
         "Put the values of the keys where they lie; several pictures become images of their own."
         (h, w), n = self.grid, self.pictures
         t = t[..., 0, :] if self.cells is None else self._placed(t.flatten(-2), fill)
-        if n == 1: return t.unflatten(-1, (h, w))
-        return rearrange(t, "b head (n h w) -> (b n) head h w", n=n, h=h)
+        return t.unflatten(-1, (h, w)) if n == 1 else rearrange(t, "b head (n h w) -> (b n) head h w", n=n, h=h)
 
     def _placed(self, t, fill):
         canvas = t.new_full((*t.shape[:-1], self.pictures*self.grid[0]*self.grid[1] + 1), fill)
@@ -93,6 +92,7 @@ class Layer:
     prefix: Any = None # tokens before the patches, where not the family's number
     one_query: bool = False # class-attention and pools: a single query of their own
     padded: bool = False # masks may hide keys
+    applied: Callable | None = None # (call, softmax) -> what multiplies the values, where the layer mixes it
     parts: bool = False # asks its windows, or its pictures, one after the other
     heads: Callable | None = None # the number of heads of a layer that asks them one after the other
     why: str | Callable = "" # not tapped: the reason, or a function of layer and model that gives it
@@ -200,16 +200,19 @@ def _nchw(call): return Raster(tuple(call.x.shape[2:4]))
 
 _class_attention = Layer("timm.models.cait.ClassAttn", prefix=1, one_query=True)
 
+def _mixed_heads(call, p): return call.layer.proj_w(p.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+def _gated(call, p): return call.layer.get_attention(call.x) # ConViT: contents and positions
+
 # %% ../nbs/03_families.ipynb #20d4581b
 _adapters += [
-    Adapter("CaiT", _timm("cait.Cait"), (Layer("timm.models.cait.TalkingHeadAttn", prefix=0), _class_attention), cls=1, reads="cls",
+    Adapter("CaiT", _timm("cait.Cait"), (Layer("timm.models.cait.TalkingHeadAttn", prefix=0, applied=_mixed_heads), _class_attention), cls=1, reads="cls",
             grid="patch_embed.proj"),
     Adapter("XCiT", _timm("xcit.Xcit"), (_class_attention, Layer("timm.models.xcit.XCA", why="cross-covariance attention: channels, not places")),
             cls=1, reads="cls", grid="patch_embed", read=lambda module, args, out: Raster(tuple(out[1]))),
     Adapter("VOLO", _timm("volo.VOLO"), (Layer("timm.models.volo.Attention", _nhwc), Layer("timm.models.volo.ClassAttention", prefix=1, one_query=True),
             Layer("timm.models.volo.OutlookAttention", why="outlook attention has neither queries nor keys")), cls=1, reads="cls",
             grid=lambda m: f"network.{len(m.network) - 1}", read=lambda module, args, out: Raster(tuple(out.shape[1:3]))),
-    Adapter("ConViT", _timm("convit.ConVit"), (Layer("timm.models.convit.GPSA", prefix=0), Layer("timm.models.convit.MHSA", prefix=1)),
+    Adapter("ConViT", _timm("convit.ConVit"), (Layer("timm.models.convit.GPSA", prefix=0, applied=_gated), Layer("timm.models.convit.MHSA", prefix=1)),
             cls=1, reads=_pooled, grid="patch_embed.proj"),
     Adapter("TNT", _timm("tnt.TNT"), (Layer("timm.models.tnt.Attention", lambda c: Raster(tuple(c.model.pixel_embed.grid_size)), named="attn_out$"),),
             prefix=1, cls=1, reads=_pooled),
@@ -315,7 +318,8 @@ _adapters += [
             grid=lambda m: next(n for n, x in m.named_modules() if type(x).__name__ == "Flat"),
             read=lambda module, args, out: Raster(tuple(args[0].shape[2:4]))),
     Adapter("EfficientFormer V2", _timm("efficientformer_v2.EfficientFormerV2"),
-            tuple(Layer(n, _v2) for n in _timm("efficientformer_v2.Attention2d efficientformer_v2.Attention2dDownsample"))),
+            tuple(Layer(n, _v2, applied=lambda call, p: call.layer.talking_head2(p))
+                  for n in _timm("efficientformer_v2.Attention2d efficientformer_v2.Attention2dDownsample"))),
     Adapter("Visformer", _timm("visformer.Visformer"), (Layer("timm.models.visformer.Attention", _nchw),)),
     Adapter("FastViT", _timm("fastvit.FastVit"), (Layer("timm.models.fastvit.Attention", _nchw),)),
     Adapter("Hiera", _timm("hiera.Hiera"), (Layer("timm.models.hiera.MaskUnitAttention", _hiera, "b h w n"),)),
