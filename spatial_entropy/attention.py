@@ -44,13 +44,16 @@ def _seen(rows, mask):
 # %% ../nbs/02_attention.ipynb #0a41173e
 def _wide(t): return t.to(torch.float64 if t.dtype == torch.float64 else torch.float32)
 
+def _full_precision(t): # the meta device, on which shapes are tried out, has no autocast
+    return torch.autocast("cpu" if t.device.type == "meta" else t.device.type, enabled=False)
+
 def _own_region(rows): # (W, n queries, m keys), columns sum to 1
     same = (rows.region[:, :, None] == rows.region[:, None, :]).float()
     return same/same.sum(1, keepdim=True)
 
 def _row(q, k, scale, mask, rows):
     "(B, H, W, m) similarities from (B, H, W, n, d) queries and (B, H, W, m, d) keys, and which keys are seen, or None."
-    with torch.autocast(k.device.type, enabled=False):
+    with _full_precision(k):
         q, k = _wide(q), _wide(k)
         if rows.region is not None:
             own = _own_region(rows).to(q.dtype)
@@ -64,10 +67,14 @@ def _row(q, k, scale, mask, rows):
         return s + (add[..., 0, :] if add.shape[-2] == 1 else rows.of(add)[..., 0, :]), _seen(rows, mask)
 
 # %% ../nbs/02_attention.ipynb #50b9b217
+def _of_own_region(rows, logits): # a mask of -inf hides the other regions
+    own = _own_region(rows).to(logits.dtype)
+    return (own*torch.where(own > 0, logits, 0.)).sum(-2)
+
 def _row_of_logits(logits, rows, padded=False):
     "The same from (B, H, W, n, m) logits; `padded` says that some of them may be hidden."
     logits = _wide(logits)
-    if rows.region is not None: return (_own_region(rows).to(logits.dtype)*logits).sum(-2), None
+    if rows.region is not None: return _of_own_region(rows, logits), None
     if not padded: return rows.of(logits)[..., 0, :], None
     rows, seen = _without_padding(rows, logits), None
     seen = _seen(rows, logits)
@@ -105,7 +112,7 @@ def _weights(logits, n, rows, step=64):
 
 def _attention(q, k, scale, mask, rows):
     "(B, H, W, m) attention weights of the rows, from queries and keys."
-    with torch.autocast(k.device.type, enabled=False):
+    with _full_precision(k):
         q, k = _wide(q), _wide(k)
         if mask is not None and mask.dtype == torch.bool: mask = torch.where(mask, 0., torch.finfo(q.dtype).min)
         if mask is not None and rows.region is None: rows = _without_padding(rows, mask)

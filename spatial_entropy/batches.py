@@ -170,6 +170,8 @@ class Loaders:
         view = lambda t: torch.tensor(t, device=x.device).view(3, 1, 1)
         return (x*view(self.std) + view(self.mean)).clamp(0, 1)
 
+    def notes(self): return tuple(dict.fromkeys(self.train.dataset.source.notes + self.val.dataset.source.notes))
+
     def skipped(self): return [f for d in (self.train.dataset, self.val.dataset) for f in d.skipped()]
 
 # %% ../nbs/14_batches.ipynb #298369a9

@@ -6,6 +6,7 @@
 __all__ = ['SpatialEntropyRegularizer']
 
 # %% ../nbs/21_callbacks.ipynb #056c5d66
+import warnings
 from weakref import ref
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -40,12 +41,17 @@ def _operate(model):
     "The surgery, on the vision model inside whatever holds it."
     return drop_last_skip(model if isinstance(model, DistributedDataParallel) else find(model).model)
 
+def _check_views(views):
+    if not isinstance(views, int) or views < 1:
+        raise ValueError(f"views: got {views!r}, expected how many forward passes a call stands for, at least 1")
+
 # %% ../nbs/21_callbacks.ipynb #f8cc1027
 class SpatialEntropyRegularizer:
     """``loss = loss + reg()``: the current weight times the mean spatial entropy of the latest forward pass (arXiv 2206.04636).
 
-    The scalar is in the graph, float32. Call it once after each forward pass, with gradient accumulation too: each micro-batch has maps of its own,
-    and the term is divided along with the loss. Several blocks count equally. Works compiled, in DDP, under autocast and checkpointing. Copies and pickles of
+    The scalar is in the graph, float32. Call it once after each forward pass, with gradient accumulation too: each
+    micro-batch has maps of its own, and the term is divided along with the loss. With `views`, once after so many passes.
+    Other taps may listen in the same model. Several blocks count equally. Works compiled, in DDP, under autocast and checkpointing. Copies and pickles of
     it (of a model that holds it) are closed. Raises UnsupportedModel, TypeError or ValueError for a model or settings that cannot serve.
     """
     def __init__(self, model: nn.Module, # any model with a tappable vision tower, also compiled or in DDP
@@ -54,15 +60,18 @@ class SpatialEntropyRegularizer:
                  warmup: float | None = None, # epochs until the peak; None: a tenth of the run, at most 10
                  block=-1, # an attention layer's number, a list of them, or "all"
                  query="auto", # as in AttentionTap
-                 drop_skip: bool = False): # remove the last skip first; before the optimiser
-        _weight_at(weight, epochs, warmup, 0.)
+                 drop_skip: bool = False, # remove the last skip first; before the optimiser
+                 views: int = 1): # forward passes that one call stands for, by their mean
+        _check_views(views); _weight_at(weight, epochs, warmup, 0.)
         self.peak, self.epochs, self.warmup, self.epoch = weight, epochs, warmup, 0. if epochs is None else None
         self.surgery, self._criterion = _operate(model) if drop_skip else None, SpatialEntropyLoss()
         self._seen, self._sum, self._count, self._logs, self.entropy, self.pictures = None, 0., 0, None, None, 0
+        self.views, self._trained, self._told = views, None, False
         try: self._tap = AttentionTap(model, block, query)
         except BaseException:
             if self.surgery is not None: self.surgery.undo()
             raise
+        self._tap.keep = views
 
 # %% ../nbs/21_callbacks.ipynb #27166d7c
 def _close(self):
@@ -77,15 +86,32 @@ SpatialEntropyRegularizer.close, SpatialEntropyRegularizer.__enter__, SpatialEnt
 
 # %% ../nbs/21_callbacks.ipynb #95543dee
 def _maps_once(self):
-    "The maps of each block, of a forward pass that was not used yet."
+    "The maps of each block and view, of forward passes that were not used yet."
     if self._tap is None: raise RuntimeError("this regulariser is closed, or a copy; build one on the model that is trained")
-    maps = self._tap.maps()
-    maps = list(maps.values()) if isinstance(maps, dict) else [maps]
-    if self._seen is not None and self._seen() is maps[0]:
+    passes = self._tap.take()
+    maps = [m for p in passes for m in (p.values() if isinstance(p, dict) else [p])]
+    self._count_passes(maps[-1].requires_grad)
+    if self._seen is not None and self._seen() is maps[-1]:
         raise RuntimeError("the maps of this forward pass were used already; call the regulariser once after each forward pass, and keep its value")
-    self._seen = ref(maps[0])
+    self._seen = ref(maps[-1])
+    if len(passes) < self.views and maps[-1].requires_grad:
+        raise RuntimeError(f"{len(passes)} forward pass(es) since the last call, expected views={self.views}")
     return maps
 
+def _count_passes(self, graded):
+    "Say once when passes are left out."
+    new = 0 if self._trained is None else self._tap.trained - self._trained
+    self._trained, late = self._tap.trained, not graded and new > 0
+    if (new <= self.views and not late) or self._told: return
+    self._told = True
+    why = (f"{new} forward passes in training mode since the regulariser was called, and only the latest {self.views} count; call it "
+           f"after each pass, put the views into one batch, or build it with views={new} for their mean")
+    if late: why = "an evaluation came between a training pass and the regulariser, which has no gradient now; call it before"
+    warnings.warn(why, stacklevel=4)
+
+SpatialEntropyRegularizer._count_passes = _count_passes
+
+# %% ../nbs/21_callbacks.ipynb #bdeeecb2
 def _call(self):
     "Weight times mean entropy, a scalar. Raises RuntimeError without a new forward pass, or without `step` where there is a schedule."
     weight, maps = self.weight, self._maps_once()

@@ -102,6 +102,8 @@ def _add_evaluate(p):
     p.add_argument("run", help="a run folder")
     p.add_argument("--weights", default="model", choices=("model", "best"), help="those of the last epoch, or of the best (model)")
     p.add_argument("--data", help="an image folder with the run's classes (the run's own data)")
+    p.add_argument("--split", choices=("val", "train", "all"), help="which of its pictures (of --data: all, or the validation part "
+                   "where there are parts; of the run's own data: val)")
     p.add_argument("--masks", help="a folder with images/ and masks/, paired by file name")
     p.add_argument("--device", default="cpu", help="such as cuda (cpu)")
     p.add_argument("-o", "--output", help="the JSON file to write (RUN/evaluation.json)")
@@ -188,25 +190,31 @@ def _measure(run, output=None, **options):
 def _evaluate(args):
     load_config(args.run)
     _writable(args.output or Path(args.run)/"evaluation.json")
-    _measure(args.run, args.output, data=args.data, masks=args.masks, device=args.device, weights=args.weights)
+    _measure(args.run, args.output, data=args.data, masks=args.masks, device=args.device, weights=args.weights, split=args.split)
     return lambda: 0
 
 # %% ../nbs/24_commands.ipynb #d76542b4
 _rows = [("top1", "top-1 accuracy, %", "{:.1f}"), ("loss", "cross-entropy", "{:.3f}"), ("entropy", "spatial entropy, nats", "{:.3f}"),
-         ("regions", "regions a map", "{:.2f}"), ("pictures", "validation pictures", "{}"),
+         ("regions", "regions a map", "{:.2f}"), ("pictures", "pictures", "{}"),
          ("jaccard_best_head", "mask Jaccard, best head", "{:.3f}"), ("jaccard_mean_head", "mask Jaccard, mean head", "{:.3f}"),
          ("mask_pairs", "pictures with masks", "{}")]
 
 def _table(scores):
     "Print the measures that there are."
+    from spatial_entropy.pictures import one_line
     from rich.console import Console
     from rich.table import Table
-    t = Table("measure", "value", title=f"{scores['data']}" + (f", masks: {scores['masks']}" if "masks" in scores else ""))
+    from rich.text import Text                                    # a folder may be called [bold]
+    part = {"val": "validation pictures", "train": "training pictures", "all": "all pictures"}[scores["split"]]
+    named = f"{scores['data']} ({part})" + (f", masks: {scores['masks']}" if "masks" in scores else "")
+    t = Table("measure", "value", title=Text(one_line(named, 200)))
     for key, label, form in _rows:
         if key in scores: t.add_row(label, form.format(scores[key]))
     Console().print(t)
+    for said in scores["notes"]: print(said)
     if scores["skipped"]: print(f"{len(scores['skipped'])} picture(s) could not be read and were left out: {', '.join(scores['skipped'][:5])}")
 
+# %% ../nbs/24_commands.ipynb #960ec768
 def _writable(path):
     "Fail now if the file cannot be written later; an existing one is not touched."
     path = Path(path)
@@ -246,22 +254,22 @@ def _load(model, args):
 
 # %% ../nbs/24_commands.ipynb #b7cb8b50
 def _draw(args):
-    from spatial_entropy.pictures import one_line
     from spatial_entropy.tap import AttentionTap
     from spatial_entropy.training import picture_of_maps, torch
     from timm.data import create_transform
     _writable(args.output)
     if Path(args.output).suffix not in (".png", ".pdf", ".svg"): raise ValueError(f"output: got {args.output}, expected .png, .pdf or .svg")
+    if (n := len(args.images)) > 330: raise ValueError(f"images: got {n}, expected at most 330, the rows that a file can hold; draw them in several")
     pictures = [_open(p) for p in args.images]
     model, size, mean, std = _model_to_draw(args)
     to_tensor = create_transform(size, mean=mean, std=std, crop_pct=1., crop_mode="squash")
     x = torch.stack([to_tensor(p) for p in pictures])
     with AttentionTap(model, args.block, args.query) as tap, torch.no_grad(): model(x); maps = tap.maps()
     pixels = [torch.tensor(_array(p.resize((size, size)))) for p in pictures]
+    file = _drawn(lambda names: picture_of_maps(torch.stack(pixels), maps, names), args)
 
     def work():
-        names = [one_line(Path(p).stem) for p in args.images]
-        picture_of_maps(torch.stack(pixels), maps, names).savefig(args.output, dpi=150)
+        Path(args.output).write_bytes(file)
         print(f"{args.output}: {len(pictures)} picture(s), {maps.shape[1]} heads, {maps.shape[2]}×{maps.shape[3]} patches")
     return work
 
@@ -272,10 +280,29 @@ def _array(image):
     return numpy.array(image)
 
 def _open(path):
+    "A picture to draw; the letters of an error are Pillow's, the name is said once."
+    from warnings import catch_warnings, simplefilter
     from spatial_entropy.data import open_picture
-    try: return open_picture(path, "it")
+    try:
+        with catch_warnings(): simplefilter("ignore"); return open_picture(path, "it")
     except FileNotFoundError: raise FileNotFoundError(f"{path}: no such file") from None
     except OSError as e: raise ValueError(f"{path}: not a picture that can be read; {e}") from None
+    except MemoryError: raise ValueError(f"{path}: too large for this machine's memory; make it smaller") from None
+
+# %% ../nbs/24_commands.ipynb #58b06d00
+def _drawn(figure, args):
+    "The bytes of the file to write."
+    from io import BytesIO
+    from warnings import catch_warnings, simplefilter
+    from spatial_entropy.pictures import one_line
+    file, kind = BytesIO(), Path(args.output).suffix[1:]
+    try:
+        with catch_warnings():
+            simplefilter("ignore")                                # letters that the font lacks
+            figure([one_line(Path(p).stem, 20) for p in args.images]).savefig(file, format=kind, dpi=150)
+    except (ValueError, MemoryError) as e:
+        raise ValueError(f"{args.output}: {len(args.images)} picture(s) cannot be drawn at once ({e}); draw fewer") from None
+    return file.getvalue()
 
 # %% ../nbs/24_commands.ipynb #dd26cea6
 def _benchmark(args):

@@ -6,6 +6,8 @@
 __all__ = ['attended', 'mask_jaccard', 'accuracy', 'score_masks', 'evaluate']
 
 # %% ../nbs/19_evaluation.ipynb #e91c230c
+import os
+from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -69,24 +71,37 @@ def _device(name):
         said = " ".join(str(e).split())[:150]
         raise ValueError(f"device: got {name!r}, which torch cannot use here ({said})") from None
 
+# %% ../nbs/19_evaluation.ipynb #72f5b8c0
+def _is_own(data, config):
+    "Whether a name is that of the data a run was trained on."
+    place = lambda d: os.path.realpath(Path(config.data_dir or "")/d)
+    return data is None or data == config.data or os.path.exists(place(data)) and place(data) == place(config.data)
+
+def _to_measure(data, config, split, norm):
+    "Loaders whose second set holds what is to be measured."
+    from_ = dict(data_dir=config.data_dir, train_split=config.train_split, val_split=config.val_split,
+                 leave_out=[config.output], split=split or ("val" if _is_own(data, config) else "auto"))
+    return loaders(config.data if data is None else data, config.img_size, config.batch_size, config.seed,
+                   workers=config.workers, crop_pct=config.crop_pct, from_=from_, **norm)
+
 # %% ../nbs/19_evaluation.ipynb #c637ffb2
 def evaluate(run: str, # a run folder
              data: str | None = None, # an image folder with the same classes; default: the run's own data
              masks: str | None = None, # a folder with images/ and masks/; default: the embedded masks, if the run saw them
              device="cpu",
              weights: str = "model", # or "best"
+             split: str | None = None, # "val", "train" or "all"; None: all of data that were named, val where they have parts
             ) -> dict: # top1 %, entropy, regions, and Jaccard where there are masks
-    """Measure a trained run. Raises FileNotFoundError or ValueError that name what is wrong."""
+    """Measure a trained run. Raises FileNotFoundError, OSError or ValueError that name what is wrong."""
     device = _device(device)
     model, config, facts = load_run(run, weights, ("mean", "std"))
     norm = dict(mean=tuple(facts["mean"]), std=tuple(facts["std"]))
-    batches = loaders(data or config.data, config.img_size, config.batch_size, config.seed, workers=config.workers, crop_pct=config.crop_pct, **norm,
-                      from_=dict(data_dir=config.data_dir, train_split=config.train_split, val_split=config.val_split))
+    batches = _to_measure(data, config, split, norm)
     if list(batches.classes) != list(facts["classes"]):
         raise ValueError(f"{data}: its classes ({', '.join(batches.classes[:3])}, …) are not the {len(facts['classes'])} that the run was trained on")
     masks = masks or ("shapes" if config.data == "shapes" else None)
     pairs = mask_pairs(masks, config.img_size, **norm) if masks else None
     with AttentionTap(model.to(device)) as tap: v = validate(model, tap, batches.val, device)
-    scores = dict(data=str(data or config.data), top1=v["top1"], loss=v["loss"], entropy=v["entropy"], regions=v["regions"], pictures=v["pictures"])
+    scores = dict(data=str(data or config.data), split=batches.val.dataset.source.part, **{k: v[k] for k in ("top1", "loss", "entropy", "regions", "pictures")})
     if pairs: scores |= dict(masks=str(masks), **score_masks(model, pairs, config.batch_size, device=device))
-    return scores | dict(skipped=batches.skipped())
+    return scores | dict(skipped=batches.skipped(), notes=[*batches.notes(), *(pairs.notes if pairs else ())])

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from html import escape
+from inspect import Parameter, signature
 from math import isnan
 import torch
 from matplotlib.figure import Figure
@@ -26,17 +27,23 @@ from .regions import _centered, _check_maps, _float, _wide, above_mean
 from .tap import AttentionTap
 
 # %% ../nbs/20_heads.ipynb #8647464f
-_names = ("pixel_values", "image", "images", "x")
+_names = ("pixel_values", "image", "images", "patches", "x")
+_packed = ("spatial_shapes", "patch_coord") # where pictures come as lists of patches (SigLIP 2, NaFlex)
+
+def _mapping_of(batch):
+    if isinstance(batch, (tuple, list)) and len(batch): batch = batch[0]
+    return batch if isinstance(batch, Mapping) else {}
 
 def _pictures_of(batch):
-    "The pictures (B, 3, S, S) of a batch: a tensor, (pictures, ...), or a mapping."
-    if isinstance(batch, Mapping):
-        x = next((batch[k] for k in _names if k in batch), None)
-        if x is None: raise TypeError(f"loader: got a batch with the keys {', '.join(map(str, batch))}; expected one of {', '.join(_names)}")
+    "The pictures (B, 3, S, S) of a batch: a tensor, (pictures, ...), or a mapping, which may be packed."
+    keys = _mapping_of(batch)
+    if keys:
+        x = next((keys[k] for k in _names if k in keys), None)
+        if x is None: raise TypeError(f"loader: got a batch with the keys {', '.join(map(str, keys))}; expected one of {', '.join(_names)}")
     else: x = batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
     if not isinstance(x, Tensor):
         raise TypeError(f"loader: got a batch of {type(x).__name__}, expected a tensor (B, 3, S, S), (pictures, ...) or a dictionary with {_names[0]}")
-    if x.ndim != 4:
+    if x.ndim != 4 and not any(k in keys for k in _packed):
         raise ValueError(f"loader: got pictures of shape {tuple(x.shape)}, expected batches (B, 3, S, S); wrap the data set in torch.utils.data.DataLoader")
     return x
 
@@ -55,11 +62,32 @@ def _place(model, device):
     p = next(model.parameters(), torch.zeros(0))
     return dict(device=p.device, dtype=p.dtype)
 
+# %% ../nbs/20_heads.ipynb #6779b29c
+def _bare(model): # out of torch.compile and DistributedDataParallel
+    inner = model._modules.get("module", model._modules.get("_orig_mod"))
+    return model if inner is None else _bare(inner)
+
+def _asks(module): return dict(signature(_bare(module).forward).parameters)
+
+def _needs(asks): # what has to be given besides the first argument
+    plain = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+    return {n for n, p in [*asks.items()][1:] if p.default is Parameter.empty and p.kind in plain}
+
+def _run_of(model, tower, batch, x):
+    "A function that shows the pictures to the model, or to its vision tower."
+    asks = _asks(model)
+    first = next(iter(asks), "x")
+    by_name = first not in _names and any(n in asks for n in _names)
+    runs = tower if by_name or not _needs(asks) <= set(batch) else model
+    asks = _asks(runs)
+    also = {k: v.to(x.device) for k, v in batch.items() if isinstance(v, Tensor) and k in asks and k not in (*_names, "labels")}
+    return lambda: runs(x, **also)
+
 # %% ../nbs/20_heads.ipynb #581d4294
 @torch.no_grad()
-def _hear(model, tap, x, softmax):
+def _hear(run, tap, softmax):
     tap.softmax = softmax
-    model(x)
+    run()
     maps = tap.maps()
     return maps if isinstance(maps, dict) else {tap.blocks[0]: maps}
 
@@ -71,7 +99,8 @@ def _stream(model, loader, block, query, device, kinds): # kinds: without or wit
             x = _pictures_of(batch)
             if not len(x): continue
             x = x.to(**to) if x.is_floating_point() else x.to(to["device"])
-            yield batch, [_hear(model, tap, x, softmax) for softmax in kinds]
+            run = _run_of(model, tap.found.model, _mapping_of(batch), x)
+            yield batch, [_hear(run, tap, softmax) for softmax in kinds]
 
 # %% ../nbs/20_heads.ipynb #ed4387f2
 def head_maps(model: nn.Module, # any model that AttentionTap reads

@@ -109,7 +109,8 @@ def _data(c, accelerator):
     update = c.batch_size*accelerator.num_processes*c.grad_accum_steps
     data = loaders(c.data, c.img_size, c.batch_size, c.seed, c.limit, c.workers, known["mean"], known["std"], update, c.crop_pct,
                    c.interpolation or known["interpolation"], c.aug_repeats,
-                   dict(fraction=c.fraction, data_dir=c.data_dir, download=c.download, train_split=c.train_split, val_split=c.val_split),
+                   dict(fraction=c.fraction, data_dir=c.data_dir, download=c.download, leave_out=[c.output],
+                        train_split=c.train_split, val_split=c.val_split),
                    dict(mixup=c.mixup, cutmix=c.cutmix, prob=c.mixup_prob, switch_prob=c.mixup_switch_prob, smoothing=c.smoothing),
                    c.reprob, scale=(c.scale, 1.), hflip=c.hflip, color_jitter=c.color_jitter, auto_augment=c.aa)
     if not len(data.train): raise ValueError(f"batch_size: got {c.batch_size}" + (f", and {update} pictures an update" if update > c.batch_size else "")
@@ -217,6 +218,7 @@ def prepare(config: TrainConfig,
 def _built(c, accelerator, folder, found, say):
     "A job at its start, from its settings; the weights of one that goes on come later."
     data, update = _data(c, accelerator)
+    for said in data.notes(): say(said)
     model = build_model(c, len(data.classes)) if found else start_model(c, data.classes, say)
     find(model)                                             # refuses, with the reason, what has no map of places
     updates = len(data.train.order)//update

@@ -8,26 +8,28 @@ __all__ = ['Source', 'sources']
 # %% ../nbs/13_sources.ipynb #bd169ab2
 import copy, json, os, posixpath, re, tarfile
 from collections import Counter
-from glob import glob
+from glob import escape, glob
 from itertools import groupby
 from pathlib import Path
 import numpy as np
 import torchvision
 from PIL import Image
-from timm.data import is_img_extension
 from timm.utils.misc import natural_key
 
 # %% ../nbs/13_sources.ipynb #2af026cd
-from .data import open_picture, shapes
+from .data import is_hidden, is_picture, open_picture, shapes
 from .files import read_text
 
 # %% ../nbs/13_sources.ipynb #e54f849d
 class Source:
     """Pictures by number: `labels` of all items, `classes` in label order, `open(i)`, `name(i)`, `take(indices)`.
 
-    A subclass says where an item is (`_open`: a path, bytes or a PIL picture) and what it is called
-    (`_name`). Sources hold no open files: they can be pickled and read by several processes at once.
+    `notes` are sentences on what was passed over when it was found. A subclass says where an item
+    is (`_open`: a path, bytes or a PIL picture) and what it is called (`_name`). Sources hold no
+    open files: they can be pickled and read by several processes at once.
     """
+    notes = ()
+
     def __init__(self, items, labels, classes):
         self.items, self.labels, self.classes = list(items), [int(l) for l in labels], tuple(classes)
 
@@ -38,7 +40,9 @@ class Source:
         item = self.items[i]
         try: return open_picture(self._open(item), self._name(item))
         except (OSError, MemoryError): raise
-        except Exception as e: raise OSError(f"{self._name(item)}: cannot be decoded ({type(e).__name__}: {e})") from None
+        except Exception as e:
+            said = f"{self._name(item)}: cannot be decoded ({type(e).__name__}: {e})"
+            raise OSError(said) from None
 
     def name(self, i) -> str: # for messages
         return self._name(self.items[i])
@@ -76,48 +80,151 @@ class _Spans(Source):
     def _name(self, item): return item[0] if item[1] is None else f"{item[0]}:{item[1]}"
 
 # %% ../nbs/13_sources.ipynb #e5d30553
-def _is_picture(name):
-    kind = posixpath.splitext(name)[1].lower()
-    return (is_img_extension(kind) or kind in (".webp", ".bmp", ".tif", ".tiff")) and "/." not in "/" + name
+class _Notes:
+    "What is to be said of a place: sentences, and what was passed over, counted by kind."
+    def __init__(self): self.sentences, self.passed = [], Counter()
+
+    def counted(self): return ", ".join(f"{n} × {k}" for k, n in sorted(self.passed.items()))
+
+    def all(self, place):
+        n = self.passed.total()
+        over = [f"{place}: passed over {n} thing(s) that are no pictures: {self.counted()}"] if n else []
+        return (*self.sentences, *over)
 
 def _in_order(listed):
     "Natural order of names (2 before 10), whatever the disk says."
     return sorted(listed, key=lambda e: (natural_key(e[0]), e[0]))
 
-def _folder(root):
-    "[(name, span)] of the pictures of a folder; links are followed, as in timm."
-    walked = ((Path(d).relative_to(root).as_posix() + "/", files) for d, _, files in os.walk(root, followlinks=True))
-    names = (d.removeprefix("./") + f for d, files in walked for f in files)
-    return _in_order((n, (n, None, 0, -1)) for n in names if _is_picture(n))
+# %% ../nbs/13_sources.ipynb #1c6c70b8
+def _identity(folder):
+    found = os.stat(folder)
+    return (found.st_dev, found.st_ino) if found.st_ino else os.path.realpath(folder)
+
+def _entries(folder, passed):
+    "([(name, path, link?)] of the folders, names of the files) in a folder. Raises OSError."
+    folders, files = [], []
+    try:
+        with os.scandir(folder) as found: found = sorted(found, key=lambda e: e.name)
+    except OSError as e:
+        raise OSError(f"{folder}: cannot be listed ({e.strerror}); "
+                      "make it readable, or move it away") from None
+    for e in (e for e in found if not is_hidden(e.name)):
+        try:
+            if e.is_dir(): folders.append((e.name, e.path, e.is_symlink()))
+            elif e.is_file(): files.append(e.name)
+            else: passed["pipe, socket or device" if os.path.exists(e.path) else "link to nothing"] += 1
+        except OSError: passed["link to nothing"] += 1             # a link to itself
+    return folders, files
+
+# %% ../nbs/13_sources.ipynb #2a66c59a
+def _walk(root, passed, leave_out):
+    "(folder below root, such as \"a/b/\", and its files), each folder once."
+    out = {_identity(p) for p in leave_out if os.path.isdir(p)} - {_identity(root)}
+    seen, folders, links = set(), [("", root)], []
+    while folders or links:
+        inside, folder = folders.pop() if folders else links.pop(0)
+        identity = _identity(folder)
+        if identity in seen: passed["link to a folder that is there already"] += 1; continue
+        seen.add(identity)
+        below, files = _entries(folder, passed)
+        if identity in out or inside and "config.yaml" in files: passed["folder of runs"] += 1; continue
+        for name, path, link in below: (links if link else folders).append((f"{inside}{name}/", path))
+        yield inside, files
+
+def _kind(name): return posixpath.splitext(name)[1].lower() or "file without an ending"
+
+def _folder(root, passed=None, leave_out=()):
+    "[(name, span)] of the pictures of a folder; what is passed over is counted by kind."
+    passed, found = Counter() if passed is None else passed, []
+    for inside, files in _walk(root, passed, leave_out):
+        for f in files:
+            if is_picture(f): found.append((inside + f, (inside + f, None, 0, -1)))
+            else: passed[_kind(f)] += 1
+    return _in_order(found)
 
 # %% ../nbs/13_sources.ipynb #841aad39
-def _members(tar, file, inside="", start=0):
-    "(name, span) of every file of an open tar, with positions in the outermost one."
+def _members(tar, file, passed, inside="", start=0):
+    "(name, span) of every file of an open tar; of a link (name, name of what it leads to)."
     while m := tar.next():
         tar.members.clear()
         name, at = posixpath.normpath(inside + m.name).lstrip("/"), start + m.offset_data
-        if m.isfile() and name.endswith(".tar"):
-            with tarfile.open(fileobj=tar.extractfile(m), mode="r:") as t: yield from _members(t, file, name[:-4] + "/", at)
-        elif m.isfile(): yield name, (file, name, at, m.size)
+        beside = inside + ("" if m.islnk() else posixpath.dirname(m.name))
+        if m.islnk() or m.issym():
+            yield name, posixpath.normpath(posixpath.join(beside, m.linkname)).lstrip("/")
+        elif m.isfile() and m.sparse is None and name.endswith(".tar"):
+            with tarfile.open(fileobj=tar.extractfile(m), mode="r:") as t:
+                yield from _members(t, file, passed, name[:-4] + "/", at)
+        elif m.isfile() and m.sparse is None: yield name, (file, name, at, m.size)
+        elif not m.isdir(): passed["pipe, device or sparse file"] += 1
 
-def _tar(root, file):
+def _follow(found, passed):
+    "The same without links: each has the bytes of what it leads to, under its own name."
+    for name, span in list(found.items()):
+        for _ in range(40):
+            if not isinstance(span, str): break
+            span = found.get(span)
+        if isinstance(span, tuple): found[name] = (span[0], name, *span[2:])
+        else: del found[name]; passed["link to no file in its tar"] += 1
+    return found
+
+# %% ../nbs/13_sources.ipynb #0e95ba72
+def _tar(root, file, passed=None):
     "[(name, span)] of a tar. Raises ValueError when it is cut short or compressed."
+    passed = Counter() if passed is None else passed
     try:
-        with tarfile.open(root/file, "r:") as tar: return list(_members(tar, file))
-    except tarfile.TarError as e:
-        raise ValueError(f"{root/file}: cannot be read as a tar ({e}); expected a whole, uncompressed one") from None
+        with tarfile.open(root/file, "r:") as tar: found = dict(_members(tar, file, passed))
+    except (tarfile.TarError, ValueError, OverflowError, EOFError) as e:
+        said = f"{root/file}: cannot be read as a tar ({e}); expected a whole, uncompressed one"
+        raise ValueError(said) from None
+    return list(_follow(found, passed).items())
 
 # %% ../nbs/13_sources.ipynb #6337d20e
-def _from_folders(place, listed):
+def _check_layout(place, folders):
+    "Refuse class folders that are ambiguous; a sentence, or None, on those that lie in several."
+    def refuse(a, b, why):
+        raise ValueError(f"{place}: pictures lie in {a}/ and in {b}/, {why}; expected one folder a class, "
+                         "side by side: move the pictures or the folders, or name the folder that holds the classes")
+    by_depth = {f.count("/"): f for f in folders}
+    if len(by_depth) > 1: refuse(by_depth[min(by_depth)], by_depth[max(by_depth)], "at different depths")
+    names = {}
+    for f in folders:
+        other = names.setdefault(posixpath.basename(f), f)
+        if other != f: refuse(other, f, "which have one name")
+    above = sorted({posixpath.dirname(f) for f in folders})
+    if len(above) > 1:
+        return (f"{place}: the classes lie in {len(above)} folders ({', '.join(above[:3])}"
+                f"{', …' if len(above) > 3 else ''}); the innermost folder is taken as the class")
+
+# %% ../nbs/13_sources.ipynb #1508d831
+def _from_folders(place, listed, notes):
     "[(span, label)]: the label is the name of the picture's folder."
-    listed = [(n, s) for n, s in listed if _is_picture(n)]
-    if not listed: raise ValueError(f"{place}: found no images; expected one subfolder a class with pictures inside")
+    listed = [(n, s) for n, s in listed if is_picture(n)]
+    if not listed:
+        raise ValueError(f"{place}: found no images; expected one subfolder a class with pictures inside"
+                         + (f" (passed over: {notes.counted()})" if notes.passed else ""))
     loose = [n for n, _ in listed if "/" not in n]
     if loose: raise ValueError(f"{place}: {len(loose)} picture(s) lie in no subfolder, first {loose[0]}; expected one subfolder a class, "
                                "or in a tar a label beside each: key.cls or key.json")
+    said = _check_layout(place, sorted({posixpath.dirname(n) for n, _ in listed}))
+    if said: notes.sentences.append(said)
     return [(s, posixpath.basename(posixpath.dirname(n))) for n, s in listed]
 
 # %% ../nbs/13_sources.ipynb #41e204e6
+def _picture_of(sample):
+    return next((v for k, v in sample.items() if "." not in k and is_picture("x." + k)), None)
+
+def _labelled(sample): return bool(_picture_of(sample)) and ("cls" in sample or "json" in sample)
+
+def _divided(sample):
+    "A sample; one without a picture by what comes before the last dots, where that gives samples."
+    if _picture_of(sample): return [sample]
+    inner = {}
+    for kind, member in sample.items():
+        head, _, last = kind.rpartition(".")
+        inner.setdefault(head, {})[last] = member
+    parts = [s for s in inner.values() if _picture_of(s)]
+    return parts if any(map(_labelled, parts)) else [sample]
+
 def _samples(listed):
     "Members of shards by key: [{extension: (name, span)}], in the order of the shards."
     groups = {}
@@ -125,31 +232,41 @@ def _samples(listed):
         folder, base = posixpath.split(name)
         key, _, extension = base.partition(".")
         if key: groups.setdefault((span[0], folder, key), {})[extension.lower()] = name, span
-    return list(groups.values())
-
-def _picture_of(sample): return next((v for k, v in sample.items() if _is_picture("x." + k) and "." not in k), None)
-
-def _labelled(sample): return bool(_picture_of(sample)) and ("cls" in sample or "json" in sample)
+    return [part for sample in groups.values() for part in _divided(sample)]
 
 # %% ../nbs/13_sources.ipynb #7939fdaa
 def _label(text, kind):
     "A number or a name out of the bytes of key.cls or key.json; None when there is none."
-    try: value = json.loads(text)["label"] if kind == "json" else text.decode("utf-8-sig").strip()
-    except (ValueError, KeyError, TypeError): return None
-    if isinstance(value, str) and re.fullmatch(r"-?\d+", value): value = int(value)
+    try:
+        value = json.loads(text)["label"] if kind == "json" else text.decode().strip()
+        if isinstance(value, str) and re.fullmatch(r"-?[0-9]+", value): value = int(value)
+    except (ValueError, KeyError, TypeError, RecursionError): return None
     return value if isinstance(value, str) and value or type(value) is int and value >= 0 else None
 
+def _check_keys(samples):
+    "Refuse pictures that a dot in their names has parted from their keys."
+    for s in samples:
+        lost = [m for k, m in s.items() if is_picture("x." + k.rpartition(".")[2]) and "." in k]
+        if _picture_of(s) is None and lost:
+            name, (tar, *_) = lost[0]
+            key = name[:len(name) - len(posixpath.basename(name))] + posixpath.basename(name).partition(".")[0]
+            raise ValueError(f"{tar}: {name} is no sample's picture; a key ends at the first dot, so its key is "
+                             f"{key}; expected {key}.jpg or the like, with {key}.cls or {key}.json")
+
+# %% ../nbs/13_sources.ipynb #b22a3ba9
 def _from_keys(root, place, listed):
     "[(span, label)]: the label is in the member that shares the picture's key."
-    samples, found = [s for s in _samples(listed) if _picture_of(s)], []
-    for tar, group in groupby(samples, lambda s: _picture_of(s)[1][0]):
+    samples, found = _samples(listed), []
+    _check_keys(samples)
+    for tar, group in groupby(filter(_picture_of, samples), lambda s: _picture_of(s)[1][0]):
         with open(root/tar, "rb") as f:
             for sample in group:
                 (name, span), kind = _picture_of(sample), "cls" if "cls" in sample else "json"
                 _, (_, _, start, size) = sample.get(kind, ("", ("", "", 0, 0)))
                 f.seek(start); label = _label(f.read(size), kind)
-                if label is None: raise ValueError(f"{root/tar}: {name} has no label; expected {name.rsplit('.', 1)[0]}.cls with a number, "
-                                                   "or .json with a field \"label\"")
+                if label is None:
+                    raise ValueError(f"{root/tar}: {name} has no label; expected {name.rsplit('.', 1)[0]}.cls "
+                                     "with a number, or .json with a field \"label\"")
                 found.append((span, label))
     if not found: raise ValueError(f"{place}: found no images; expected tars with key.jpg and key.cls or key.json")
     return found
@@ -163,95 +280,189 @@ def _number(train, val, places, names=None, expected="a subfolder for each of tw
     if len(found) < 2: raise ValueError(f"{places[0]}: found {len(found)} class ({', '.join(said)}); expected {expected}")
     if new := sorted(set(map(str, val or ())) - set(map(str, found))):
         raise ValueError(f"{places[1]}: has classes that train/ has not: {', '.join(new)}")
+    if isinstance(found[0], int) and max(found) >= _most_classes:
+        raise ValueError(f"{places[0]}: has label {max(found)}, expected numbers below {_most_classes:,}; "
+                         "number the classes 0, 1, 2, …")
     if isinstance(found[0], str): classes = found
     else: classes = names or [str(i) for i in range(found[-1] + 1)]
     number = {l: i for i, l in enumerate(classes)} if classes is found else {l: l for l in found}
     if len(classes) <= max(number.values()): raise ValueError(f"{places[0]}: has label {found[-1]}, but {len(classes)} class names; add the others")
     return [number[l] for l in train], val and [number[l] for l in val], classes
 
+_most_classes = 10**6
+
+# %% ../nbs/13_sources.ipynb #81194eaf
+def _names_in(file, info):
+    "Class names in what an info file holds; None when it has none. Raises ValueError that names it."
+    def inside(value, *keys):
+        for k in keys:
+            if value is None: return None
+            if not isinstance(value, dict):
+                raise ValueError(f"{file}: holds {type(value).__name__} where {k!r} is looked for; "
+                                 'expected {"classes": ["name of 0", "name of 1", …]}')
+            value = value.get(k)
+        return value
+    names = inside(info, "classes") or inside(info, "features", "label", "names")
+    if names and not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
+        raise ValueError(f"{file}: its class names are {str(names)[:60]}, expected a list of texts")
+    return names or None
+
 def _names_beside(root):
     "Class names of classes.txt (one a line) or of an info file beside shards; None when there are none."
-    if (file := root/"classes.txt").is_file(): return read_text(file).strip().split("\n")
-    for file in filter(Path.is_file, (root/n for n in ("_info.json", "info.json", "dataset_info.json"))):
-        info = json.loads(read_text(file))
-        names = info.get("classes") or info.get("features", {}).get("label", {}).get("names")
-        if names: return names
+    try:
+        if (file := root/"classes.txt").is_file(): return read_text(file).strip().split("\n")
+        for file in filter(Path.is_file, (root/n for n in ("_info.json", "info.json", "dataset_info.json"))):
+            if names := _names_in(file, json.loads(read_text(file))): return names
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
+        raise ValueError(f"{file}: cannot be read ({e}); expected UTF-8, and JSON in a .json") from None
 
 # %% ../nbs/13_sources.ipynb #9b2fa375
 def _braces(pattern):
-    "a-{00..02}.tar and {train,val}.tar, written out."
-    found = re.search(r"\{([^{}]*)\}", pattern)
+    "a-{00..02}.tar and {train,val}.tar, written out; other braces are part of a name. Raises ValueError."
+    found = re.search(r"\{(\d+\.\.\d+|[^{}]*,[^{}]*)\}", pattern)
     if not found: return [pattern]
     ends = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
-    options = [str(i).zfill(len(ends[1])) for i in range(int(ends[1]), int(ends[2]) + 1)] if ends else found[1].split(",")
+    if ends:
+        if len(found[1]) > 40 or abs(int(ends[2]) - int(ends[1])) > 10**6:
+            raise ValueError(f"{pattern}: {found[0]} are too many; expected at most a million shards")
+        first, last = int(ends[1]), int(ends[2])
+        options = [str(i).zfill(len(ends[1])) for i in range(first, last + 1) or range(first, last - 1, -1)]
+    else: options = found[1].split(",")
     return [q for o in options for q in _braces(pattern[:found.start()] + o + pattern[found.end():])]
 
 def _part_of(file, words):
     "The part that a tar's name speaks of, or None."
-    return next((w for w in words if re.search(rf"(^|[-_./]){re.escape(w)}([-_.\d/]|$)", file.removesuffix(".tar"))), None)
+    inside = lambda w: re.search(rf"(^|[-_./]){re.escape(w)}([-_.\d/]|$)", file.removesuffix(".tar"), re.I)
+    return next(filter(inside, words), None)
 
 # %% ../nbs/13_sources.ipynb #5431132f
+def _literal(path):
+    "(the part of a path that exists as it is written, the rest)."
+    there = [p for p in (path, *path.parents) if os.path.lexists(p)]
+    root = next((p for p in there if p.is_dir()), Path())
+    return root, str(path.relative_to(root))
+
 def _tars(path):
     "(root, names of tars below it) of a folder or a pattern."
-    if path.is_dir(): return path, [p.relative_to(path).as_posix() for p in (*path.glob("*.tar"), *path.glob("*/*.tar"))]
-    root, found = Path(re.split(r"[*?{\[]", str(path))[0] + "_").parent, []
-    for p in _braces(str(path)):
-        one = glob(p) if re.search(r"[*?\[]", p) else [p]*Path(p).is_file()
-        if not one: raise FileNotFoundError(f"{p}: no such file; expected a folder of shards, or a pattern such as train-{{000..009}}.tar")
-        found += one
-    return root, [Path(p).relative_to(root).as_posix() for p in found]
+    if path.is_dir(): root, found = path, [*path.glob("*.tar"), *path.glob("*/*.tar")]
+    else:
+        (root, rest), found = _literal(path), []
+        for p in _braces(rest):
+            exact = root/p
+            one = [exact] if exact.is_file() else glob(os.path.join(escape(str(root)), p))*bool(re.search(r"[*?\[]", p))
+            if not one: raise FileNotFoundError(f"{exact}: no such file; expected a folder of shards, or a pattern such as train-{{000..009}}.tar")
+            found += one
+    names = [Path(p).relative_to(root).as_posix() for p in found if Path(p).is_file()]
+    return root, [n for n in names if not is_hidden(n)]
 
-def _find(path, words, wds):
+# %% ../nbs/13_sources.ipynb #36a7b695
+def _find(path, words, wds, notes, leave_out):
     "(root, [(name, span)], in tars?): names are led by the part that their tar belongs to."
-    if path.is_dir() and not wds and (listed := _folder(path)): return path, listed, False
-    if path.suffix == ".tar" and path.is_file(): return path.parent, _unwrap(_tar(path.parent, path.name), words), True
+    if path.is_dir() and not wds and (listed := _folder(path, notes.passed, leave_out)): return path, listed, False
+    if path.suffix == ".tar" and path.is_file(): return path.parent, _unwrap(_tar(path.parent, path.name, notes.passed), words), True
     root, tars = _tars(path)
+    if tars: notes.passed.pop(".tar", None)
     parts = {f: _part_of(f, words) for f in sorted(tars, key=lambda f: (natural_key(f), f))}
     alone = not path.is_dir() and len(set(parts.values())) == 1        # a pattern that names one part: to be split by seed
-    return root, [(n if alone or not part else f"{part}/{n}", s) for f, part in parts.items() for n, s in _tar(root, f)], bool(tars)
+    lead = lambda n, part: n if alone or not part else f"{part}/{n}"
+    return root, [(lead(n, part), s) for f, part in parts.items() for n, s in _tar(root, f, notes.passed)], bool(tars)
 
 def _unwrap(listed, words):
     "Without the folder that everything in a tar lies in, if the parts are inside it."
     tops = {n.partition("/")[0] for n, _ in listed}
     inside = [(n.partition("/")[2], s) for n, s in listed]
-    return inside if len(tops) == 1 and not tops & set(words) and any(n.startswith(f"{words[0]}/") for n, _ in inside) else listed
+    parts = any(n.lower().startswith(f"{words[0].lower()}/") for n, _ in inside)
+    return inside if len(tops) == 1 and not {t.lower() for t in tops} & {w.lower() for w in words} and parts else listed
 
 # %% ../nbs/13_sources.ipynb #94657a7a
-def _parts(path, listed, train_split, val_split):
+def _tops(path, listed):
+    "Folders at the top that may be parts: those with folders inside, or empty; and those that hold pictures themselves."
+    direct = {n.partition("/")[0] for n, _ in listed if n.count("/") == 1 and is_picture(n)}
+    deeper = {n.partition("/")[0] for n, _ in listed if n.count("/") > 1}
+    empty = {p.name for p in path.iterdir() if p.is_dir() and not is_hidden(p.name)} if path.is_dir() else set()
+    return deeper | empty - direct, direct - deeper
+
+def _called(names, have):
+    "What is called by one of these names, without regard to case; None when nothing is."
+    for name in names:
+        if name in have: return name
+        if len(found := sorted(h for h in have if h.lower() == name.lower())) > 1:
+            raise ValueError(f"has {' and '.join(f + '/' for f in found)}; expected one of them")
+        if found: return found[0]
+
+# %% ../nbs/13_sources.ipynb #3d9157fa
+_vals = ["val", "validation", "valid", "test"]
+
+def _is_divided(may, classes):
+    "Whether some folders are parts, and not classes of that name."
+    both = _called(["train"], classes) and _called(_vals, classes)
+    return both or _called(["train"], may) or _called(_vals, may)
+
+# %% ../nbs/13_sources.ipynb #83e8d7be
+def _parts(path, listed, train_split, val_split, keyed, notes):
     "[(place, its part of the list)]: training and validation, or only one that is still to be split."
-    have = {n.partition("/")[0] for n, _ in listed if "/" in n} | ({p.name for p in path.iterdir() if p.is_dir()} if path.is_dir() else set())
-    train, vals = train_split or "train", [val_split] if val_split else ["val", "validation", "valid"]
-    if train not in have and not (train_split or val_split): return [(path, listed)]
-    if train not in have: raise ValueError(f"{path}: has no {train}/; expected a folder of that name, or tars with it in theirs")
-    val = next((v for v in vals if v in have), None)
+    named, vals = train_split or val_split, [val_split] if val_split else _vals
+    may, classes = _tops(path, listed)
+    if not (named or keyed or _is_divided(may, classes)): return [(path, listed)]
+    try: train, val = (_called(w, may | classes) for w in ([train_split or "train"], vals))
+    except ValueError as e: raise ValueError(f"{path}: {e}") from None
+    if train is None and not named and not any(n.startswith(f"{val}/") for n, _ in listed): return [(path, listed)]
+    if train is None:
+        beside = "" if named else f"{val}/ but "
+        raise ValueError(f"{path}: has {beside}no {train_split or 'train'}/; "
+                         "expected a folder of that name, or tars with it in theirs")
     alone = path/train if (path/train).is_dir() else "the training pictures alone"
     if val is None: raise ValueError(f"{path}: has {train}/ but no {vals[0]}/; add it, or pass {alone} to split it by seed")
+    _say_parts(path, listed, (train, val), val_split, notes)
     return [(path/part, [(n[len(part) + 1:], s) for n, s in listed if n.startswith(part + "/")]) for part in (train, val)]
 
-def _files(path, train_split=None, val_split=None, wds=False):
+def _say_parts(path, listed, parts, val_split, notes):
+    "Say what is taken for validation, and what is left out, where that is not plain."
+    if parts[1].lower() == "test" and not val_split:
+        notes.sentences.append(f"{path}: has no val/; {parts[1]}/ is taken for validation")
+    others = Counter(n.partition("/")[0] for n, _ in listed if is_picture(n) and n.partition("/")[0] not in parts)
+    if others:
+        said = ", ".join(f"{k}/ ({n})" for k, n in sorted(others.items())[:5])
+        notes.sentences.append(f"{path}: left out {others.total()} picture(s) beside {parts[0]}/ and {parts[1]}/: {said}")
+
+# %% ../nbs/13_sources.ipynb #4134f785
+def _files(path, train_split=None, val_split=None, wds=False, leave_out=()):
     "[training, validation] or [not yet split]: sources of a folder, a tar, a folder of tars, or shards."
-    words = [w for w in (train_split, val_split, "train", "val", "validation", "valid") if w]
-    root, listed, tarred = _find(path, words, wds)
+    words, notes = [w for w in (train_split, val_split, "train", *_vals) if w], _Notes()
+    root, listed, tarred = _find(path, words, wds, notes, leave_out)
     keyed = wds or tarred and any(map(_labelled, _samples(listed[:10])))
-    read = (lambda place, l: _from_keys(root, place, l)) if keyed else (lambda place, l: _from_folders(place, _in_order(l)))
-    places, parts = zip(*_parts(path, listed, train_split, val_split))
+    if not keyed: notes.passed.update(_kind(n) for n, _ in listed if not (is_picture(n) or is_hidden(n)))
+    read = (lambda place, l: _from_keys(root, place, l)) if keyed else (lambda place, l: _from_folders(place, _in_order(l), notes))
+    places, parts = zip(*_parts(path, listed, train_split, val_split, keyed, notes))
     spans, labels = zip(*(zip(*read(p, l)) for p, l in zip(places, parts)))
     expected = ("labels of two or more",) if keyed else ()
     *numbers, classes = _number(labels[0], labels[1] if len(labels) > 1 else None, places, keyed and _names_beside(root) or None, *expected)
-    return [_Spans(root, s, n, classes) for s, n in zip(spans, numbers)]
+    found = [_Spans(root, s, n, classes) for s, n in zip(spans, numbers)]
+    for source in found: source.notes = notes.all(path)
+    return found
 
 # %% ../nbs/13_sources.ipynb #d1f5fbf5
 _torch_sets = { # name: (class of torchvision.datasets, training part, validation part)
     "cifar10": ("CIFAR10", "train", "test"), "cifar100": ("CIFAR100", "train", "test"),
     "flowers102": ("Flowers102", "train", "val"), "pets": ("OxfordIIITPet", "trainval", "test")}
 
+def _bytes_of(found):
+    "What `open_picture` takes, of a row of a Hugging Face set; all else stays."
+    if not isinstance(found, dict): return found
+    if found["bytes"] is not None: return found["bytes"]
+    if os.path.lexists(found["path"]): return found["path"]
+    from datasets import Image as decoder                        # in a zip, or elsewhere
+    return decoder().decode_example(found)
+
 class _Numbered(Source):
-    "Pictures of data sets with numbered rows: an item is (title, number); a row holds its picture at `key`."
+    "Pictures of data sets with numbered rows: an item is (title, number); a row holds its picture at `key`, or is it."
     def __init__(self, sets, key, labels, classes):
         self._sets, self._key = sets, key
         super().__init__([(t, i) for t, s in sets.items() for i in range(len(s))], labels, classes)
 
-    def _open(self, item): return self._sets[item[0]][item[1]][self._key]
+    def _open(self, item):
+        row = self._sets[item[0]][item[1]]
+        return _bytes_of(row if self._key is None else row[self._key])
 
     def _name(self, item): return f"{item[0]}[{item[1]}]"
 
@@ -276,13 +487,17 @@ def _torch(name, root, train_split, val_split, download):
     labels = [[int(l) for d in s.values() for l in (d.targets if hasattr(d, "targets") else d._labels)] for s in sets]
     names = getattr(next(iter(sets[0].values())), "classes", None)
     *numbers, classes = _number(*labels, [f"{root} ({next(iter(s))})" for s in sets], names, "two or more")
-    return [_Numbered(s, 0, n, classes) for s, n in zip(sets, numbers)]
+    files = [{t: getattr(d, "_image_files", getattr(d, "_images", None)) for t, d in s.items()} for s in sets]
+    return [_Numbered(s, 0, n, classes) if None in f.values() else _Numbered(f, None, n, classes)
+            for s, f, n in zip(sets, files, numbers)]
 
 # %% ../nbs/13_sources.ipynb #527b4dd0
 _builders = ("imagefolder", "parquet", "arrow", "webdataset") # those that read data_dir; for a name, data_dir is the cache, as in timm
 
 def _hub(name, data_dir, train_split, val_split):
     "[data set of training, of validation] with their titles; one alone when there is no second part."
+    if not name.strip("/"):
+        raise ValueError("hfds/: got no name; expected hfds/NAME of the hub, hfds/FOLDER, or hfds/imagefolder with data_dir")
     try: import datasets
     except ImportError: raise ImportError("hfds/…: needs the package datasets; pip install 'spatial_entropy[data]'") from None
     where = {"data_dir" if name in _builders else "cache_dir": data_dir and str(data_dir)}
@@ -294,8 +509,10 @@ def _hub(name, data_dir, train_split, val_split):
         parts = [train_split or "train"] + [val]*bool(val)
         return {f"{name}/{p}": whole[p] if p in whole or saved else datasets.load_dataset(name, split=p, **where) for p in parts}
     except KeyError as e: raise ValueError(f"hfds/{name}: has no part {e}; expected one of {', '.join(whole)}") from None
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as e:
-        raise (OSError if isinstance(e, OSError) else ValueError)(f"hfds/{name}: {str(e).splitlines()[0]}") from None
+    except MemoryError: raise
+    except Exception as e:                                       # of a dozen packages, in a dozen kinds
+        said = (str(e).splitlines() or [type(e).__name__])[0]
+        raise (OSError if isinstance(e, OSError) else ValueError)(f"hfds/{name}: {said}") from None
 
 # %% ../nbs/13_sources.ipynb #5ae49164
 def _columns(title, features):
@@ -317,7 +534,8 @@ def _hugging_face(name, data_dir, train_split, val_split):
             raise ValueError(f"hfds/{t}: some pictures have no label, or several; choose another part")
     names = getattr(next(iter(sets.values())).features[label], "names", None)
     *numbers, classes = _number(labels[0], labels[1] if len(labels) > 1 else None, [f"hfds/{t}" for t in sets], names, "two or more")
-    return [_Numbered({t: s.select_columns([image])}, image, n, classes) for (t, s), n in zip(sets.items(), numbers)]
+    stored = lambda s: s.select_columns([image]).cast_column(image, type(s.features[image])(decode=False))
+    return [_Numbered({t: stored(s)}, image, n, classes) for (t, s), n in zip(sets.items(), numbers)]
 
 # %% ../nbs/13_sources.ipynb #5874d1b8
 def _turns(labels, seed):
@@ -359,17 +577,42 @@ def _check(limit, fraction, val_fraction):
     if not 0 < val_fraction < 1: raise ValueError(f"val_fraction: got {val_fraction}, expected a number between 0 and 1")
 
 # %% ../nbs/13_sources.ipynb #46611afb
-def _open_sources(data, data_dir, train_split, val_split, download):
+class _Joined(Source):
+    "Several sources in a row: an item is (which, number in it)."
+    def __init__(self, parts):
+        self._parts_ = parts
+        items = [(k, i) for k, p in enumerate(parts) for i in range(len(p))]
+        super().__init__(items, [l for p in parts for l in p.labels], parts[0].classes)
+
+    def _open(self, item): return self._parts_[item[0]]._open(self._parts_[item[0]].items[item[1]])
+
+    def _name(self, item): return self._parts_[item[0]].name(item[1])
+
+def _pair(found, split, place, seed, val_fraction):
+    "(training, what is measured) of one or two sources; the second knows as `part` what it is."
+    if split not in ("val", "train", "all", "auto"):
+        raise ValueError(f'split: got {split!r}, expected "val", "train", "all" or "auto"')
+    if split == "auto": split = "val" if len(found) == 2 else "all"
+    parts = found if len(found) == 2 or split == "all" else _split(place, found[0], seed, val_fraction)
+    second = _Joined(parts) if split == "all" else parts[("train", "val").index(split)].take(range(len(parts[split == "val"])))
+    second.part, second.notes = split, parts[0].notes
+    return parts[0], second
+
+# %% ../nbs/13_sources.ipynb #f82c278f
+def _open_sources(data, data_dir, train_split, val_split, download, leave_out=()):
     "[training, validation] or [not yet split] of a name or a path."
+    if str(data) == "": raise ValueError("data: got no name; expected a folder, a .tar, \"shapes\", torch/…, hfds/… or wds/…")
     prefix, _, rest = data.partition("/") if isinstance(data, str) else ("", "", "")
     if prefix == "torch": return _torch(rest.lower(), data_dir, train_split, val_split, download)
     if prefix == "hfds": return _hugging_face(rest, data_dir, train_split, val_split)
+    if prefix == "wds" and not (rest or data_dir): raise ValueError("wds/: got no name; expected a folder of shards, or a pattern")
     if prefix == "wds": return _files(Path(data_dir or "")/rest, train_split, val_split, wds=True)
     path = Path(data_dir or "")/data
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such folder; expected an image folder, or \"shapes\", a .tar, torch/…, hfds/… or wds/…")
-    if path.is_file() and path.suffix != ".tar": raise ValueError(f"{path}: is neither a folder nor a .tar; unpack it, or pack it as a .tar")
-    return _files(path, train_split, val_split)
+    if not path.is_dir() and not (path.is_file() and path.suffix == ".tar"):
+        raise ValueError(f"{path}: is neither a folder nor a .tar; unpack it, or pack it as a .tar")
+    return _files(path, train_split, val_split, leave_out=leave_out)
 
 # %% ../nbs/13_sources.ipynb #a0ba24f3
 def sources(data: str = "shapes", # "shapes"; an image folder, a .tar of one, a folder of tars; torch/NAME, hfds/NAME, wds/SHARDS
@@ -382,6 +625,8 @@ def sources(data: str = "shapes", # "shapes"; an image folder, a .tar of one, a 
             fraction: float | None = None, # share of the training pictures, in (0, 1], with every class's share; 0.1 is a part of 0.2
             val_fraction: float = .2, # share of validation, in (0, 1), where there are no parts
             download: bool = False, # fetch a set of torchvision that is not there
+            split: str = "val", # what the second holds: "val", "train", "all", or "auto": val where there are parts, else all
+            leave_out=(), # folders that are not data, such as that of the runs
            ) -> tuple[Source, Source]: # training, validation
     """Where the pictures come from. Validation is never cut by `limit` or `fraction`. Names are timm's.
 
@@ -390,7 +635,8 @@ def sources(data: str = "shapes", # "shapes"; an image folder, a .tar of one, a 
     _check(limit, fraction, val_fraction)
     if data == "shapes":
         train, val = _Shapes(min(limit or 4000, 4000), "train", img_size), _Shapes(1000, "val", img_size)
+        train, val = _pair([train, val], split, data, seed, val_fraction)
         return train if fraction is None else _cut(train, seed, None, fraction), val
-    found = _open_sources(data, data_dir, train_split, val_split, download)
-    train, val = found if len(found) == 2 else _split(data, found[0], seed, val_fraction)
+    found = _open_sources(data, data_dir, train_split, val_split, download, leave_out)
+    train, val = _pair(found, split, data, seed, val_fraction)
     return _cut(train, seed, limit, fraction), val

@@ -13,9 +13,11 @@ from fnmatch import fnmatch
 from functools import cache
 import re
 import torch
+from einops import rearrange
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from .families import UnsupportedModel
+from .families import SeveralModels, UnsupportedModel, find
 
 # %% ../nbs/05_surgery.ipynb #a27dfe8c
 def _parts(names): return tuple((n.removesuffix("()"), n.endswith("()")) for n in names.split())
@@ -79,6 +81,9 @@ _register("timm.models", (
     ("deepseek_vit.DeepseekVitBlock", "norm1 attn()", "mlp drop_path2", "norm2"),
     ("cait.LayerScaleBlock", "norm1 attn()", "mlp gamma_2 drop_path", "norm2 gamma_1"),
     ("convit.Block visformer.Block", "norm1 attn()", "mlp drop_path", "norm2"),
+    ("efficientformer.MetaBlock1d", "norm1 token_mixer()", "mlp ls2 drop_path2", "norm2 ls1"),
+    ("efficientformer_v2.EfficientFormerV2Block", "token_mixer()", "mlp ls2 drop_path2", "ls1"),
+    ("fastvit.AttentionBlock", "norm token_mixer()", "mlp layer_scale_2 drop_path2", "layer_scale_1"),
 ))
 
 # %% ../nbs/05_surgery.ipynb #5ea5b64b
@@ -122,6 +127,79 @@ _register("timm.models", (
     ("vision_transformer.ParallelThingsBlock", "attns()", "ffns", "attns.*.ls ffns.*.norm", _parallel),
 ))
 
+# %% ../nbs/05_surgery.ipynb #236b2704
+def _then_normed(block, way, x): return block.norm3(way.refine(block, way.attend(block, x)))
+
+def _scaled_residual(block, way, x):
+    x = way.attend(block, x)
+    return block.res_scale2(x) + _through(block, way.mlp, x)
+
+def _tnt(block, way, pixels, words):
+    "TNT: pixels attend within a patch and are added to its token; the tokens' attention is the last."
+    pixels = pixels + block.drop_path(block.attn_in(block.norm_in(pixels)))
+    pixels = pixels + block.drop_path(block.mlp_in(block.norm_mlp_in(pixels)))
+    rows = (len(words), words.shape[1] - 1, -1)
+    if block.norm2_proj is None: more = block.proj(block.norm1_proj(pixels).reshape(rows))
+    else: more = block.norm2_proj(block.proj(block.norm1_proj(pixels.reshape(rows))))
+    words = torch.cat((words[:, :1], words[:, 1:] + more), 1)
+    return pixels, way.refine(block, way.attend(block, words))
+
+# %% ../nbs/05_surgery.ipynb #a0c9be98
+_register("timm.models", (
+    ("swin_transformer_v2_cr.SwinTransformerV2CrBlock", "_shifted_window_attn()", "mlp norm2 drop_path2", "norm1",
+     _then_normed, "attn norm3"),
+    ("metaformer.MetaFormerBlock", "norm1 token_mixer()", "mlp drop_path2 layer_scale2", "norm2 layer_scale1 res_scale1",
+     _scaled_residual, "res_scale2"),
+    ("tnt.Block", "norm_out attn_out()", "mlp drop_path", "norm_mlp", _tnt,
+     "norm_in attn_in norm_mlp_in mlp_in norm1_proj proj norm2_proj"),
+))
+
+# %% ../nbs/05_surgery.ipynb #7e3c6dc5
+def _cut(x, window): # (B, h, w, C)
+    "In windows (B·W, n, C), and the padded grid."
+    b, a = window
+    x = F.pad(x, (0, 0, 0, -x.shape[2] % a, 0, -x.shape[1] % b))
+    return rearrange(x, "n (y b) (x a) c -> (n y x) (b a) c", b=b, a=a), x.shape[1:3]
+
+def _paste(x, window, padded, grid):
+    "Windows back in their places (B, h, w, C)."
+    (b, a), (h, w) = window, padded
+    x = rearrange(x, "(n y x) (b a) c -> n (y b) (x a) c", b=b, a=a, y=h//b, x=w//a)
+    return x[:, :grid[0], :grid[1]].contiguous()
+
+# %% ../nbs/05_surgery.ipynb #48a4600c
+def _tiny_vit(block, way, x):
+    "TinyViT: the MLP holds the norm before it; a convolution stands between."
+    window = (block.window_size,)*2
+    pieces, padded = _cut(x, window)
+    x, mlp = _paste(block.attn(pieces), window, padded, x.shape[1:3]), block.mlp
+    return x + block.drop_path2(mlp.drop2(mlp.fc2(mlp.drop1(mlp.act(mlp.fc1(x))))))
+
+def _sam(block, way, x):
+    "SAM: attention on (windows, h, w, C), in some blocks on the whole grid."
+    window, y = (block.window_size,)*2, block.norm1(x)
+    if not block.window_size: return way.refine(block, block.attn(y))
+    pieces, padded = _cut(y, window)
+    pieces = block.attn(pieces.unflatten(1, window)).flatten(1, 2)
+    return way.refine(block, _paste(pieces, window, padded, x.shape[1:3]))
+
+def _sam2(block, way, x):
+    "SAM 2: where the queries are pooled, the windows shrink with them."
+    x, stride = block.norm1(x), block.q_stride or (1, 1)
+    if not block.is_windowed: return way.refine(block, block.attn(x))
+    window, grid = block.window_size, [n//s for n, s in zip(x.shape[1:3], stride)]
+    pieces, padded = _cut(x, window)
+    small = [n//s for n, s in zip(window, stride)]
+    pieces = block.attn(pieces.unflatten(1, tuple(window))).flatten(1, 2)
+    return way.refine(block, _paste(pieces, small, [n//s for n, s in zip(padded, stride)], grid))
+
+# %% ../nbs/05_surgery.ipynb #34c3f97a
+_register("timm.models", (
+    ("tiny_vit.TinyVitBlock", "attn()", "mlp drop_path2", "mlp.norm local_conv", _tiny_vit),
+    ("vision_transformer_sam.Block", "norm1 attn()", "mlp ls2 drop_path2", "norm2 ls1", _sam),
+    ("hieradet_sam2.MultiScaleBlock", "norm1 attn()", "mlp ls2 drop_path2", "norm2 ls1 proj", _sam2),
+))
+
 # %% ../nbs/05_surgery.ipynb #0fc8cdc0
 def _hf_beit(block, way, x, attention_mask=None, interpolate_pos_encoding=False, resolution=None, **kwargs):
     "With relative positions, the block adds its bias to the mask."
@@ -131,6 +209,7 @@ def _hf_beit(block, way, x, attention_mask=None, interpolate_pos_encoding=False,
         attention_mask = bias if attention_mask is None else bias + attention_mask
     return way.refine(block, way.attend(block, x, attention_mask=attention_mask, **kwargs))
 
+# %% ../nbs/05_surgery.ipynb #164975e8
 _register("transformers.models", (
     ("vit.modeling_vit.ViTLayer deit.modeling_deit.DeiTLayer vit_mae.modeling_vit_mae.ViTMAELayer "
      "vit_msn.modeling_vit_msn.ViTMSNLayer ijepa.modeling_ijepa.IJepaLayer",
@@ -138,10 +217,48 @@ _register("transformers.models", (
     ("dinov2.modeling_dinov2.Dinov2Layer dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersLayer "
      "dinov3_vit.modeling_dinov3_vit.DINOv3ViTLayer", "norm1 attention()", "mlp layer_scale2 drop_path", "norm2 layer_scale1"),
     ("clip.modeling_clip.CLIPEncoderLayer siglip.modeling_siglip.SiglipEncoderLayer siglip2.modeling_siglip2.Siglip2EncoderLayer "
-     "metaclip_2.modeling_metaclip_2.MetaClip2EncoderLayer", "layer_norm1 self_attn()", "mlp", "layer_norm2"),
+     "metaclip_2.modeling_metaclip_2.MetaClip2EncoderLayer "
+     "blip_2.modeling_blip_2.Blip2EncoderLayer clipseg.modeling_clipseg.CLIPSegEncoderLayer "
+     "chinese_clip.modeling_chinese_clip.ChineseCLIPVisionLayer mlcd.modeling_mlcd.MLCDEncoderLayer "
+     "owlvit.modeling_owlvit.OwlViTEncoderLayer owlv2.modeling_owlv2.Owlv2EncoderLayer "
+     "altclip.modeling_altclip.AltCLIPEncoderLayer idefics3.modeling_idefics3.Idefics3EncoderLayer "
+     "smolvlm.modeling_smolvlm.SmolVLMEncoderLayer", "layer_norm1 self_attn()", "mlp", "layer_norm2"),
+    ("pixio.modeling_pixio.PixioLayer", "layernorm_before attention() dropout", "mlp dropout drop_path", "layernorm_after"),
+    ("internvl.modeling_internvl.InternVLVisionLayer", "layernorm_before attention()", "mlp dropout lambda_2",
+     "layernorm_after lambda_1"),
     ("aimv2.modeling_aimv2.Aimv2EncoderLayer", "rms_norm1 attention()", "ffn", "rms_norm2"),
     ("beit.modeling_beit.BeitLayer", "layernorm_before attention() dropout", "mlp dropout lambda_2 drop_path",
      "layernorm_after lambda_1", _hf_beit, "relative_position_bias"),
+))
+
+# %% ../nbs/05_surgery.ipynb #1cf93d16
+def _hf_windows(block, x, size, **kwargs):
+    "Attention in rolled windows (B, h·w, C), and what the layer returns beside it."
+    window, shift = (int(block.window_size),)*2, int(block.shift_size)
+    x, _ = block.maybe_pad(x.unflatten(1, size), *size)
+    padded = tuple(x.shape[1:3])
+    mask = block.get_attn_mask(*padded, dtype=x.dtype, device=x.device)
+    x, *more = block.attention(_cut(torch.roll(x, (-shift, -shift), (1, 2)), window)[0], mask, **kwargs)
+    x = torch.roll(_paste(x, window, padded, padded), (shift, shift), (1, 2))
+    return x[:, :size[0], :size[1]].flatten(1, 2), more
+
+# %% ../nbs/05_surgery.ipynb #befb0778
+def _hf_swin(block, way, hidden_states, input_dimensions, always_partition=False, **kwargs):
+    if not always_partition: block.set_shift_and_window_size(input_dimensions)
+    x, more = _hf_windows(block, block.layernorm_before(hidden_states), input_dimensions, **kwargs)
+    return way.refine(block, block.dropout(x)), *more
+
+# %% ../nbs/05_surgery.ipynb #d6ce8950
+def _hf_closing(block, way, x, *args, **kwargs):
+    "The MLP's last part adds the residual that it is given."
+    x = way.attend(block, x, *args, **kwargs)
+    return block.output(block.intermediate(x), x)
+
+# %% ../nbs/05_surgery.ipynb #8f5275a5
+_register("transformers.models", (
+    ("swin.modeling_swin.SwinLayer", "layernorm_before cyclic_shift attention() dropout", "mlp dropout", "layernorm_after", _hf_swin),
+    ("dpt.modeling_dpt.DPTViTLayer yolos.modeling_yolos.YolosLayer",
+     "layernorm_before attention()", "intermediate output", "layernorm_after", _hf_closing),
 ))
 
 # %% ../nbs/05_surgery.ipynb #795e9e05
@@ -152,6 +269,20 @@ def _query_key_value(block, way, x):
 
 register_surgery("open_clip.transformer.ResidualAttentionBlock", "ln_1 attention()", "mlp ls_2", "ln_2 ls_1", also="attn")
 register_surgery("torchvision.models.vision_transformer.EncoderBlock", "ln_1 self_attention() dropout", "mlp", "ln_2", _query_key_value)
+
+# %% ../nbs/05_surgery.ipynb #39146bde
+def _tv_maxvit(block, way, x):
+    "MaxViT of torchvision: the norm before the MLP is its first part."
+    cut = (block.grid_size[0]//block.p, block.grid_size[1]//block.p)
+    x = block.attn_layer(block.partition_swap(block.partition_op(x, block.p)))
+    x = x + block.stochastic_dropout(block.mlp_layer[1:](x))
+    return block.departition_op(block.departition_swap(x), block.p, *cut)
+
+_register("torchvision.models", (
+    ("swin_transformer.SwinTransformerBlock", "norm1 attn()", "mlp stochastic_depth", "norm2"),
+    ("swin_transformer.SwinTransformerBlockV2", "attn()", "mlp norm2 stochastic_depth", "norm1"),
+    ("maxvit.PartitionAttentionLayer", "attn_layer()", "mlp_layer stochastic_dropout", "mlp_layer.0", _tv_maxvit),
+))
 
 # %% ../nbs/05_surgery.ipynb #adb6fc83
 @cache
@@ -185,36 +316,62 @@ _towers = ("vision_model", "visual", "vision_tower")
 _attention = re.compile("att(entio)?n|mhsa|gpsa|xca", re.IGNORECASE)
 _pool = re.compile("atten.*pool", re.IGNORECASE)
 _shared = "attention and MLP share one residual, so there is no road around attention alone"
-_refused = dict.fromkeys(("timm.models.vision_transformer.ParallelScalingBlock", "timm.models.vision_transformer.DiffParallelScalingBlock"), _shared)
+_refused = dict.fromkeys((f"timm.models.vision_transformer.{b}" for b in ("ParallelScalingBlock", "DiffParallelScalingBlock")), _shared) | {
+    "timm.models.crossvit.CrossAttentionBlock": "one branch asks the other here, and no MLP follows in which the skip would be replaced",
+    "timm.models.nextvit.NextTransformerBlock": "a convolution of the attended map joins it before the MLP: a second road beside attention",
+    "timm.models.davit.ChannelBlock": "it attends over channels, not over places"}
 
 def _name_of(module):
     cls = getattr(type(module), "_with_skip", type(module))
     return f"{cls.__module__}.{cls.__qualname__}"
 
 def _tower(model):
-    "The part of a model that sees: of two towers the one for pictures, of an encoder and a decoder the encoder."
+    "Of a model that has no entry in `03_families`: the part for pictures, of an encoder and a decoder the encoder."
     for path, module in model.named_modules():
         if path.rpartition(".")[2] in _towers: return module
     base = getattr(model, "base_model", None)                      # Hugging Face: the model without its head or decoder
     return base if isinstance(base, nn.Module) else model
 
 # %% ../nbs/05_surgery.ipynb #dfecdac9
-def _last_block(model):
-    "The block around the last attention of the vision tower. Raises UnsupportedModel, with its name, if the table does not hold it."
-    tower, last, pool = _tower(model), None, "-"
+def _last_attention(tower):
+    "The path of the last attention in a tower, pools by attention apart."
+    last, pool = None, "-"
     for path, module in tower.named_modules():
         if _pool.search(type(module).__name__): pool = path
         elif path == pool or path.startswith(f"{pool}."): continue
         elif _name_of(module) in _refused or _way_of(type(module))[0] or _attention.search(type(module).__name__): last = path
-    if last is None: raise UnsupportedModel(f"{type(model).__name__}: no attention was found in it, so there is no skip around it to drop")
-    steps = last.split(".")
+    if last is None:
+        raise UnsupportedModel(f"{type(tower).__name__}: no attention was found in it, so there is no skip around it to drop")
+    return last
+
+def _around(tower, path):
+    "The block around an attention, or what stands where one should, and its path."
+    steps = path.split(".")
     around = [".".join(steps[:n]) for n in range(len(steps), 0, -1)]
-    for path in around:
-        if _way_of(type(tower.get_submodule(path)))[0]: return tower.get_submodule(path)
-    path = next((p for p in around if p.rpartition(".")[2].isdigit()), around[min(1, len(around) - 1)])
-    name = _name_of(tower.get_submodule(path))
+    known = next((p for p in around if _way_of(type(tower.get_submodule(p)))[0]), None)
+    refused = next((p for p in around if _name_of(tower.get_submodule(p)) in _refused), None)
+    path = known or refused or next((p for p in around if p.rpartition(".")[2].isdigit()), around[min(1, len(around) - 1)])
+    return tower.get_submodule(path), path
+
+# %% ../nbs/05_surgery.ipynb #545cfef5
+def _found(model):
+    "What the tap would read; None where it has no entry or no map, which need not keep the surgery from its work."
+    try: return find(model)
+    except SeveralModels: raise
+    except UnsupportedModel: return None
+
+def _last_block(model):
+    "The block around the last attention that is read. Raises UnsupportedModel, with its name, if the table does not hold it."
+    found = _found(model)
+    tower = found.model if found else _tower(model)
+    block, path = _around(tower, _last_attention(tower))
+    heard = [name for name, _, kind in found.layers if not kind.one_query] if found else []
+    if heard and type(read := _around(tower, heard[-1])[0]) is type(block): block = read   # what comes later is not read
+    if _way_of(type(block))[0]: return block
+    name = _name_of(block)
     raise UnsupportedModel(f"{type(model).__name__}: its last attention is in {path}, a {name.rpartition('.')[2]} ({name}): " + _refused.get(
-        name, "drop_last_skip knows no such block; if it has a residual around attention, then one around its MLP, describe it with register_surgery"))
+        name, "drop_last_skip knows no such block; if it has a residual around attention, then one around its MLP, "
+              "describe it with register_surgery"))
 
 # %% ../nbs/05_surgery.ipynb #31116a15
 def _check(block):

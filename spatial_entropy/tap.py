@@ -6,58 +6,120 @@
 __all__ = ['AttentionTap']
 
 # %% ../nbs/04_tap.ipynb #e526610b
-import re
 import inspect
+import re
+import threading
 from copy import deepcopy
-from functools import cache
+from functools import cache, update_wrapper
+from weakref import ref
 import torch
-from einops import rearrange
+from einops import EinopsError, rearrange
 from torch import nn
 from torch.nn import functional as F
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
-from .attention import Rows, _attention, _hidden, _row, _row_of_logits, _weights, _wide
+from .attention import Rows, _attention, _hidden, _row, _row_of_logits, _weights, _wide, _without_padding
 from .families import Call, UnsupportedModel, _ask, find
 
 # %% ../nbs/04_tap.ipynb #f4033a0e
-_SOFTMAX = (torch.Tensor.softmax, torch.softmax, F.softmax)
+_SOFTMAX = (torch.Tensor.softmax, torch.softmax, F.softmax, torch.special.softmax)
 
-class _Ear(TorchFunctionMode):
-    "Listens in one attention layer and keeps what the tap makes of the first attention call after it was armed."
-    def __init__(self, tap, name, module, kind):
+def _table_of(input, dim=None, *_, **__): return input, dim   # a softmax's arguments, by place or name
+
+class _Listening(TorchFunctionMode):
+    "One call of an attention layer; each tap on it hears the same calls of torch."
+    def __init__(self, hearings):
         super().__init__()
-        self.tap, self.name, self.module, self.kind = tap, name, module, kind
-        self.armed, self.ran, self.raster, self.batch, self.heard, self.map, self.graded = False, False, None, 0, None, None, False
+        self.hearings = hearings
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            self.tap._fused(self, *args, **kwargs)
-            out = func(*args, **kwargs)
-            if self.tap.checks is not None: self.tap._compare(self, out, *args, **kwargs)
-            return out
-        if func is F.multi_head_attention_forward: self.tap._projected(self, *args, **kwargs)
-        if func in _SOFTMAX and args[0].ndim > 2:
-            self.tap._unfused(self, args[0])
-            if self.tap.checks is not None: self.tap._compare_logits(self, args[0])
-        return func(*args, **kwargs)
+            for h in self.hearings: _fused(h, *args, **kwargs)
+        elif func is F.multi_head_attention_forward:
+            for h in self.hearings: _projected(h, *args, **kwargs)
+            return func(*args, **kwargs)
+        elif func in _SOFTMAX:
+            table, dim = _table_of(*args, **kwargs)
+            for h in self.hearings: _softmax(h, table, dim)
+        else: return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        for h in self.hearings:
+            if h.ear.tap.checks is not None: _compare(h, out, func, args, kwargs)
+        return out
 
 # %% ../nbs/04_tap.ipynb #8780cb02
+def _hear(module, forward, args, kwargs):
+    "A call of a tapped layer."
+    entered = [_enter(ear, (*args, *kwargs.values()), kwargs) for ear in module._ear.ears]
+    hearings = [h for h in entered if h is not None]
+    if isinstance(module, nn.MultiheadAttention):
+        for h in hearings: _multihead(h, *args, **kwargs)
+        out = forward(*args, **kwargs)
+    else:
+        with _Listening(hearings): out = forward(*args, **kwargs)
+    for h in hearings: _left(h, out)
+    return out
+
+def _is_heard(module):
+    "Whether this call is the tapped layer's own, not that of a copy or of a forward heard already."
+    ears = module.__dict__.get("_ear")
+    if ears is None or isinstance(module.__dict__.get("forward"), _Forward): return False
+    if ears.module is module: return True
+    if getattr(module, "_is_replica", False): raise RuntimeError(_REPLICAS)
+    ears.copied = True
+    return False
+
+_REPLICAS = ("nn.DataParallel runs copies of the model, which no tap can hear; use "
+             "DistributedDataParallel, one process a device")
+
+# %% ../nbs/04_tap.ipynb #3dd025e9
 @cache
 def _tapped(cls):
-    "A subclass of an attention layer's class whose forward runs within the module's ear."
+    "A subclass of an attention layer's class whose forward runs within the module's ears."
     def forward(self, *args, **kwargs):
-        ear = self.__dict__.get("_ear")
-        if ear is None or ear.module is not self: return cls.forward(self, *args, **kwargs)   # a copy, an EMA
-        ear.tap._enter(ear, (*args, *kwargs.values()), kwargs)
-        if not isinstance(self, nn.MultiheadAttention):
-            with ear: return cls.forward(self, *args, **kwargs)
-        ear.tap._multihead(ear, *args, **kwargs)
-        return cls.forward(self, *args, **kwargs)
-    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__, "__deepcopy__": _copy_untapped,
-                                       "__reduce_ex__": _reduce_untapped, "_stock": cls, "__doc__": cls.__doc__})
+        if not _is_heard(self): return cls.forward(self, *args, **kwargs)
+        return _hear(self, lambda *a, **k: cls.forward(self, *a, **k), args, kwargs)
+    def unscripted(self):
+        raise RuntimeError("a tap listens in this model, which torch.jit.script cannot compile; "
+                           "close the tap first")
+    return type(cls.__name__, (cls,), {
+        "forward": forward, "__module__": cls.__module__, "__deepcopy__": _copy_untapped,
+        "__reduce_ex__": _reduce_untapped, "_stock": cls, "__doc__": cls.__doc__,
+        "__prepare_scriptable__": unscripted})
+
+# %% ../nbs/04_tap.ipynb #1fdf4f23
+class _Forward:
+    "Stands in for a forward that was set on the object."
+    def __init__(self, module, own): self.module, self.own = module, own; update_wrapper(self, own)
+    def __call__(self, *args, **kwargs): return _hear(self.module, self.own, args, kwargs)
+
+class _Ears:
+    "Kept by a tapped layer: who listens in it."
+    def __init__(self, module): self.module, self.ears, self.copied = module, [], False
+
+def _attach(ear):
+    module = ear.module
+    if "_ear" not in module.__dict__:
+        module.__class__, module._ear = _tapped(type(module)), _Ears(module)
+        if own := module.__dict__.get("forward"): module.__dict__["forward"] = _Forward(module, own)
+    module._ear.ears = [*module._ear.ears, ear]
+
+def _release(ear):
+    module, ears = ear.module, ear.module.__dict__.get("_ear")
+    if ears is None or ear not in ears.ears: return
+    ears.ears = [e for e in ears.ears if e is not ear]
+    if ears.ears: return
+    own = module.__dict__.get("forward")
+    if isinstance(own, _Forward): module.__dict__["forward"] = own.own
+    if "_stock" in vars(type(module)): module.__class__ = module._stock
+    del module._ear
 
 # %% ../nbs/04_tap.ipynb #57c51a69
-def _untapped_state(module): return {k: v for k, v in module.__dict__.items() if k != "_ear"}
+def _untapped_state(module):
+    state = {k: v for k, v in module.__dict__.items() if k != "_ear"}
+    if isinstance(own := state.get("forward"), _Forward): state["forward"] = own.own
+    return state
 
 def _copy_untapped(self, memo):
     new = self._stock.__new__(self._stock)
@@ -117,18 +179,21 @@ class AttentionTap:
     """The similarity maps of one attention layer or several, read during the model's own forward pass.
 
     ``with AttentionTap(model) as tap: model(x); s = tap.maps()`` gives (B, H, h, w), in the graph, with fused attention left
-    on and parameter names unchanged. Without `with`, call `close` when done; under activation checkpointing, not before the backward pass. Layers are
-    counted in the order in which they run; a pool by attention is the last one. Raises UnsupportedModel, with family and reason, for a model without such
+    on and parameter names unchanged. Without `with`, call `close` when done; under activation
+    checkpointing, not before the backward pass. Layers are counted in the order in which they run; a pool by
+    attention is the last one. Several taps may listen. Each thread has passes of
+    its own; a compiled model has one thread. Raises UnsupportedModel, with family and reason, for a model without such
     a map, ValueError for a wrong block or query, RuntimeError rather than ever returning nothing.
     """
     def __init__(self, model: nn.Module, # a timm, Hugging Face, torchvision or open_clip vision model, also compiled, in DDP, or inside another module
                  block=-1, # an attention layer's number, negative from the last; a list of them; or "all"
                  query="auto", # "auto": what the classifier reads; "cls"; "mean"; "register" or ("register", i); a patch (y, x)
                  softmax: bool = False): # attention weights over all tokens instead of similarities
+        _refuse_wrapped(model)
         self.found, self.query, self.softmax = find(model), _checked_query(query), softmax
-        self._root, self.checks = model, None
+        self._root, self.checks, self.keep = model, None, 1
         self.single, self.blocks = isinstance(block, int) and not isinstance(block, bool), _chosen(block, len(self.found.layers))
-        self._grid, self._grad, self._ears = None, False, [_ear_for(self, i) for i in self.blocks]
+        self._passes, self._ears = _Passes(), [_Ear(self, i) for i in self.blocks]
         _install(self)
 
     def close(self):
@@ -138,6 +203,18 @@ class AttentionTap:
 
     def __enter__(self): return self
     def __exit__(self, *error): self.close()
+
+# %% ../nbs/04_tap.ipynb #f28ecb51
+def _refuse_wrapped(model):
+    "Raises UnsupportedModel for what no tap can hear, whatever the family."
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UnsupportedModel("a scripted or traced model runs outside Python; tap the model it was made of")
+    if isinstance(model, torch.fx.GraphModule):
+        raise UnsupportedModel("a torch.fx graph (torch.export gives one, too) has no attention layers "
+                               "left; tap the model it was made of")
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    if any(isinstance(m, nn.DataParallel) and len(m.device_ids) > 1 for m in modules):
+        raise UnsupportedModel(_REPLICAS)
 
 # %% ../nbs/04_tap.ipynb #32ac03b4
 def _chosen(block, n): # the layers' numbers, from 0
@@ -149,140 +226,338 @@ def _chosen(block, n): # the layers' numbers, from 0
     if len(set(numbers)) < len(numbers): raise ValueError(f"block: got {block!r}, which names a block twice")
     return numbers
 
-def _ear_for(tap, i):
-    (name, module, kind), model = tap.found.layers[i], tap.found.model
-    _token(tap.query, tap.found.adapter, model, kind, f"{type(model).__name__}, {name}")
-    if "_ear" in module.__dict__: raise RuntimeError(f"block {i} ({name}) has a tap already; close it first")
-    return _Ear(tap, name, module, kind)
+# %% ../nbs/04_tap.ipynb #61f3246f
+class _Pass:
+    "One forward pass, as one thread sees it."
+    def __init__(self):
+        self.heard, self.earlier, self.inside, self.trained = {}, [], False, 0
+        self.begin()
 
-def _release(ear):
-    if ear.module.__dict__.get("_ear") is not ear: return
-    if "_stock" in vars(type(ear.module)): ear.module.__class__ = ear.module._stock
-    del ear.module._ear
+    def begin(self, keep=1): # keep: passes that can still be read, this one included
+        if keep > 1 and self.heard and self.grad and not self.taken: self.earlier = [*self.earlier, self.heard][1 - keep:]
+        self.grid, self.anchor, self.grad = None, None, torch.is_grad_enabled()
+        self.heard, self.ran, self.repeated = {}, {}, {}              # by layer
+        self.used, self.taken, self.counted, self.began = False, False, False, True
+
+# %% ../nbs/04_tap.ipynb #0bd59260
+class _Passes:
+    "The passes of one tap, by thread."
+    def __init__(self):
+        self.thread, self.first, self.local = threading.get_ident(), _Pass(), threading.local()
+        self.first.began, self.others = False, []
+
+    def now(self):
+        if torch.compiler.is_compiling() or threading.get_ident() == self.thread: return self.first
+        if not hasattr(self.local, "own"):
+            self.local.own = _Pass()
+            self.others = [*self.others, self.local.own][-8:]
+        return self.local.own
+
+    def read(self): # a thread that ran nothing reads what the only other one ran
+        own = self.first if threading.get_ident() == self.thread else getattr(self.local, "own", None)
+        if own is not None and own.began: return own
+        ran = [p for p in (self.first, *self.others) if p.began]
+        if len(ran) > 1:
+            raise RuntimeError(f"the model ran in {len(ran)} threads, but not in this one; read the "
+                               "maps in the thread that ran the model")
+        return ran[0] if ran else self.first
 
 # %% ../nbs/04_tap.ipynb #de9c14a7
 def _install(tap):
-    "Swap the layers' classes; hook what arms the tap and what shows the grid."
+    "Attach the ears; hook what begins a pass and what shows the grid."
     model, adapter = tap.found.model, tap.found.adapter
-    for ear in tap._ears: ear.module.__class__, ear.module._ear = _tapped(type(ear.module)), ear
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     path = _ask(adapter.grid, model) if callable(adapter.grid) else adapter.grid
+    first = _first_convolution(tap.found)
     shows = model.get_submodule(path) if path else first
-    tap._hooks = [m.register_forward_pre_hook(_Hook(tap._arm)) for m in {model, first if adapter.given is None else None} - {None}]
-    if adapter.given is not None: tap._hooks.append(model.register_forward_pre_hook(_Hook(tap._see_inputs), with_kwargs=True))
+    begins = None if adapter.given is not None else first if first is not None else shows
+    tap._hooks = [model.register_forward_pre_hook(_Hook(tap._enter_model)),
+                  model.register_forward_hook(_Hook(tap._leave_model), always_call=True)]
+    if begins not in (None, model): tap._hooks.append(begins.register_forward_pre_hook(_Hook(tap._embed)))
+    if adapter.given is not None:
+        tap._hooks.append(model.register_forward_pre_hook(_Hook(tap._see_inputs), with_kwargs=True))
     elif shows is not None: tap._hooks.append(shows.register_forward_hook(_Hook(tap._see_grid), with_kwargs=True))
+    for ear in tap._ears:
+        _attach(ear)
+        if isinstance(ear.module, nn.MultiheadAttention):             # a hook keeps nn.TransformerEncoderLayer
+            tap._hooks.append(ear.module.register_forward_pre_hook(_Hook()))   # from its fast path
 
-def _arm(self, module, args):
-    self._grad, self._grid = torch.is_grad_enabled(), None
-    for ear in self._ears: ear.armed, ear.ran, ear.heard, ear.map = True, False, None, None
+def _first_convolution(found): # before the first attention layer
+    layer = found.layers[0][1]
+    for module in found.model.modules():
+        if module is layer: return None
+        if isinstance(module, nn.Conv2d): return module
 
+# %% ../nbs/04_tap.ipynb #e418d8b7
+def _recomputing():
+    "Whether this is a second run, by activation checkpointing, inside a backward pass."
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+def _refuse_tracing(values):
+    if any(isinstance(v, torch.fx.Proxy) for v in values):
+        raise RuntimeError("torch.fx traces this model, and a tap listens in it; close the tap first")
+
+def _enter_model(self, module, args):
+    _refuse_tracing(args)
+    if _recomputing(): return
+    now = self._passes.now()
+    now.begin(self.keep)
+    now.inside = True
+
+def _leave_model(self, module, args, out):
+    if _recomputing(): return
+    now = self._passes.now()
+    now.inside = False
+    if not torch.compiler.is_compiling() and _is_sharded(self.found.model): now.anchor = _first_graded(out)
+
+def _embed(self, module, args):
+    _refuse_tracing(args)
+    if _recomputing(): return
+    now = self._passes.now()
+    if not now.inside: now.begin(self.keep)
+
+# %% ../nbs/04_tap.ipynb #1fd4af15
 def _see_grid(self, module, args, kwargs, out):
-    self._grid = self.found.adapter.read(module, (*args, *kwargs.values()), out)
+    if _recomputing(): return
+    self._passes.now().grid = self.found.adapter.read(module, (*args, *kwargs.values()), out)
 
 def _see_inputs(self, module, args, kwargs):
+    if _recomputing(): return
     named = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-    self._grid = self.found.adapter.given(module, named | named.get("kwargs", {}))
+    self._passes.now().grid = self.found.adapter.given(module, named | named.get("kwargs", {}))
 
-AttentionTap._arm, AttentionTap._see_grid, AttentionTap._see_inputs = _arm, _see_grid, _see_inputs
+AttentionTap._enter_model, AttentionTap._leave_model = _enter_model, _leave_model
+AttentionTap._embed, AttentionTap._see_grid, AttentionTap._see_inputs = _embed, _see_grid, _see_inputs
+
+# %% ../nbs/04_tap.ipynb #2a532f9c
+def _is_sharded(model): # FSDP2's fully_shard, or FSDP
+    names = {c.__name__ for m in model.modules() for c in type(m).__mro__}
+    return bool(names & {"FSDPModule", "FullyShardedDataParallel"})
+
+def _first_graded(out): # a tensor with a gradient in a model's output, or None
+    if isinstance(out, torch.Tensor): return out if out.grad_fn is not None else None
+    parts = out.values() if isinstance(out, dict) else out if isinstance(out, (list, tuple)) else ()
+    return next((t for p in parts if (t := _first_graded(p)) is not None), None)
+
+def _anchored(s, anchor):
+    if anchor is None or not s.requires_grad: return s
+    return s + torch.where(torch.zeros((), dtype=torch.bool, device=s.device), anchor.flatten()[0].to(s), 0.)
 
 # %% ../nbs/04_tap.ipynb #3f5b5823
-def _enter(self, ear, args, kwargs):
-    call, ear.parts = Call(ear.module, ear.name, self.found.model, args, self._grid, kwargs), []
-    ear.raster, ear.batch, ear.ran = ear.kind.place(call), args[0].shape[0], True
-    if ear.raster is None: raise RuntimeError(f"{ear.name}: the patch grid was not seen; the model's embedding did not run before its blocks")
+class _Ear:
+    "What one tap knows of one attention layer."
+    def __init__(self, tap, number):
+        (self.name, self.module, self.kind), self.tap, self.number = tap.found.layers[number], tap, number
+        model = tap.found.model
+        _token(tap.query, tap.found.adapter, model, self.kind, f"{type(model).__name__}, {self.name}")
+        self.alive, self.looked, self.masks = [], set(), tap.found.adapter.padded or self.kind.padded
 
+class _Hearing:
+    "What one tap hears in one call of a layer: the row, which keys are seen, and where they lie."
+    def __init__(self, ear, args, raster, masks, kept=True):
+        self.ear, self.key, self.raster, self.masks, self.kept = ear, _key_of(args), raster, masks, kept
+        self.batch, self.args, self.row, self.seen = args[0].shape[0], args, None, None
+        self.map, self.shown, self.graded, self.passed_by, self.alive, self.parts = None, None, False, [], None, []
+
+class _Alive: pass                                                    # lives as long as a graph
+
+def _key_of(args): return tuple(tuple(a.shape) if isinstance(a, torch.Tensor) else None for a in args)
+
+# %% ../nbs/04_tap.ipynb #a1b51108
+def _enter(ear, args, kwargs):
+    "A hearing of this call; None where the run that is repeated was not heard."
+    _refuse_tracing(args)
+    if _recomputing(): return _again(ear, args)
+    now, compiled = ear.tap._passes.now(), torch.compiler.is_compiling()
+    if now.used and not compiled: now.begin(ear.tap.keep)
+    raster = ear.kind.place(Call(ear.module, ear.name, ear.tap.found.model, args, now.grid, kwargs))
+    if raster is None:
+        raise RuntimeError(f"{ear.name}: the patch grid was not seen; the model's embedding did not run "
+                           "before its blocks. Call the model, not a part of it")
+    kept = not (compiled and ear.number in now.heard)                 # there, a repeated run looks like a new one
+    if not kept: now.repeated[ear.number] = True
+    now.ran[ear.number] = True
+    return _Hearing(ear, args, raster, ear.masks, kept)
+
+def _again(ear, args):
+    ear.alive = [a for a in ear.alive if a[0]() is not None]
+    same = [a for a in ear.alive if a[1] == _key_of(args)]
+    if not same: return None
+    (_, _, raster, masks), others = same[-1], same[:-1]
+    if isinstance(ear.tap.query, tuple) and any(r.grid != raster.grid or r.cells is not raster.cells for _, _, r, _ in others):
+        raise RuntimeError(f"{ear.name}: checkpointing repeats one of several passes with as many patches in other places, "
+                           f"and query={ear.tap.query!r} cannot tell which; call backward after each pass")
+    return _Hearing(ear, args, raster, masks, kept=False)
+
+# %% ../nbs/04_tap.ipynb #e68a12cf
 def _windows_of(raster): return 1 if raster.cells is None or raster.per_image else raster.cells.shape[0]
 
-def _canonical(ear, t): # (..., n, c) in the family's layout -> (B, H, W, n, c)
-    axes, w = ear.kind.axes_of(t), _windows_of(ear.raster)
+def _canonical(h, t): # (..., n, c) in the family's layout -> (B, H, W, n, c)
+    axes, w = h.ear.kind.axes_of(t), _windows_of(h.raster)
     if axes == "b h w n" and t.ndim == 4: axes = "b h n"                  # Hiera's global layers
-    known = dict(w=w) if "w" in axes else {}
-    if re.search(r"\([^)]*b[^)]*h", axes): known["b"] = ear.batch          # heads and images share an axis
-    return rearrange(t, f"{axes} c -> {' '.join(a if a in axes else '1' for a in 'bhwn')} c", **known)
+    try:
+        known = dict(w=w) if "w" in axes else {}
+        if re.search(r"\([^)]*b[^)]*h", axes): known["b"] = h.batch            # heads and images share an axis
+        return rearrange(t, f"{axes} c -> {' '.join(a if a in axes else '1' for a in 'bhwn')} c", **known)
+    except EinopsError:
+        raise RuntimeError(f"{h.ear.name}: got a tensor of shape {tuple(t.shape)} in its attention, expected ({axes}, c) for "
+                           f"{h.batch} images and {w} window(s); the family's entry does not fit") from None
 
-def _canonical_mask(ear, mask, lead): # broadcastable to the queries' leading axes
-    return None if mask is None else _canonical(ear, mask.expand(*lead, *mask.shape[-2:]))
-
-AttentionTap._enter = _enter
+def _canonical_mask(h, mask, lead): # broadcastable to the queries' leading axes
+    return None if mask is None else _canonical(h, mask.expand(*lead, *mask.shape[-2:]))
 
 # %% ../nbs/04_tap.ipynb #51a699f1
-def _rows_of(self, ear, n):
+def _rows_of(h, n):
     "Which of a layer's n queries are read."
-    adapter, model, raster = self.found.adapter, self.found.model, ear.raster
-    token = _token(self.query, adapter, model, ear.kind, ear.name)
+    ear, tap, raster = h.ear, h.ear.tap, h.raster
+    token = _token(tap.query, tap.found.adapter, tap.found.model, ear.kind, ear.name)
     if token is not None: return Rows(token=token)
-    prefix = 0 if ear.kind.one_query else _prefix(self, ear)
-    if not isinstance(self.query, tuple):
-        if raster.region is not None and raster.region.shape[-1] == n: return Rows(region=raster.region)
-        return _between(self, ear, n, prefix)
-    (y, x), (h, w) = self.query, raster.queries or raster.grid
-    if raster.pictures > 1:
-        raise UnsupportedModel(f"{ear.name}: query={self.query!r}, but several pictures lie in one sequence; use query=\"mean\"")
-    if raster.cells is not None and raster.queries is not None or (h, w) == (0, 0):
-        raise UnsupportedModel(f"{ear.name}: query={self.query!r}, but the queries of this layer are pooled within windows; use query=\"mean\"")
-    if y >= h or x >= w: raise ValueError(f"query: got {self.query}, expected a patch of the {h}×{w} grid of {ear.name}")
-    if raster.cells is None: return Rows(token=prefix + y*w + x)
-    weight = (raster.cells == y*w + x).float()
-    return Rows(weight=weight if not raster.per_image else F.pad(weight, (prefix, 0))[:, None, None])
+    prefix = 0 if ear.kind.one_query else _prefix(ear)
+    if isinstance(tap.query, tuple): return _rows_of_patch(h, prefix)
+    if raster.asked is not None: return Rows(weight=raster.asked/raster.asked.sum(-1, keepdim=True).clamp_min(1))
+    if raster.region is not None and raster.region.shape[-1] == n: return Rows(region=raster.region)
+    return _between(ear, n, prefix)
 
-AttentionTap._rows_of = _rows_of
-
-# %% ../nbs/04_tap.ipynb #9bf9f8a7
-def _between(self, ear, n, prefix):
+def _between(ear, n, prefix):
     "The patches, or the tokens before or after them where the output reads those."
-    suffix = 0 if ear.kind.one_query else _ask(self.found.adapter.suffix, self.found.model)
-    reads = self.found.adapter.reads if self.query == "auto" else "mean"
+    suffix, adapter = _suffix(ear), ear.tap.found.adapter
+    reads = adapter.reads if ear.tap.query == "auto" else "mean"
     if not suffix and reads != "prefix": return Rows(start=prefix)
     at = torch.arange(n, device=next(ear.module.parameters()).device)
     patches = (at >= prefix) & (at < n - suffix)
     read = dict(prefix=at < prefix, suffix=at >= n - suffix).get(reads, patches)
     return Rows(weight=read/read.sum())
 
-def _prefix(self, ear): return _ask(self.found.adapter.prefix if ear.kind.prefix is None else ear.kind.prefix, self.found.model)
+def _suffix(ear): return 0 if ear.kind.one_query else _ask(ear.tap.found.adapter.suffix, ear.tap.found.model)
+
+def _prefix(ear):
+    prefix = ear.tap.found.adapter.prefix if ear.kind.prefix is None else ear.kind.prefix
+    return _ask(prefix, ear.tap.found.model)
+
+# %% ../nbs/04_tap.ipynb #b0af3ba5
+def _rows_of_patch(h, prefix):
+    name, query, raster = h.ear.name, h.ear.tap.query, h.raster
+    (y, x), (height, width) = query, raster.queries or raster.grid
+    if raster.pictures > 1:
+        raise UnsupportedModel(f"{name}: query={query!r}, but several pictures lie in one sequence; use query=\"mean\"")
+    if raster.cells is not None and raster.queries is not None or (height, width) == (0, 0):
+        raise UnsupportedModel(f"{name}: query={query!r}, but the queries of this layer are pooled within windows; "
+                               'use query="mean"')
+    if y >= height or x >= width:
+        raise ValueError(f"query: got {query}, expected a patch of the {height}×{width} grid of {name}")
+    if raster.cells is None: return Rows(token=prefix + y*width + x)
+    weight = (raster.cells == y*width + x).float()
+    return Rows(weight=weight if not raster.per_image else F.pad(weight, (prefix, 0))[:, None, None])
 
 # %% ../nbs/04_tap.ipynb #a048e9aa
-def _fused(self, ear, q, k, v, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
-    if is_causal: raise UnsupportedModel(f"{ear.name}: causal attention; a map of places needs every patch to be seen")
-    mask, q, k = _canonical_mask(ear, attn_mask, q.shape[:-2]), _canonical(ear, q), _canonical(ear, k)
+def _cells_of(raster): return raster.grid[0]*raster.grid[1]*raster.pictures if raster.cells is None else raster.cells.shape[-1]
+
+def _keys_of(h): return _prefix(h.ear) + _cells_of(h.raster) + _suffix(h.ear)
+
+def _fits(h, n, m, what):
+    "Whether this is the layer's attention. Raises UnsupportedModel for a second one."
+    if not h.kept and torch.compiler.is_compiling(): return h.row is None   # a repeated run, checked before
+    if h.ear.kind.parts or h.ear.kind.heads is not None: return h.row is None   # one part after the other
+    if m != _keys_of(h): h.passed_by.append((what, n, m))
+    elif h.row is None: return True
+    elif h.ear.kind.applied is None:
+        raise UnsupportedModel(f"{h.ear.name}: two attentions in one call of {type(h.ear.module).__name__}, and one map "
+                               "cannot stand for both; name the inner layer as host in its entry (register_adapter)")
+    return False
+
+def _left(h, out):
+    "The layer has returned. Raises RuntimeError where none of its tables has the raster's size."
+    if h.alive is not None: _tie(h, _first_graded(out))
+    sizes = [p for p in h.passed_by if p[2] is not None]
+    if h.row is not None or not sizes: return
+    (_, _, m), prefix, (y, x) = sizes[0], _prefix(h.ear), h.raster.grid
+    raise RuntimeError(f"{h.ear.name}: got {m} keys for {prefix} + {_keys_of(h) - prefix} ({y}×{x} patches): patches were "
+                       "dropped (patch_drop_rate?) or merged, and the map has no raster; turn it off")
+
+# %% ../nbs/04_tap.ipynb #b8ad4959
+def _has_values(t): # not on the meta device, nor traced, nor inside a transform of torch.func
+    plain = type(t) in (torch.Tensor, nn.Parameter) and t.device.type != "meta"
+    return plain and not torch.compiler.is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+
+def _look(h, mask): # (..., n, m): boolean, or added, or logits
+    "Whether a mask of a new shape hides anything. Raises UnsupportedModel for a causal one."
+    if not h.kept or mask.shape[-2] == 1 or mask.shape in h.ear.looked or not _has_values(mask): return False
+    h.ear.looked.add(mask.shape)
+    hidden = _hidden(mask)
+    first, last, square = hidden[..., 0, 1:].all(-1), hidden[..., -1, :].any(-1), mask.shape[-2] == mask.shape[-1]
+    if square and bool((first & ~last).any()): raise UnsupportedModel(f"{h.ear.name}: {_CAUSAL}")
+    return bool(hidden.any())
+
+_CAUSAL = "causal attention; a map of places needs every patch to be seen"
+
+# %% ../nbs/04_tap.ipynb #62daacf7
+def _fused(h, query, key, value, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
+    if not _fits(h, query.shape[-2], key.shape[-2], "scaled_dot_product_attention"): return
+    if is_causal: raise UnsupportedModel(f"{h.ear.name}: {_CAUSAL}")
+    if attn_mask is not None: _look(h, attn_mask)
+    mask, q, k = _canonical_mask(h, attn_mask, query.shape[:-2]), _canonical(h, query), _canonical(h, key)
     if 1 < k.shape[1] < q.shape[1]: k = k.repeat_interleave(q.shape[1]//k.shape[1], 1)
-    self._read(ear, q, k, mask, scale if scale is not None else q.shape[-1]**-.5)
+    _read(h, q, k, mask, scale if scale is not None else q.shape[-1]**-.5)
 
-def _read(self, ear, q, k, mask, scale):
-    rows = self._rows_of(ear, q.shape[-2])
-    self._keep(ear, rows, *((_attention(q, k, scale, mask, rows), None) if self.softmax else _row(q, k, scale, mask, rows)))
+def _read(h, q, k, mask, scale):
+    rows = _rows_of(h, q.shape[-2])
+    if h.ear.tap.softmax: _keep(h, rows, _attention(q, k, scale, mask, rows), None)
+    else: _keep(h, rows, *_row(q, k, scale, mask, rows))
 
-def _unfused(self, ear, logits):
-    logits = _canonical(ear, logits)
-    rows, padded = self._rows_of(ear, logits.shape[-2]), self.found.adapter.padded or ear.kind.padded
-    if self.softmax: return self._keep(ear, rows, _weights(lambda part: _wide(logits)[..., part, :], logits.shape[-2], rows), None)
-    self._keep(ear, rows, *_row_of_logits(logits, rows, padded))
+# %% ../nbs/04_tap.ipynb #00aed166
+def _softmax(h, table, dim):
+    if table.ndim < 3: return
+    if dim not in (-1, table.ndim - 1): h.passed_by.append((f"a softmax over axis {dim}", None, None))
+    elif _fits(h, *table.shape[-2:], "a softmax"):
+        if _look(h, table): h.ear.masks = h.masks = True
+        _unfused(h, table)
 
-AttentionTap._fused, AttentionTap._read, AttentionTap._unfused = _fused, _read, _unfused
+def _unfused(h, table):
+    ear, logits = h.ear, _canonical(h, table)
+    rows = _rows_of(h, logits.shape[-2])
+    if not ear.tap.softmax: return _keep(h, rows, *_row_of_logits(logits, rows, h.masks))
+    if h.masks and rows.region is None: rows = _without_padding(rows, logits)
+    if ear.kind.applied is not None:
+        call = Call(ear.module, ear.name, ear.tap.found.model, h.args, None)
+        return _keep(h, rows, rows.of(_canonical(h, _wide(ear.kind.applied(call, table.softmax(-1)))))[..., 0, :], None)
+    _keep(h, rows, _weights(lambda part: _wide(logits)[..., part, :], logits.shape[-2], rows), None)
 
 # %% ../nbs/04_tap.ipynb #f2fcd313
-def _keep(self, ear, rows, row, seen):
-    prefix, raster = _prefix(self, ear), ear.raster
-    m = raster.cells.shape[-1] if raster.cells is not None else raster.grid[0]*raster.grid[1]*raster.pictures
-    if ear.kind.parts:
-        ear.parts.append(row)
-        row = torch.cat(ear.parts, -1)
+def _keep(h, rows, row, seen):
+    ear, prefix, tap, m = h.ear, _prefix(h.ear), h.ear.tap, _cells_of(h.raster)
+    if ear.kind.heads is not None:
+        h.parts.append(row)
+        row = torch.cat(h.parts, 1)
+        if len(h.parts) < ear.kind.heads(ear.module): return
+    elif ear.kind.parts:
+        h.parts.append(row)
+        row = torch.cat(h.parts, -1)
         if row.shape[-1] < m: return
-    suffix = 0 if ear.kind.one_query else _ask(self.found.adapter.suffix, self.found.model)
-    if row.shape[-1] != prefix + m + suffix:
-        raise RuntimeError(f"{ear.name}: got {row.shape[-1]} keys for {prefix} + {m} ({raster.grid[0]}×{raster.grid[1]} patches): patches were "
-                           "dropped (patch_drop_rate?) or merged, and the map has no raster; turn it off")
-    if not ear.armed: return
-    if self._grad and not torch.is_grad_enabled():
-        raise RuntimeError("the block runs under reentrant checkpointing, which would drop the map's gradient without a word; "
-                           "use checkpoint(..., use_reentrant=False)")
-    if rows.weight is not None and isinstance(self.query, tuple) and not raster.per_image: seen = _window_of(rows, raster)
-    if self.softmax and raster.pictures > 1 and raster.region is not None: row = row*_own_share(raster)
-    patches = slice(prefix, prefix + m)
-    ear.heard, ear.armed = (row[..., patches], seen if seen is None else seen[..., patches], raster), False
+    if tap.softmax and h.raster.pictures > 1 and h.raster.region is not None: row = row*_own_share(h.raster)
+    h.row = row[..., prefix:prefix + m]
+    if not h.kept:
+        if torch.compiler.is_compiling(): tap._passes.now().repeated[ear.number] = h   # the same graph as the first run
+        return
+    now = tap._passes.now()
+    if now.grad and not torch.is_grad_enabled():
+        raise RuntimeError("the block runs under reentrant checkpointing, which would drop the map's gradient without a "
+                           "word; use checkpoint(..., use_reentrant=False)")
+    if rows.weight is not None and isinstance(tap.query, tuple) and not h.raster.per_image: seen = _window_of(rows, h.raster)
+    elif h.raster.asked is not None: seen = h.raster.asked.any(-1, keepdim=True).expand_as(h.raster.cells)
+    h.seen = seen if seen is None or h.raster.cells is not None and seen.ndim == 2 else seen[..., prefix:prefix + m]
+    now.heard[ear.number] = [*now.heard.get(ear.number, []), h]
+    if not torch.compiler.is_compiling(): _note(h, row, now)
 
-AttentionTap._keep = _keep
+# %% ../nbs/04_tap.ipynb #dc353d4e
+def _note(h, row, now): # for a repeated run, and for who counts passes
+    if row.grad_fn is None: return
+    h.alive = _Alive()
+    h.ear.alive = [*(a for a in h.ear.alive if a[0]() is not None), (ref(h.alive), h.key, h.raster, h.masks)]
+    _tie(h, row)
+    if h.ear.module.training and not now.counted: now.counted, now.trained = True, now.trained + 1
 
-# %% ../nbs/04_tap.ipynb #7935b102
+def _tie(h, t): # the run can be repeated as long as the graph of its row or its output is there
+    if t is not None: t.grad_fn.metadata[f"heard {id(h.ear)}"] = h.alive
+
 def _own_share(raster): # the mean over all queries of a sequence, as a mean over those of one's own picture
     n = raster.region.shape[-1]
     return n/(raster.region[..., None] == raster.region[..., None, :]).sum(-1)
@@ -293,16 +568,21 @@ def _window_of(rows, raster): # a patch sees its own window, and its own region 
     return inside & (raster.region == (rows.weight*raster.region).sum(-1, keepdim=True))
 
 # %% ../nbs/04_tap.ipynb #d0e46b8d
-def _multihead(self, ear, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True, is_causal=False):
-    a, n = ear.module, ear.module.num_heads
-    if a.bias_k is not None or a.add_zero_attn or is_causal: raise UnsupportedModel(f"{ear.name}: bias_k, add_zero_attn and is_causal leave no map of places")
+def _multihead(h, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True,
+               is_causal=False):
+    ear, a, n = h.ear, h.ear.module, h.ear.module.num_heads
+    if a.bias_k is not None or a.add_zero_attn or is_causal:
+        raise UnsupportedModel(f"{ear.name}: bias_k, add_zero_attn and is_causal leave no map of places")
     if not a.batch_first: query, key = query.transpose(0, 1), key.transpose(0, 1)
     wq, wk = a.in_proj_weight.chunk(3)[:2] if a._qkv_same_embed_dim else (a.q_proj_weight, a.k_proj_weight)
     bq, bk = a.in_proj_bias.chunk(3)[:2] if a.in_proj_bias is not None else (None, None)
-    ear.batch = query.shape[0]
+    h.batch = query.shape[0]
+    if not _fits(h, query.shape[1], key.shape[1], "nn.MultiheadAttention"): return
+    if attn_mask is not None: _look(h, attn_mask if attn_mask.dtype != torch.bool else ~attn_mask)
     q, k = (rearrange(F.linear(x, w, b), "b n (h d) -> b h 1 n d", h=n) for x, w, b in ((query, wq, bq), (key, wk, bk)))
-    self._read(ear, q, k, _multihead_mask(attn_mask, key_padding_mask, q, k), q.shape[-1]**-.5)
+    _read(h, q, k, _multihead_mask(attn_mask, key_padding_mask, q, k), q.shape[-1]**-.5)
 
+# %% ../nbs/04_tap.ipynb #00da80c2
 def _multihead_mask(attn_mask, padding, q, k):
     "(B, H, 1, n, m) additive, from masks in which True hides."
     low = torch.finfo(q.dtype).min
@@ -312,100 +592,153 @@ def _multihead_mask(attn_mask, padding, q, k):
     if padding is not None: mask = add(padding)[:, None, None, None] + (0. if mask is None else mask)
     return mask
 
-AttentionTap._multihead = _multihead
-
 # %% ../nbs/04_tap.ipynb #a1c0df02
-def _projected(self, ear, query, key, value, width, heads, weight, bias, bias_k, bias_v, add_zero_attn, *rest,
+def _projected(h, query, key, value, width, heads, weight, bias, bias_k, bias_v, add_zero_attn, *rest,
                use_separate_proj_weight=False, q_proj_weight=None, k_proj_weight=None, **more):
     if bias_k is not None or add_zero_attn or more.get("is_causal"):
-        raise UnsupportedModel(f"{ear.name}: bias_k, add_zero_attn and is_causal leave no map of places")
+        raise UnsupportedModel(f"{h.ear.name}: bias_k, add_zero_attn and is_causal leave no map of places")
     wq, wk = (q_proj_weight, k_proj_weight) if use_separate_proj_weight else weight.chunk(3)[:2]
     bq, bk = bias.chunk(3)[:2] if bias is not None else (None, None)
     q, k = (rearrange(F.linear(x, w, b), "n b (h d) -> b h 1 n d", h=heads) for x, w, b in ((query, wq, bq), (key, wk, bk)))
     mask = _multihead_mask(more.get("attn_mask"), more.get("key_padding_mask"), q, k)
-    self._read(ear, q, k, mask, q.shape[-1]**-.5)
-
-AttentionTap._projected = _projected
+    _read(h, q, k, mask, q.shape[-1]**-.5)
 
 # %% ../nbs/04_tap.ipynb #8c74e669
 def _fill(s, seen):
-    "Give unseen cells the mean of the seen ones, a step below, so that no threshold at the mean takes them."
+    "Give unseen cells the mean of the seen ones, less its rounding, so that no threshold at the mean takes them."
     s = torch.where(seen, s, 0.)
     mean = s.sum((-2, -1), keepdim=True)/seen.sum((-2, -1), keepdim=True).clamp_min(1)
-    step = torch.nextafter(mean.detach(), mean.detach() - 1) - mean.detach()
-    return torch.where(seen, s, mean + step)
+    rounding = 16*torch.finfo(s.dtype).eps*s.detach().abs().amax((-2, -1), keepdim=True)
+    return torch.where(seen, s, mean - rounding)
 
-def _map(self, ear):
-    row, seen, raster = ear.heard
-    if ear.map is None or torch.is_grad_enabled() > ear.graded:            # or first read without gradients, for a log
-        ear.graded = torch.is_grad_enabled()
-        if seen is None and (raster.per_image or raster.pictures > 1 and raster.cells is not None): seen = torch.ones_like(row, dtype=torch.bool)
-        s = raster.lay(row)
-        ear.seen = None if seen is None else raster.lay(seen.expand(row.shape).to(row.dtype)) > 0
-        ear.map = s if ear.seen is None or self.softmax else _fill(s, ear.seen)
-    return ear.map
+def _map(h, anchor=None):
+    if h.map is None or torch.is_grad_enabled() > h.graded:                # or first read without gradients, for a log
+        h.graded, seen = torch.is_grad_enabled(), h.seen
+        several = h.raster.pictures > 1 and h.raster.cells is not None
+        if seen is None and (h.raster.per_image or several): seen = torch.ones_like(h.row, dtype=torch.bool)
+        s = h.raster.lay(h.row)
+        h.shown = None if seen is None else h.raster.lay(seen.expand(h.row.shape).to(h.row.dtype)) > 0
+        h.map = _anchored(s if h.shown is None or h.ear.tap.softmax else _fill(s, h.shown), anchor)
+    return h.map
 
 # %% ../nbs/04_tap.ipynb #b1e976f4
-def _maps(self): # (B, H, h, w) for one block, {layer number: (B, H, h, w)} for several
-    "The maps of the latest forward pass, float32, in the graph. Raises RuntimeError when no pass was heard."
+def _silence(ear, now):
+    "Why nothing was heard in a layer."
+    start, ears = f"no map was heard in {ear.name}", ear.module.__dict__.get("_ear")
+    if now.ran.get(ear.number):
+        return (f"{start}, though it ran: its attention is neither scaled_dot_product_attention nor a softmax over keys "
+                "(a flash or flex kernel?); load the model with attn_implementation=\"sdpa\"")
+    if ears is not None and ears.copied: return f"{start}: a copy of the layer ran, not the layer itself"
+    own = ear.module.__dict__.get("forward")
+    if own is not None and not isinstance(own, _Forward) and not hasattr(ear.module, "_old_forward"):
+        return f"{start}: its forward was replaced on the object after it was tapped; tap the model after that"
+    if now.began and ear.tap._grew(now):
+        return f"{start}: the latest pass did not come to it (a part of the model, an early exit, a copy in its place?)"
+    return "no map was heard: run the model on a batch inside `with AttentionTap(model) as tap:` first"
+
+AttentionTap._grew = lambda self, now: now.grid is not None or bool(now.ran)
+
+# %% ../nbs/04_tap.ipynb #ee522122
+def _of_pass(self, heard, run, now):
+    "One hearing for each layer. Raises RuntimeError where there is none, or several and `run` is None."
+    chosen = []
     for ear in self._ears:
-        if ear.heard is not None: continue
-        if not ear.ran: raise RuntimeError("no map was heard: run the model on a batch inside `with AttentionTap(model) as tap:` first")
-        raise RuntimeError(f"no map was heard in {ear.name}, though it ran: its attention is neither scaled_dot_product_attention nor a softmax "
-                           "(a flash or flex kernel?); load the model with attn_implementation=\"sdpa\"")
-    maps = {b: _map(self, ear) for b, ear in zip(self.blocks, self._ears)}
+        runs = heard.get(ear.number, [])
+        if not runs: raise RuntimeError(_silence(ear, now))
+        if run is None and (len(runs) > 1 or now.repeated.get(ear.number) and not now.used):
+            raise RuntimeError(f"{ear.name} ran {max(2, len(runs))} times in one pass (shared by several depths, or a part of the "
+                               "model called by itself): read the maps after each run, or say which with maps(run=…)")
+        if run is not None and not -len(runs) <= run < len(runs):
+            raise ValueError(f"run: got {run}, expected a number from {-len(runs)} to {len(runs) - 1}: {ear.name} ran {len(runs)} time(s)")
+        chosen.append(runs[-1 if run is None else run])
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(h.row) for h in chosen) and not _inside_transform():
+        raise RuntimeError("the latest pass ran inside a transform of torch.func; read its maps there, in the function")
+    if any(_is_traced(h.row) for h in chosen):
+        raise RuntimeError("the latest pass was traced (torch.export), and its maps hold no values; run the model on a batch")
+    return chosen
+
+# %% ../nbs/04_tap.ipynb #d069254d
+def _is_traced(t): return isinstance(t, FakeTensor) or torch._is_functional_tensor(t)
+def _inside_transform(): return torch._C._functorch.maybe_current_level() is not None
+
+def _maps(self, run: int | None = None): # (B, H, h, w) for one block, {layer number: (B, H, h, w)} for several
+    """The maps of this thread's latest forward pass, float32, in the graph.
+
+    `run` chooses among the runs of a layer that is called several times in a pass. Raises RuntimeError, with the cause,
+    when no pass was heard, when a layer ran several times and `run` is None, or when the pass was only traced.
+    """
+    now = self._passes.read()
+    maps = {h.ear.number: _map(h, now.anchor) for h in _of_pass(self, now.heard, run, now)}
+    now.used = True
     return maps[self.blocks[0]] if self.single else maps
 
-def _valid(self): # bool, shaped as the maps; None where every cell is a patch
+def _valid(self, run: int | None = None): # bool, shaped as the maps; None where every cell is a patch
     "Which cells of the maps hold a patch: packed and masked models pad theirs."
-    self.maps()
-    valid = {b: ear.seen for b, ear in zip(self.blocks, self._ears)}
+    self.maps(run)
+    now = self._passes.read()
+    valid = {h.ear.number: h.shown for h in _of_pass(self, now.heard, run, now)}
     return valid[self.blocks[0]] if self.single else valid
 
 AttentionTap.maps, AttentionTap.valid = _maps, _valid
 
+# %% ../nbs/04_tap.ipynb #4a1adf03
+def _take(self) -> list: # one entry a pass, oldest first, each as `maps` gives them
+    """The maps of the passes since the last call, at most `keep` of them, which are then forgotten.
+
+    Raises RuntimeError as `maps`.
+    """
+    latest, now = self.maps(), self._passes.read()
+    earlier = [{h.ear.number: _map(h, now.anchor) for h in _of_pass(self, heard, None, now)} for heard in now.earlier]
+    now.earlier, now.taken = [], True
+    return [*(m[self.blocks[0]] if self.single else m for m in earlier), latest]
+
+AttentionTap.take = _take
+AttentionTap.trained = property(lambda self: self._passes.read().trained,
+                                doc="Passes so far, with gradients and in training mode; compiled ones are not counted.")
+
 # %% ../nbs/04_tap.ipynb #acdbe182
-def _compare(self, ear, out, q, k, v, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
-    if ear.heard is None or ear.name in self.checks: return
-    q, k, v, o = (_canonical(ear, t).double() for t in (q, k, v, out))
+def _compare(h, out, func, args, kwargs):
+    "The same row by another way: from the whole table, in float64."
+    if h.row is None or h.ear.name in h.ear.tap.checks: return
+    if func in _SOFTMAX: _compare_logits(h, _table_of(*args, **kwargs)[0])
+    else: _compare_fused(h, out, *args, **kwargs)
+
+def _compare_fused(h, out, query, key, value, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
+    q, k, v, o = (_canonical(h, t).double() for t in (query, key, value, out))
     if 1 < k.shape[1] < q.shape[1]: k, v = (t.repeat_interleave(q.shape[1]//k.shape[1], 1) for t in (k, v))
     logits = q @ k.mT*(scale if scale is not None else q.shape[-1]**-.5)
-    mask = _canonical_mask(ear, attn_mask, out.shape[:-2])
+    mask = _canonical_mask(h, attn_mask, out.shape[:-2])
     if mask is not None: logits = torch.where(mask, logits, -torch.inf) if mask.dtype == torch.bool else logits + mask.double()
     table = logits.softmax(-1)
-    self.checks[ear.name] = dict(_error_of_row(self, ear, logits, table, None if mask is None else _hidden(mask)),
-                                 attention_error=_largest(table.nan_to_num() @ v - o, o))
+    error = _error_of_row(h, logits, table, None if mask is None else _hidden(mask))
+    h.ear.tap.checks[h.ear.name] = dict(error, attention_error=_largest(table.nan_to_num() @ v - o, o))
 
-def _compare_logits(self, ear, logits): # no kernel to compare with: only the reading of the row
-    if ear.heard is None or ear.name in self.checks: return
-    logits = _canonical(ear, logits).double()
-    hidden = _hidden(logits) if self.found.adapter.padded or ear.kind.padded else None
-    self.checks[ear.name] = _error_of_row(self, ear, logits, logits.softmax(-1), hidden)
+def _compare_logits(h, logits): # no kernel to compare with: only the reading of the row
+    logits = _canonical(h, logits).double()
+    h.ear.tap.checks[h.ear.name] = _error_of_row(h, logits, logits.softmax(-1), _hidden(logits) if h.masks else None)
 
 def _largest(error, of): return (error.abs().amax()/of.abs().amax().clamp_min(1e-30)).item()
 
 # %% ../nbs/04_tap.ipynb #21c807cb
-def _error_of_row(self, ear, logits, table, hidden):
+def _error_of_row(h, logits, table, hidden):
     "The row again, from the whole table: each key's mean over the queries that see it."
-    row, seen, raster = ear.heard
-    rows, prefix, n = self._rows_of(ear, logits.shape[-2]), _prefix(self, ear), logits.shape[-2]
-    if rows.token is not None: want = (table if self.softmax else logits)[..., rows.token, :]
+    tap, row, seen, raster, n = h.ear.tap, h.row, h.seen, h.raster, logits.shape[-2]
+    rows, prefix = _rows_of(h, n), _prefix(h.ear)
+    if rows.token is not None: want = (table if tap.softmax else logits)[..., rows.token, :]
     else:
         counts = torch.ones_like(logits, dtype=torch.bool) if hidden is None else ~hidden.expand_as(logits)
         counts = counts & (torch.arange(n, device=logits.device) >= rows.start)[:, None]
         if rows.weight is not None: counts = counts & (rows.weight > 0).unsqueeze(-1)
         if rows.region is not None:
             counts = counts & (rows.region[:, :, None] >= 0)
-            if not self.softmax: counts = counts & (rows.region[:, :, None] == rows.region[:, None, :])
-        if self.softmax: counts = counts.any(-1, keepdim=True)
-        want = torch.where(counts, table if self.softmax else logits, 0.).sum(-2)/counts.sum(-2).clamp_min(1)
-    if len(ear.parts) > 1: row = row[..., -want.shape[-1]:]                 # the last of several calls
+            if not tap.softmax: counts = counts & (rows.region[:, :, None] == rows.region[:, None, :])
+        if tap.softmax: counts = counts.any(-1, keepdim=True)
+        want = torch.where(counts, table if tap.softmax else logits, 0.).sum(-2)/counts.sum(-2).clamp_min(1)
+    if len(h.parts) > 1: row = row[:, -want.shape[1]:, ..., -want.shape[-1]:]   # the last of several calls
     error = (want[..., prefix:prefix + row.shape[-1]] - row).abs()
     if seen is not None: error = torch.where(seen, error, 0.)
-    if raster.cells is not None and len(ear.parts) < 2: error = error[..., raster.cells < raster.grid[0]*raster.grid[1]] if not raster.per_image else error
+    if raster.cells is not None and len(h.parts) < 2: error = error[..., raster.cells < raster.grid[0]*raster.grid[1]] if not raster.per_image else error
     return dict(map_error=(error.amax()/want.abs().amax().clamp_min(1)).item())
-
-AttentionTap._compare, AttentionTap._compare_logits = _compare, _compare_logits
 
 # %% ../nbs/04_tap.ipynb #12cc5670
 @torch.no_grad()

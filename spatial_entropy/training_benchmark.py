@@ -225,7 +225,7 @@ def run_training_benchmark(request, folder, console=None): # the report, as trai
     with tempfile.TemporaryDirectory() as work:
         data = request.data or work + "/pictures"
         if not request.data: _pictures(data, request)
-        rounds, shares = _turns(request, data, work + "/runs", lambda said: console.print(said, highlight=False))
+        rounds, shares = _turns(request, data, work + "/runs", lambda said: console.print(said, highlight=False, markup=False))
     cuda = rounds[0]["plain"]["peak"] is not None
     peaks = {n: max(r[n]["peak"] for r in rounds) for n in rounds[0]} if cuda else _peaks(request)
     report = dict(request=asdict(request), machine={**_machine(torch.device("cuda" if cuda else "cpu")), "threads": torch.get_num_threads()},
@@ -234,7 +234,7 @@ def run_training_benchmark(request, folder, console=None): # the report, as trai
     report["request"].pop("timm_train"); write_json(folder/"training.json", report)
     write_whole(folder/"training.png", lambda p: draw_training(report).savefig(p, dpi=120))
     _print(report, console)
-    console.print(f"written: {folder/'training.json'}, training.png", highlight=False)
+    console.print(f"written: {folder/'training.json'}, training.png", highlight=False, markup=False)
     return report
 
 # %% ../nbs/23_training_benchmark.ipynb #1b92dd19
@@ -253,7 +253,7 @@ def _print(report, console):
     if "to_timm" in report["contenders"]["regulariser"]["cpu"]:
         for clock, what in _clocks.items():
             low, mid, high = report["contenders"]["regulariser"][clock]["to_timm"]
-            console.print(f"everything on, against timm's script: {mid:.3f}× its throughput ({low:.3f}–{high:.3f}), {what}", highlight=False)
+            console.print(f"everything on, against timm's script: {mid:.3f}× its throughput ({low:.3f}–{high:.3f}), {what}", highlight=False, markup=False)
 
 # %% ../nbs/23_training_benchmark.ipynb #cd94bff8
 def draw_training(report):

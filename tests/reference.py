@@ -18,8 +18,9 @@ class Calls:
         self.softmax = torch.Tensor.softmax
 
     def keep(self, logits):
-        if self.stack and "logits" not in self.seen[self.stack[-1]]:
-            self.seen[self.stack[-1]]["logits"] = logits
+        if self.stack:
+            self.seen[self.stack[-1]].setdefault("logits", logits)
+            self.seen[self.stack[-1]].setdefault("calls", []).append(logits)
 
     def sdpa(self, q, k, v, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
         logits = q @ k.transpose(-2, -1) * (q.shape[-1] ** -.5 if scale is None else scale)
@@ -135,7 +136,10 @@ def _swin(c, m, spec, size):
     from timm.models import swin_transformer_v2_cr as cr
     b, home = c["layer"], {"swin_transformer": v1, "swin_transformer_v2": v2, "swin_transformer_v2_cr": cr}[type(m).__module__.split(".")[-1]]
     back = (lambda t, h, w: v1.window_reverse(t, b.window_size, h, w)) if home is v1 else (lambda t, h, w: home.window_reverse(t, b.window_size, (h, w)))
-    return windowed(c, tuple(b.window_size), tuple(b.shift_size), lambda t: home.window_partition(t, b.window_size), back, b.attn_mask)
+    mask, ws = b.attn_mask, b.window_size
+    if getattr(b, "dynamic_mask", False):
+        mask = b.get_attn_mask(torch.zeros(1, *(-(-n // s) * s for n, s in zip(c["args"][0].shape[1:3], ws)), 1))
+    return windowed(c, tuple(ws), tuple(b.shift_size), lambda t: home.window_partition(t, ws), back, mask)
 
 
 def _gcvit(c, m, spec, size):
@@ -171,9 +175,11 @@ def _sam2(c, m, spec, size):
     if not b.is_windowed:
         return _nhwc(c)
     if c["logits"].shape[-1] != c["logits"].shape[-2]:                 # pooled queries: their plain mean
-        c = c | dict(logits=c["logits"].mean(-2, keepdim=True).expand(*c["logits"].shape[:-2], ws[0] * ws[1], -1))
-        h, w = (s % k for s, k in zip(c["args"][0].shape[1:3], ws))
-        assert h == w == 0, "the reference has no padding with pooled queries"
+        h, w = c["args"][0].shape[1:3]
+        real = window_partition(F.pad(torch.ones(1, h, w, 1), (0, 0, 0, -w % ws[1], 0, -h % ws[0])), ws)
+        real = F.max_pool2d(real.permute(0, 3, 1, 2), 2).flatten(1).repeat(len(c["args"][0]), 1)[:, None, :, None]
+        row = (c["logits"] * real).sum(-2, keepdim=True) / real.sum(-2, keepdim=True).clamp_min(1)
+        c = c | dict(logits=row.expand(*row.shape[:-2], ws[0] * ws[1], -1))
     return windowed(c, ws, (0, 0), lambda t: window_partition(t, ws), lambda t, h, w: window_unpartition(t, ws, (h, w)))
 
 
@@ -249,6 +255,15 @@ def _mobilevit(c, m, spec, size):
     x = c["logits"].mean(-2).unflatten(0, (-1, 4)).transpose(2, 3)     # (B, pixels of a patch, patches, H)
     x = x.transpose(1, 3).reshape(-1, w, 2, 2).transpose(1, 2)
     return x.reshape(x.shape[0] // h // c["logits"].shape[1], -1, 2 * h, 2 * w)
+
+
+def _msra(c, m, spec, size):
+    """One call a head, in windows that are padded at the bottom and on the right."""
+    x, ws = c["args"][0], c["layer"].attn.resolution
+    logits = torch.stack(c["calls"], 1)                                # (B·W, H, n, m)
+    if x.shape[2:4] == (ws, ws):
+        return logits.mean(-2).unflatten(-1, (ws, ws))
+    return _by_hand(c | dict(args=(x.permute(0, 2, 3, 1),), logits=logits), ws)
 
 
 def _mqa(c, m, spec, size):

@@ -151,3 +151,81 @@ def test_help_is_answered_without_torch(line):
 def test_a_typing_mistake_is_exit_code_2():
     said = run("train", "--epoch-s", 3)
     assert said.returncode == 2 and "Traceback" not in said.stderr
+
+
+# pictures, as people have them
+
+def typed(capsys, *line):
+    from spatial_entropy.commands import main
+    code = main([str(w) for w in line])
+    return code, *capsys.readouterr()
+
+
+def test_what_is_named_is_measured_whole(trained, photos, tmp_path, capsys):
+    data, heldout = se.shapes(300), tmp_path / "[bold]held[/b]out"
+    for c in range(3):
+        (heldout / data.classes[c]).mkdir(parents=True)
+        for i in range(5):
+            Image.fromarray(data.images[100 + 10 * i + c]).save(heldout / data.classes[c] / f"{i}.png")
+    (heldout / "notes.txt").write_text("x")
+    out = tmp_path / "scores.json"
+    for options, pictures, part in (((), 15, "all"), (("--split", "val"), 3, "val"), (("--split", "train"), 12, "train")):
+        code, said, _ = typed(capsys, "evaluate", trained[0], "--data", heldout, "-o", out, *options)
+        scores = json.loads(out.read_text())
+        assert (code, scores["pictures"], scores["split"]) == (0, pictures, part)
+        assert "[bold]held[/b]out" in said.replace("\n", "") and "passed over 1 thing(s) that are no pictures: 1 × .txt" in said
+    for options, part in ((("--data", photos / "all"), "val"), ((), "val"), (("--split", "all"), "all")):
+        assert typed(capsys, "evaluate", trained[0], "-o", out, *options)[0] == 0
+        scores = json.loads(out.read_text())
+        assert scores["split"] == part and scores["pictures"] + len(scores["skipped"]) == (12 if part == "val" else 60)
+
+
+def header_of(side):
+    import struct
+    import zlib
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(b"0"))
+
+
+def test_draw_of_odd_names_and_hostile_files(trained, tmp_path, capsys):
+    photo = Image.fromarray(se.shapes(300).images[0])
+    names = ["cost_$5_and_$6^", "$\\frac{$", "a\nb", "日本", "x" * 200, "[bold]", "[b]x"]
+    for n in names:
+        photo.save(tmp_path / f"{n}.png")
+    for kind in ("png", "svg", "pdf"):
+        code, said, err = typed(capsys, "draw", trained[0], *(tmp_path / f"{n}.png" for n in names), "-o", tmp_path / f"out.{kind}")
+        assert code == 0 and not err and "7 picture(s)" in said and (tmp_path / f"out.{kind}").stat().st_size > 1000
+    (tmp_path / "huge.png").write_bytes(header_of(20000))
+    (tmp_path / "cut.png").write_bytes((tmp_path / "[bold].png").read_bytes()[:200])
+    os.mkfifo(tmp_path / "pipe.png")
+    for name, said in (("huge", "has more pixels than Pillow decodes"), ("cut", "cannot be decoded"), ("pipe", "is a pipe, not a file")):
+        code, _, err = typed(capsys, "draw", trained[0], tmp_path / f"{name}.png", "-o", tmp_path / "no.png")
+        assert code == 2 and err.count("\n") == 1 and said in err and not (tmp_path / "no.png").exists()
+    code, _, err = typed(capsys, "draw", trained[0], *[tmp_path / "[bold].png"] * 400, "-o", tmp_path / "no.png")
+    assert code == 2 and err.count("\n") == 1 and "images: got 400, expected at most 330" in err
+
+
+def test_masks_that_hold_0_and_1(trained, photos, tmp_path, capsys):
+    scores = {}
+    for name, change in (("255", lambda a: a * 255), ("1", lambda a: a), ("0", lambda a: a * 0)):
+        shutil.copytree(photos / "pairs" / "images", tmp_path / name / "images")
+        (tmp_path / name / "masks").mkdir()
+        for p in (photos / "pairs" / "masks").iterdir():
+            Image.fromarray(change((np.asarray(Image.open(p)) > 0).astype(np.uint8))).save(tmp_path / name / "masks" / p.name)
+        code, _, err = typed(capsys, "evaluate", trained[0], "--masks", tmp_path / name, "-o", tmp_path / "scores.json")
+        if name == "0":
+            assert code == 2 and "there is no foreground in its 8 mask(s)" in err and err.count("\n") == 1
+        else:
+            scores[name] = json.loads((tmp_path / "scores.json").read_text())["jaccard_mean_head"]
+    assert scores["1"] == scores["255"] > 0
+
+
+def test_runs_lie_in_the_data(photos, tmp_path, monkeypatch, capsys):
+    shutil.copytree(photos / "all", tmp_path / "photos")
+    monkeypatch.chdir(tmp_path / "photos")
+    small = ("--epochs", 1, "--limit", 16, "-b", 8, "--img-size", 16, "-j", 0, "--model-kwargs", "depth=2", "embed_dim=24", "num_heads=2", "patch_size=8")
+    for k in (1, 2):
+        code, said, err = typed(capsys, "train", "--data", ".", "--experiment", f"r{k}", *small)
+        assert code == 0, err
+        assert len(json.loads(Path(f"runs/r{k}/facts.json").read_text())["classes"]) == 3
+        assert said.count("1 × folder of runs") >= k             # found by the second run, and by each one's evaluation

@@ -3,6 +3,7 @@ import csv
 import math
 from collections import UserDict
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -144,6 +145,7 @@ class Fake(torch.nn.Module):
 class FakeTap:
     def __init__(self, model, block="all", query="auto", softmax=False):
         self.model, self.softmax, self.blocks = model, softmax, list(model.maps)
+        self.found = SimpleNamespace(model=model)
 
     def maps(self):
         found = {b: m[self.model.now] for b, m in self.model.maps.items()}
@@ -767,3 +769,57 @@ def test_a_gpu_gives_the_same(pictures):
     assert torch.equal(a.mask.cpu(), b.mask)
     assert_close(a.after.cpu(), b.after, atol=1e-6, rtol=0)
     assert_rows(list(rank_heads(vit(), [pictures], device="cuda")), list(rank_heads(vit(), [pictures])))
+
+
+# ---- models that take words, too, and packed pictures ----------------------------------------------------------------
+
+def two_towers(name, **vision):
+    tf = pytest.importorskip("transformers")
+    small = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    torch.manual_seed(0)
+    config = getattr(tf, f"{name}Config")(text_config=dict(small, vocab_size=40, max_position_embeddings=8), vision_config=small | dict(patch_size=8) | vision)
+    return getattr(tf, f"{name}Model")(config).eval()
+
+
+@pytest.mark.parametrize("name", ["CLIP", "Siglip", "AltCLIP", "ChineseCLIP"])
+def test_a_model_of_pictures_and_words_is_ranked_by_its_vision_tower(name):
+    if name in ("AltCLIP", "ChineseCLIP"):
+        tf = pytest.importorskip("transformers")
+        if not hasattr(tf, f"{name}Model"):
+            pytest.skip("not in this transformers")
+        from spatial_entropy.families import UnsupportedModel, find
+        try:
+            find(two_towers(name, image_size=32))
+        except UnsupportedModel:
+            pytest.skip("no entry for this family")
+    model, x = two_towers(name, image_size=32), torch.rand(4, 3, 32, 32)
+    want = [r for r in rank_heads(model.vision_model, [x])]
+    for batch in (x, (x, torch.zeros(4)), dict(pixel_values=x, input_ids=torch.zeros(4, 3, dtype=torch.long), labels=torch.zeros(4))):
+        assert [r for r in rank_heads(model, [batch])] == want
+
+
+def packed_batch():
+    n, shapes = torch.arange(16), torch.tensor([[4, 4], [2, 6]])
+    real = n < shapes.prod(1, keepdim=True)
+    where = torch.stack([n // shapes[:, 1:], n % shapes[:, 1:]], -1)
+    patches = torch.randn(2, 16, 192, generator=torch.Generator().manual_seed(0)) * real[..., None]
+    return patches, real, shapes, where
+
+
+def test_packed_pictures_are_ranked_by_name():
+    patches, real, shapes, where = packed_batch()
+    model = two_towers("Siglip2", num_patches=16)
+    batch = dict(pixel_values=patches, pixel_attention_mask=real.long(), spatial_shapes=shapes)
+    for m in (model, model.vision_model):
+        maps = list(head_maps(m, [batch]))[0]
+        with AttentionTap(m, "all") as tap, torch.no_grad():
+            model.vision_model(**batch)
+        assert all(torch.equal(maps[i], tap.maps()[i]) for i in maps) and len(rank_heads(m, [batch])) == 6
+    naflex = timm.create_model("naflexvit_base_patch16_gap", embed_dim=48, depth=2, num_heads=3, patch_size=8, img_size=32).eval()
+    batch = dict(patches=patches, patch_coord=where, patch_valid=real)
+    got = list(head_maps(naflex, [(batch, torch.zeros(2))]))[0]
+    with AttentionTap(naflex, "all") as tap, torch.no_grad():
+        naflex(patches, patch_coord=where, patch_valid=real)
+    assert all(torch.equal(got[i], m) for i, m in tap.maps().items())
+    with pytest.raises(ValueError, match="expected batches"):
+        next(head_maps(naflex, [patches]))

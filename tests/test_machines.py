@@ -287,7 +287,7 @@ def test_loading_processes_end_with_their_program(pictures, method, end):
     child.start()
     workers = []
     try:
-        assert ours.poll(120)
+        assert ours.poll(300)
         workers = ours.recv()
         assert len(workers) == 1
         child.join(20)

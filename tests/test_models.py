@@ -3,9 +3,13 @@
 The run writes down what it saw. `docs/models.md`, a page of the site, has to say the same; after a change:
 `python -m pytest tests/test_models.py --write-models`.
 """
+import datetime
 import os
+import random
+import re
 import sys
 from copy import deepcopy
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -16,7 +20,9 @@ from torch.testing import assert_close
 import spatial_entropy as se
 from spatial_entropy.families import as_embedded, find
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "tools")]
+import census  # noqa: E402
+from probes import gradient_by_token, maps_of, moved_by_features, moved_by_pixels, other_padding, spatial_axes  # noqa: E402
 from reference import FOLDS, Calls, grid_fold, swin_hf_fold, tv_maxvit_fold, tv_swin_fold  # noqa: E402
 from zoo import HF, OTHERS, REFUSED, TIMM  # noqa: E402
 
@@ -112,6 +118,87 @@ def test_multihead_attention(spec, size):
     note("open_clip" if "open" in spec.name else "torchvision", spec.name, find(model), maps, size)
 
 
+# ---- probes: they share nothing with the tap, and need no reference ----
+
+EVERY = [pytest.param(s, id=s.name) for s in (*TIMM, *OTHERS)]
+WINDOWED = {"swin", "gcvit", "tiny_vit", "sam", "sam2", "davit", "maxvit", "tv_swin", "tv_maxvit", "halo"}
+WINDOWS = [(s, size) for s in (*TIMM, *OTHERS) if s.fold in WINDOWED and s.layers < 14 for size in s.sizes]
+
+
+def made(spec, size=None):
+    if type(spec).__name__ == "Other":
+        pytest.importorskip("open_clip" if "open" in spec.name else "torchvision")
+    size = size or max(spec.sizes, key=lambda s: (s[0] != s[1], s[0] * s[1]))
+    return spec.make(size), size
+
+
+@pytest.mark.parametrize("spec", EVERY)
+def test_geometry_one_patch_moves_its_own_cell(spec):
+    """Pixels of one patch are changed; the map changes most there, in every layer where it changes in one place at all."""
+    model, size = made(spec)
+    far = moved_by_pixels(model, size, 1 if spec.layers > 8 else 3)
+    every = [d for layer in far.values() for d in layer]
+    assert len(every) >= 4
+    assert sum(d <= spec.near for d in every) > .9 * len(every), far
+
+
+@pytest.mark.parametrize("spec,size", WINDOWS, ids=[f"{s.name}-{h}x{w}" for s, (h, w) in WINDOWS])
+def test_geometry_of_windows(spec, size):
+    """One place of a layer's own input is changed, at sizes at, below and above the window: the map changes most at that cell."""
+    model, _ = made(spec, size)
+    layers, kinds = find(model).layers, {}
+    for i, (_, layer, kind) in enumerate(layers):
+        kinds.setdefault((kind.host, str(getattr(layer, "shift_size", ""))), i)
+    for i in {*kinds.values(), len(layers) - 1}:
+        axes = spatial_axes(layers[i][1], model, lambda m: m(torch.rand(1, 3, *size)), size)
+        if axes and "latten" not in layers[i][0]:
+            assert max(moved_by_features(model, i, axes, size)) <= .5, layers[i][0]
+
+
+@pytest.mark.parametrize("spec,size", WINDOWS, ids=[f"{s.name}-{h}x{w}" for s, (h, w) in WINDOWS])
+def test_padding_is_not_counted(spec, size):
+    """Whatever stands in the padding of windows, no map moves."""
+    if spec.fold == "halo":
+        pytest.skip("halo attention pads its relative positions too")
+    model, _ = made(spec, size)
+    x = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    for number, (plain, other) in other_padding(model, range(min(4, spec.layers)), x).items():
+        assert_close(other, plain, atol=1e-5 * plain.abs().max().item(), rtol=1e-5, msg=lambda m, n=number: f"layer {n}: {m}")
+
+
+def test_some_windows_are_padded():
+    padded = {s.name for s, size in WINDOWS if s.fold in ("swin", "sam", "sam2", "davit", "tv_swin") and
+              other_padding(s.make(size), [0], torch.rand(1, 3, *size))}
+    assert len(padded) >= 5, padded
+
+
+def asks_first(model, x):
+    """Whether "auto" is "cls" in the last layer."""
+    try:
+        return torch.equal(maps_of(model, lambda m: m(x), -1), maps_of(model, lambda m: m(x), -1, "cls"))
+    except se.UnsupportedModel:                                          # no [CLS] token
+        return False
+
+
+@pytest.mark.parametrize("spec", EVERY)
+def test_auto_is_what_the_output_reads(spec):
+    """The output's gradient, by token of the last layer's output, lies where "auto" asks."""
+    model, size = made(spec)
+    x = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    kind, grad = find(model).layers[-1][2], gradient_by_token(model, lambda m: m(x))
+    assert grad.abs().amax() > 0
+    if grad.ndim != 3 or len(grad) > 1:                                  # a pool's one token, or places of a feature map
+        assert max((grad != 0).any(axis).float().mean() for axis in (1, -1)) > .9
+        return
+    share = grad.abs().sum((0, 2)) / grad.abs().sum()
+    if kind.one_query or asks_first(model, x):
+        assert share[0] > .5 and share[0] == share.max()
+    else:
+        before = len(share) - maps_of(model, lambda m: m(x), -1)[0, 0].numel()
+        patches = share[before if before < 10 else 0:]                   # more is no prefix: there are fewer keys than queries
+        assert patches.sum() > .99 and patches.min() > .1 / len(patches)
+
+
 def page():
     """The page of the site, from what this run saw."""
     works = {k: r for k, r in SEEN.items() if k[0] != "refused"}
@@ -140,9 +227,54 @@ def test_page_of_models(request):
     expected = len(TIMM) + len(HF) + len(OTHERS) + len(REFUSED)
     if len(SEEN) < expected:
         pytest.skip(f"{len(SEEN)} of {expected} models ran in this process; the page needs them all")
+    before, rest, counted = PAGE.read_text(encoding="utf-8").partition(census.HEADING)
     if request.config.getoption("--write-models"):
-        PAGE.write_text(page(), encoding="utf-8")
-    assert PAGE.read_text(encoding="utf-8") == page(), "docs/models.md is out of date: python -m pytest tests/test_models.py --write-models"
+        before = page() + "\n"
+        PAGE.write_text(before + rest + counted, encoding="utf-8")
+    assert before.rstrip() == page().rstrip(), "docs/models.md is out of date: python -m pytest tests/test_models.py --write-models"
+
+
+# ---- the census, docs/models.md's last part ----
+
+LISTINGS = census.parts(PAGE.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("library", LISTINGS)
+def test_counts_of_the_census_add_up(library):
+    part = LISTINGS[library]
+    rows = census.read_listing(part)
+    names = [n for _, _, _, some in rows for n in some]
+    assert len(names) == len(set(names)) == int(re.search(r"(\d+) names$", part.splitlines()[0])[1])
+    stated = dict(re.findall(r"^\*\*(.+): (\d+)\*\*$", part, flags=re.M))
+    for group, count in stated.items():
+        assert int(count) == sum(len(some) for g, _, _, some in rows if g == group)
+    assert part.count("\n- ") == len(rows) and {g for g, *_ in rows} == set(stated) <= set(census.GROUPS)
+    assert all(len(re.findall(rf"\({len(some)}[,)]", line)) == 1 for line, (_, _, _, some) in
+               zip(re.findall(r"^- .*$", part, flags=re.M), rows, strict=True))
+
+
+@pytest.mark.parametrize("library", LISTINGS)
+def test_nine_in_ten_of_those_that_attend_over_places_are_read(library):
+    count = dict.fromkeys(census.GROUPS, 0)
+    for group, _, _, names in census.read_listing(LISTINGS[library]):
+        count[group] += len(names)
+    assert count["read"] >= .9 * (count["read"] + count["attention over places, refused"])
+
+
+@pytest.mark.parametrize("library,some", [("timm", 8), ("torchvision", 2), ("open_clip", 2), ("transformers", 2)])
+def test_a_sample_of_the_census_is_up_to_date(library, some):
+    """Another dozen names every day, built anew and looked at."""
+    if library not in LISTINGS:
+        pytest.skip(f"docs/models.md has no census of {library} yet")
+    pytest.importorskip(library)
+    build = dict(census.SOURCES[library]())
+    rows = {n: (group, text) for group, text, _, names in census.read_listing(LISTINGS[library]) for n in names}
+    both = sorted(set(rows) & set(build))
+    assert len(both) > .9 * len(rows)
+    if version(library.replace("open_clip", "open_clip_torch")) in LISTINGS[library].splitlines()[0]:
+        assert len(both) == len(rows) == len(build)
+    for name in random.Random(datetime.date.today().isoformat()).sample(both, some):
+        assert census.look(build[name])[:2] == rows[name], name
 
 
 # ---- pretrained weights ----

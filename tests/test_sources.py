@@ -456,3 +456,277 @@ def test_hugging_face_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"needs the package datasets; pip install 'spatial_entropy\[data\]'"):
         sources("hfds/beans")
+
+
+# layouts, as people have them
+
+@pytest.mark.parametrize("train,val", [("Train", "Val"), ("TRAIN", "validation"), ("train", "Valid"), ("Train", "TEST")])
+def test_parts_are_known_without_regard_to_case(tmp_path, train, val):
+    root = folder(tmp_path / "f", **{f"{train}/a": 3, f"{train}/b": 3, f"{val}/a": 2, "extra/a": 4})
+    with tarfile.open(tmp_path / "all.tar", "w") as t:
+        t.add(root, "")
+    for where in (root, tmp_path / "all.tar"):
+        one, two = sources(where)
+        assert (len(one), len(two)) == (6, 2) and one.classes == ("a", "b")
+        assert any("left out 4 picture(s) beside" in n and "extra/ (4)" in n for n in one.notes)
+        assert (val == "TEST") == any("has no val/; TEST/ is taken for validation" in n for n in one.notes)
+
+
+def test_two_parts_of_one_name(tmp_path):
+    root = folder(tmp_path, **{"Train/a": 3, "TRAIN/b": 3, "val/a": 2})
+    if len(list(root.iterdir())) == 3:                            # not where case does not count
+        with pytest.raises(ValueError, match="has TRAIN/ and Train/; expected one of them"):
+            sources(root)
+    folder(tmp_path, **{"train/a": 1, "train/b": 2})
+    assert len(sources(root)[0]) == 3                            # the very name is one
+
+
+@pytest.mark.parametrize("classes,said", [
+    ({"cat/2021": 3, "dog/2021": 3}, "cat/2021/ and in dog/2021/, which have one name"),
+    ({"cat/2021": 3, "cat/2022": 3, "dog": 3}, "dog/ and in cat/202./, at different depths"),
+    ({"cat": 3, "cat/old": 3, "dog": 3}, "at different depths"),
+    ({"train/x/cat": 3, "train/y/cat": 3, "val/x/cat": 3}, "train: pictures lie in x/cat/ and in y/cat/"),
+    ({"pets/train/cat": 3, "pets/val/cat": 3}, "pets/train/cat/ and in pets/val/cat/"),
+    ({"val/cat": 3, "test/cat": 3}, "has val/ but no train/"),
+    ({"train": 3, "val": 3}, r"train: 3 picture\(s\) lie in no subfolder"),
+])
+def test_ambiguous_layouts_are_refused(tmp_path, classes, said):
+    root = folder(tmp_path / "f", **classes)
+    with tarfile.open(tmp_path / "all.tar", "w") as t:
+        t.add(root, "")
+    for where in (root, tmp_path / "all.tar") if "pets" not in said else (root,):
+        with pytest.raises(ValueError, match=said):
+            sources(where)
+
+
+def test_layouts_that_are_plain_or_said(tmp_path):
+    train, _ = sources(folder(tmp_path / "a", **{"animals/cat": 4, "things/car": 4}))
+    assert train.classes == ("car", "cat")
+    assert any("the classes lie in 2 folders (animals, things); the innermost folder is taken" in n for n in train.notes)
+    train, _ = sources(folder(tmp_path / "b", **{"pets/cat": 4, "pets/dog": 4}))
+    assert train.classes == ("cat", "dog") and not train.notes
+    train, _ = sources(folder(tmp_path / "c", car=4, train=4, bus=4))
+    assert train.classes == ("bus", "car", "train")
+
+
+def test_every_kind_that_pillow_reads_and_a_count_of_the_rest(tmp_path):
+    root = folder(tmp_path, a=0, b=0)
+    for i, kind in enumerate(("ppm", "gif", "webp", "tif", "jp2", "tga", "pcx", "bmp", "JPG")):
+        for c in "ab":
+            picture(i).save(root / c / f"{i}.{kind}")
+    for name in ("a/1.txt", "b/2.txt", "a/3.npy", "README", "a/.DS_Store", ".git"):
+        (root / name).write_text("x")
+    train, val = sources(root)
+    assert len(train) + len(val) == 18 and all(val.open(i).size == (10, 8) for i in range(len(val)))
+    assert train.notes == val.notes == (f"{root}: passed over 4 thing(s) that are no pictures: 2 × .txt, 1 × .npy, 1 × file without an ending",) or \
+        "2 × .txt" in train.notes[0] and "1 × .npy" in train.notes[0] and "passed over 4" in train.notes[0]
+    with pytest.raises(ValueError, match=r"found no images; .* \(passed over: 2 × .txt\)"):
+        sources(text(tmp_path / "t"))
+
+
+def text(root):
+    for c in "ab":
+        (root / c).mkdir(parents=True)
+        (root / c / "1.txt").write_text("x")
+    return root
+
+
+def test_runs_in_the_data_are_left_out(tmp_path, monkeypatch):
+    root = folder(tmp_path, **{"a": 5, "b": 5, "runs/1/pictures": 3, "old/2/pictures": 2, "out": 2})
+    for r in ("runs/1", "old/2"):
+        (root / r / "config.yaml").write_text("epochs: 1")
+    (root / "config.yaml").write_text("the data's own")
+    monkeypatch.chdir(root)
+    for where in (root, "."):
+        train, val = sources(where, leave_out=["out"])
+        assert train.classes == ("a", "b") and len(train) + len(val) == 10 and "3 × folder of runs" in train.notes[-1]
+    assert len(sources(root, leave_out=[root, "nowhere"])[0].classes) == 3      # what is named is never left out itself
+
+
+def test_links_are_followed_once(tmp_path):
+    root = folder(tmp_path / "f", a=4, b=4)
+    folder(tmp_path, elsewhere=3)
+    (root / "c").symlink_to(tmp_path / "elsewhere")
+    for c in "ab":
+        for k in range(3):
+            (root / c / f"up{k}").symlink_to(root)               # loops, in all their combinations
+    (root / "self").symlink_to(root / "self")
+    (root / "a" / "gone.png").symlink_to("nowhere")
+    (root / "b" / "one.png").symlink_to(root / "a" / "0.png")
+    train, val = sources(root)
+    assert train.classes == ("a", "b", "c") and len(train) + len(val) == 12
+    assert "6 × link to a folder that is there already" in train.notes[0] and "2 × link to nothing" in train.notes[0]
+
+
+def test_pipes_and_devices_are_passed_over(tmp_path):
+    import os
+    root = folder(tmp_path, a=5, b=5)
+    os.mkfifo(root / "a" / "pipe.png")
+    (root / "b" / "zero.png").symlink_to("/dev/zero")
+    os.mkfifo(root / "shard.tar")
+    train, val = sources(root)
+    assert len(train) + len(val) == 10 and "3 × pipe, socket or device" in train.notes[0]
+    with pytest.raises(ValueError, match="is neither a folder nor a .tar"):
+        sources(root / "shard.tar")
+    train.items[0] = ("a/pipe.png", None, 0, -1)                  # it became one since
+    with pytest.raises(OSError, match="a/pipe.png: is a pipe, not a file"):
+        train.open(0)
+
+
+def test_a_class_that_may_not_be_listed_is_an_error(tmp_path, monkeypatch):
+    import os
+    root, real = folder(tmp_path, a=5, b=5, c=5, **{"lost+found": 1}), os.scandir
+
+    def scandir(where):
+        if str(where).endswith(("/b", "lost+found")):
+            raise PermissionError(13, "Permission denied", str(where))
+        return real(where)
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(OSError, match=r"/b: cannot be listed \(Permission denied\); make it readable, or move it away"):
+        sources(root)
+
+
+# tars and shards, as people have them
+
+def test_links_in_tars(tmp_path):
+    root = folder(tmp_path / "f", **{"train/a": 10, "train/b": 10, "val/a": 1})
+    (root / "val" / "b").mkdir()
+    import os
+    for i in range(5):
+        os.link(root / "train/a" / f"{i}.png", root / "val/a" / f"h{i}.png")
+        (root / "val/b" / f"s{i}.png").symlink_to(f"../../train/b/{i}.png")
+    (root / "val/b" / "x.png").symlink_to("/etc/nowhere.png")
+    (root / "val/b" / "l1.png").symlink_to("l2.png")
+    (root / "val/b" / "l2.png").symlink_to("l1.png")
+    with tarfile.open(tmp_path / "all.tar", "w") as t:
+        t.add(root, "")
+    for name in ("x", "l1", "l2"):
+        (root / "val/b" / f"{name}.png").unlink()
+    ours, unpacked = sources(tmp_path / "all.tar"), sources(root)
+    assert [contents(s) for s in ours] == [contents(s) for s in unpacked] and len(ours[1]) == 11
+    assert "3 × link to no file in its tar" in ours[0].notes[0]
+    assert sorted(n for n in map(ours[1].name, range(11)) if "/s" in n)[0] == "all.tar:val/b/s0.png"
+
+
+def test_of_a_name_that_comes_twice_the_last_counts(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as t:
+        for i, name in enumerate(["a/1.png", "b/1.png", "a/2.png", "b/2.png", "a/1.png"]):
+            info = tarfile.TarInfo(name)
+            info.size = len(png(i))
+            t.addfile(info, io.BytesIO(png(i)))
+    train, val = sources(tmp_path / "a.tar")
+    assert len(found(train) + found(val)) == 4 and (picture(0).tobytes(), 0) not in found(train) + found(val)
+
+
+def test_keys_with_dots(tmp_path):
+    plain = {k: v for i in range(10) for k, v in ((f"{i}.png", png(i)), (f"{i}.cls", b"%d" % (i % 2)))}
+    dotted = {k: v for i in range(10, 20) for k, v in ((f"IMG_1.{i}.png", png(i)), (f"IMG_1.{i}.cls", b"%d" % (i % 2)))}
+    further = {f"{i}.seg.png": png(50) for i in range(10)}
+    train, val = sources(f"wds/{tar(tmp_path / 'a.tar', **plain, **dotted, **further)}")
+    assert sorted(found(train) + found(val)) == sorted((picture(i).tobytes(), i % 2) for i in range(20))
+    for members, said in (({"x7.left.png": png(1), "x7.right.png": png(2), "x7.cls": b"1"},
+                           "x7.left.png is no sample's picture; .* its key is x7; expected x7.jpg"),
+                          ({"v1.5/x.2.png": png(1), "v1.5/x.cls": b"1"}, "its key is v1.5/x; expected")):
+        with pytest.raises(ValueError, match=said):
+            sources(f"wds/{tar(tmp_path / 'b.tar', **{**plain, **members})}")
+
+
+@pytest.mark.parametrize("name", ["v [2]", "{a,b}", "what?", "*", "[0-9]{1..3}"])
+def test_folders_with_characters_of_patterns(tmp_path, name):
+    root = tmp_path / name
+    for i in range(3):
+        shard(root / f"s-{i:03}.tar", range(6 * i, 6 * i + 6))
+    shard(tmp_path / "v 2" / "s-000.tar", range(6))           # what a pattern would find instead
+    for where, n in (("s-{000..001}.tar", 12), ("s-*.tar", 18), ("s-00[02].tar", 12), ("s-{2..0}.tar", 0), ("", 18)):
+        if n == 0:
+            with pytest.raises(FileNotFoundError, match="s-2.tar: no such file"):
+                sources(f"wds/{name}/{where}", data_dir=tmp_path)
+        else:
+            assert sum(map(len, sources(f"wds/{name}/{where}", data_dir=tmp_path))) == n, where
+    (root / "s-002.tar").rename(root / "t{1}[x].tar")
+    assert sum(map(len, sources(f"wds/{root}/t{{1}}[x].tar"))) == 6
+
+
+@pytest.mark.parametrize("file,text,said", [
+    ("info.json", "[1, 2]", "info.json: holds list where 'classes' is looked for; expected"), ("info.json", '{"classes": 3}', "class names are 3"),
+    ("_info.json", '{"classes": {"a": 0}}', "expected a list of texts"), ("info.json", '{"features": {"label": 3}}', "holds int where 'names'"),
+    ("dataset_info.json", '{"features": ["x"]}', "holds list where 'label'"), ("info.json", "{", "info.json: cannot be read"),
+    ("info.json", "[" * 100000, "info.json: cannot be read"), ("classes.txt", b"\xff\xfe\x00", "classes.txt: not UTF-8")])
+def test_files_beside_shards_of_the_wrong_kind(tmp_path, file, text, said):
+    shard(tmp_path / "a.tar", range(10))
+    (tmp_path / file).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=said) as e:
+        sources(f"wds/{tmp_path}")
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("label", [10**9, 10**12, 10**6])
+def test_labels_that_are_no_classes(tmp_path, label):
+    with pytest.raises(ValueError, match=f"has label {label}, expected numbers below 1,000,000; number the classes 0, 1, 2"):
+        sources(shard(tmp_path / "a.tar", range(9), label=lambda i: i % 2 * label))
+
+
+def test_labels_of_five_thousand_digits(tmp_path):
+    with pytest.raises(ValueError, match="has no label; expected"):
+        sources(shard(tmp_path / "a.tar", range(9), label=lambda i: "9" * 5000))
+
+
+@pytest.mark.parametrize("name,said", [("", "data: got no name"), ("wds/", "wds/: got no name"), ("hfds/", "hfds/: got no name"),
+                                       ("hfds//", "hfds/: got no name"),
+                                       ("torch/", "torch/: no such set"), ("wds/a-{0..99999999}.tar", "too many; expected at most a million shards")])
+def test_names_of_nothing(name, said):
+    if name.startswith("hfds"):
+        pytest.importorskip("datasets")
+    with pytest.raises(ValueError, match=said):
+        sources(name)
+
+
+# what is measured
+
+@pytest.mark.parametrize("split,parted,whole", [("val", 2, 4), ("train", 6, 16), ("all", 8, 20), ("auto", 2, 20)])
+def test_what_is_named_is_measured(tmp_path, split, parted, whole):
+    root = folder(tmp_path / "p", **{"train/a": 3, "train/b": 3, "val/a": 2})
+    apart = folder(tmp_path / "w", a=10, b=10)
+    assert [len(s) for s in sources(root, split=split)] == [6, parted]
+    train, found_ = sources(apart, split=split)
+    assert len(found_) == whole and found_.part == (split if split != "auto" else "all")
+    assert len(set(contents(found_))) == whole and pickle.loads(pickle.dumps(found_)).name(0) == found_.name(0)
+    with pytest.raises(ValueError, match='split: got "?\'?test'):
+        sources(apart, split="test")
+
+
+def test_turned_photographs_are_turned_wherever_they_lie(tmp_path, monkeypatch):
+    note = Image.Exif()
+    note[0x0112] = 6
+    out = io.BytesIO()
+    picture(3).save(out, "PNG", exif=note)
+    upright = picture(3).transpose(Image.Transpose.ROTATE_270)
+    members = {f"{c}/{i}.png": out.getvalue() for c in "ab" for i in range(3)}
+    for name, data in members.items():
+        (tmp_path / "f" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "f" / name).write_bytes(data)
+    tar(tmp_path / "t.tar", **members)
+    tar(tmp_path / "s.tar", **{k: v for i in range(6) for k, v in ((f"{i}.png", out.getvalue()), (f"{i}.cls", b"%d" % (i % 2)))})
+    places = [tmp_path / "f", tmp_path / "t.tar", tmp_path / "s.tar"]
+    for where in places:
+        assert all(np.array_equal(s.open(0), upright) for s in sources(where)), where
+    base = tmp_path / "oxford-iiit-pet"
+    (base / "images").mkdir(parents=True)
+    (base / "annotations").mkdir()
+    for part in ("trainval", "test"):
+        for k in (1, 2):
+            (base / "images" / f"{part}_{k}.jpg").write_bytes(out.getvalue())
+        (base / "annotations" / f"{part}.txt").write_text("".join(f"{part}_{k} {k} 1 1\n" for k in (1, 2)))
+    assert all(np.array_equal(s.open(0), upright) for s in sources("torch/pets", data_dir=tmp_path))
+
+
+def test_hugging_face_goes_through_the_same_door(tmp_path, hub):
+    note = Image.Exif()
+    note[0x0112] = 6
+    for i in range(4):
+        for c in "ab":
+            (tmp_path / "f" / c).mkdir(parents=True, exist_ok=True)
+            deep = Image.fromarray(np.arange(80, dtype=np.uint16).reshape(8, 10) * 800)
+            (deep if i % 2 else picture(i)).save(tmp_path / "f" / c / f"{i}.png", exif=note)
+    ours, theirs = (found(s) + found(v) for s, v in (sources(tmp_path / "f"), sources(f"hfds/{tmp_path / 'f'}", data_dir=tmp_path / "cache")))
+    assert sorted(ours) == sorted(theirs) and len(set(ours)) > 3

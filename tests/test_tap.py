@@ -466,3 +466,539 @@ def test_reading_for_a_log_does_not_cost_the_gradient(name):
             tap.maps().mean()
         tap.maps().pow(2).sum().backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+# ---- which pass: every entry point, recomputation at several sizes, threads, shared blocks ----
+
+def maps_of(model, x, **how):
+    with se.AttentionTap(model, **how) as tap:
+        model(x)
+    return tap.maps()
+
+
+def two_pictures(n=2, size=32):
+    g = torch.Generator().manual_seed(7)
+    return torch.rand(n, 3, size, size, generator=g), torch.rand(n, 3, size, size, generator=g)
+
+
+@pytest.mark.parametrize("name", ["naflexvit_base_patch16_gap", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "beit_base_patch16_224", "volo_d1_224"])
+def test_every_entry_point_is_heard(name):
+    spec = ZOO[name]
+    model = spec.make(spec.sizes[0])
+    a, b = two_pictures(1, spec.sizes[0][0])
+    want = maps_of(model, b)
+    entries = [model.forward_features, model.forward, *([model.forward_intermediates] if hasattr(model, "forward_intermediates") else [])]
+    with se.AttentionTap(model) as tap:
+        with pytest.raises(RuntimeError, match="no map was heard: run the model"):
+            tap.maps()
+        for enter in entries:
+            model(a)
+            tap.maps()
+            enter(b)
+            assert torch.equal(tap.maps(), want), enter
+            enter(a)                                     # not read
+            enter(b)
+            assert torch.equal(tap.maps(), want), enter
+
+
+def test_towers_are_heard_through_every_method():
+    tf = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    small = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    clip = tf.CLIPModel(tf.CLIPConfig(text_config=small | dict(vocab_size=40), vision_config=small | dict(image_size=32, patch_size=8))).eval()
+    a, b = two_pictures()
+    want = maps_of(clip.vision_model, b)
+    with se.AttentionTap(clip) as tap:
+        clip.get_image_features(a)
+        tap.maps()
+        clip.get_image_features(b)
+        assert torch.equal(tap.maps(), want)
+        clip.vision_model(pixel_values=a)
+        clip(input_ids=torch.zeros(2, 3, dtype=torch.long), pixel_values=b)
+        assert torch.equal(tap.maps(), want)
+
+
+def test_a_part_of_the_model_says_what_happened():
+    model, (a, b) = make(), two_pictures()
+    tokens = torch.rand(1, 17, 48)
+    with se.AttentionTap(model) as tap:
+        model.forward_intermediates(a, indices=[0], stop_early=True)
+        with pytest.raises(RuntimeError, match="the latest pass did not come to it"):
+            tap.maps()
+        model(a)
+        tap.maps()
+        with pytest.raises(RuntimeError, match="blocks.1.attn: the patch grid was not seen.*Call the model"):
+            model.blocks(tokens)
+        model(a)
+        model.blocks(tokens)                             # as many tokens, but whose?
+        with pytest.raises(RuntimeError, match="blocks.1.attn ran 2 times in one pass"):
+            tap.maps()
+        model(b)
+        assert torch.equal(tap.maps(), maps_of(model, b))
+    swin, call = zoo("swin_tiny_patch4_window7_224")     # its windows are read from each call: a stage may run alone
+    with se.AttentionTap(swin) as tap:
+        call(swin)
+        tap.maps()
+        x = torch.rand(1, 16, 16, 24)
+        swin.layers(x)
+        alone = tap.maps()
+        swin.layers(2 * x)
+        assert alone.shape[0] == 1 and not torch.equal(tap.maps(), alone)
+
+
+def passes_at_sizes(model, sizes, query="auto", entropy_only=False):
+    """Gradients of several passes and one backward, with a pass of yet another size between."""
+    g, loss = torch.Generator().manual_seed(3), 0.
+    with se.AttentionTap(model, "all", query=query) as tap:
+        for h, w in sizes:
+            out = model(torch.rand(2, 3, h, w, generator=g))
+            loss = loss + sum((9 * m).pow(3).mean() for m in tap.maps().values()) + (0. if entropy_only else out.square().mean())
+        with torch.no_grad():
+            model(torch.rand(1, 3, 48, 48, generator=g))
+        latest = tap.maps()
+        loss.backward()
+        assert all(tap.maps()[i] is m for i, m in latest.items())
+    return [p.grad for p in model.parameters()]
+
+
+def whole(model):
+    from torch.utils.checkpoint import checkpoint
+    run = model.forward
+    model.forward = lambda x: checkpoint(run, x, use_reentrant=False)
+
+
+HOW = {"set_grad_checkpointing": lambda m: m.set_grad_checkpointing(), "the whole model": whole,
+       "compiled with breaks": lambda m: (m.set_grad_checkpointing(), m.compile(backend="eager")),
+       "compiled blocks": lambda m: (m.set_grad_checkpointing(), [b.compile(backend="aot_eager") for b in m.blocks])}
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("query", ["auto", "mean", (1, 2)])
+def test_checkpointing_at_several_sizes(how, query):
+    if "compiled" in how and query != "auto":
+        pytest.skip("one query is enough for the compiler's time")
+    torch._dynamo.reset()
+    sizes, small = [(64, 64), (32, 32)], dict(dynamic_img_size=True, depth=1 if "compiled" in how else 2)
+    plain, model = make(**small).train(), make(**small).train()
+    want = passes_at_sizes(plain, sizes, query)
+    HOW[how](model)
+    for a, b in zip(want, passes_at_sizes(model, sizes, query), strict=True):
+        assert_close(a, b, atol=1e-6 * a.abs().max().item(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "SwinForImageClassification"])
+def test_checkpointing_at_several_sizes_in_transformers(name):
+    grads = []
+    for on in (False, True):
+        model, _ = zoo(name)
+        if on:
+            checkpointed(model, use_reentrant=False)
+        model.train()
+        for m in model.modules():
+            if isinstance(m, torch.nn.Dropout) or type(m).__name__.endswith("DropPath"):
+                m.eval()
+        call = (lambda x, model=model: model(pixel_values=x, interpolate_pos_encoding=True)["logits"])
+        with se.AttentionTap(model, "all") as tap:
+            loss = 0.
+            for size in (64, 96):
+                loss = loss + call(torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(size))).square().mean() + loss_of(tap.maps())
+            with torch.no_grad():
+                call(torch.rand(1, 3, 128, 128))         # (a smaller one would change Swin's windows for good)
+            loss.backward()
+        grads.append([p.grad for p in model.parameters()])
+    for a, b in zip(*grads, strict=True):
+        assert_close(a, b, atol=1e-5 * a.abs().max().item() + 1e-9, rtol=1e-4)
+
+
+def test_a_repeated_run_that_cannot_be_told_is_refused():
+    """As many patches in other places, both graphs alive, and a query that depends on the place."""
+    model = make(dynamic_img_size=True).train()
+    model.set_grad_checkpointing()
+    with pytest.raises(RuntimeError, match=r"repeats one of several passes .* call backward after each pass"):
+        passes_at_sizes(model, [(64, 32), (32, 64)], query=(1, 2))
+    model.zero_grad()
+    passes_at_sizes(model, [(64, 32), (32, 64)])         # [CLS] stands first in either
+    for size in ((64, 32), (32, 64)):                    # and one after the other is fine
+        passes_at_sizes(model, [size], query=(1, 2))
+
+
+def test_threads_have_passes_of_their_own():
+    import threading
+    model, n = make(), 4
+    pictures = [torch.rand(1, 3, 32, 32) for _ in range(n)]
+    want, wrong = [maps_of(model, x) for x in pictures], []
+    with se.AttentionTap(model) as tap:
+        meet = threading.Barrier(n)
+
+        def run(i):
+            for _ in range(10):
+                model(pictures[i])
+                meet.wait()                              # everybody has run, nobody has read
+                if not torch.equal(tap.maps(), want[i]):
+                    wrong.append(i)
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(n)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        assert not wrong
+        with pytest.raises(RuntimeError, match="ran in 4 threads, but not in this one"):
+            tap.maps()
+    with se.AttentionTap(model) as tap:                  # an executor runs it, this thread reads
+        t = threading.Thread(target=model, args=(pictures[1],))
+        t.start()
+        t.join()
+        assert torch.equal(tap.maps(), want[1])
+
+
+# ---- layers of all sorts, by one small model ----
+
+class Own(torch.nn.Module):
+    """One layer that is called `times`, with attention made by `how`."""
+
+    def __init__(self, how, times=1):
+        super().__init__()
+        self.embed, self.layer, self.times = torch.nn.Conv2d(3, 48, 8, 8), OwnLayer(how), times
+
+    def forward(self, x):
+        x = self.embed(x).flatten(2).mT
+        for _ in range(self.times):
+            x = x + self.layer(x)
+        return x.mean(1)
+
+
+class OwnLayer(torch.nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.qkv, self.how = torch.nn.Linear(48, 144), how
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, 3, 16)[..., :12].permute(2, 0, 3, 1, 4)
+        return torch.nn.functional.pad(self.how(q, k, v), (0, 4)).transpose(1, 2).flatten(2)
+
+
+class Encoder(torch.nn.Module):
+    """torch's own encoder, which has a fast path around its attention modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Conv2d(3, 48, 8, 8)
+        self.encoder = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(48, 3, 64, dropout=0., batch_first=True), 2)
+
+    def forward(self, x):
+        return self.encoder(self.embed(x).flatten(2).mT).mean(1)
+
+
+@pytest.fixture
+def own():
+    from spatial_entropy.families import Adapter, Layer, _adapters, register_adapter
+    before = list(_adapters)
+    register_adapter(Adapter("own", Own, layers=(Layer(f"{OwnLayer.__module__}.OwnLayer"),), grid="embed"))
+    register_adapter(Adapter("encoder", Encoder, layers=(Layer("torch.nn.modules.activation.MultiheadAttention"),), grid="embed"))
+    yield lambda how, times=1: (torch.manual_seed(0), Own(how, times))[1]
+    _adapters[:] = before
+
+
+def logits(q, k):
+    return q @ k.mT / 12 ** .5
+
+
+def sdpa(q, k, v, **more):
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, **more)
+
+
+F = torch.nn.functional
+RIGHT = {
+    "arguments by name": lambda q, k, v: F.scaled_dot_product_attention(query=q, key=k, value=v),
+    "input and dim by name": lambda q, k, v: torch.softmax(input=logits(q, k), dim=-1) @ v,
+    "method, last axis by number": lambda q, k, v: logits(q, k).softmax(dim=3) @ v,
+    "module": lambda q, k, v: torch.nn.Softmax(dim=-1)(logits(q, k)) @ v,
+    "functional with dtype": lambda q, k, v: F.softmax(logits(q, k), dim=-1, dtype=torch.float64).float() @ v,
+    "special": lambda q, k, v: torch.special.softmax(logits(q, k), -1) @ v,
+    "a gate over places before it": lambda q, k, v: sdpa(q, k, v * q.mean(-1, keepdim=True).softmax(2)),
+    "a gate over channels before it": lambda q, k, v: logits(q, k).softmax(-1) @ (v * q.softmax(-1)),
+    "a gate after it": lambda q, k, v: sdpa(q, k, v) * v.softmax(-1),
+    "attention over other keys beside it": lambda q, k, v: sdpa(q, k, v) + sdpa(q, k[:, :, :5], v[:, :, :5]),
+}
+
+
+@pytest.mark.parametrize("how", RIGHT)
+def test_attention_is_told_from_other_softmaxes(own, how):
+    x = two_pictures()[0]
+    assert_close(maps_of(own(RIGHT[how]), x), maps_of(own(sdpa), x))
+
+
+LOW = torch.finfo(torch.float32).min
+WRONG = {
+    "softmax over queries": (lambda q, k, v: logits(q, k).softmax(-2) @ v, "no map was heard in layer, though it ran.*a softmax over keys"),
+    "softmax over heads": (lambda q, k, v: logits(q, k).softmax(1) @ v, "no map was heard in layer, though it ran"),
+    "no attention": (lambda q, k, v: v * q.sigmoid(), "no map was heard in layer, though it ran"),
+    "a second softmax of the first": (lambda q, k, v: logits(q, k).softmax(-1).softmax(-1) @ v, "two attentions in one call of OwnLayer"),
+    "two attentions": (lambda q, k, v: sdpa(q, k, v) + sdpa(k, q, v), "two attentions in one call of OwnLayer.*name the inner layer"),
+    "causal, by flag": (lambda q, k, v: sdpa(q, k, v, is_causal=True), "layer: causal attention"),
+    "causal, by mask": (lambda q, k, v: sdpa(q, k, v, attn_mask=torch.ones(16, 16, dtype=torch.bool).tril()), "layer: causal attention"),
+    "causal, eager": (lambda q, k, v: (logits(q, k) + torch.full((16, 16), -torch.inf).triu(1)).softmax(-1) @ v, "layer: causal attention"),
+    "causal, eager, lowest number": (lambda q, k, v: (logits(q, k) + torch.full((16, 16), LOW).triu(1)).softmax(-1) @ v, "layer: causal attention"),
+    "fewer keys": (lambda q, k, v: sdpa(q, k[:, :, :9], v[:, :, :9]), r"layer: got 9 keys for 0 \+ 16"),
+}
+
+
+@pytest.mark.parametrize("how", WRONG)
+def test_what_is_no_attention_over_places_is_refused(own, how):
+    model, said = own(WRONG[how][0]), WRONG[how][1]
+    with pytest.raises((RuntimeError, se.UnsupportedModel), match=said):
+        maps_of(model, two_pictures()[0])
+
+
+def test_hidden_keys_in_an_eager_layer(own):
+    """A family whose entry knows of no masks: padded keys leave the mean and the map."""
+    hide = torch.arange(16) > 11
+    model = own(lambda q, k, v: logits(q, k).masked_fill(hide, -torch.inf).softmax(-1) @ v)
+    x = two_pictures()[0]
+    with se.AttentionTap(model) as tap:
+        model(x)
+    q, k, _ = model.layer.qkv(model.embed(x).flatten(2).mT).view(2, 16, 3, 3, 16)[..., :12].permute(2, 0, 3, 1, 4)
+    assert torch.equal(tap.valid().flatten(2)[0, 0], ~hide)
+    assert_close(tap.maps().flatten(2)[..., ~hide], logits(q[:, :, ~hide], k[:, :, ~hide]).mean(-2))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_block_that_runs_twice_in_a_pass(own, compiled):
+    torch._dynamo.reset()
+    model, x = own(sdpa, times=2), two_pictures()[0]
+    run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    with se.AttentionTap(run) as tap:
+        run(x)
+        with pytest.raises(RuntimeError, match=r"layer ran 2 times in one pass.*maps\(run=…\)"):
+            tap.maps()
+    if not compiled:
+        first = maps_of(own(sdpa), x)
+        assert_close(tap.maps(run=0), first)
+        assert not torch.equal(tap.maps(run=1), first) and tap.maps(run=1) is tap.maps(run=-1)
+        with pytest.raises(ValueError, match="run: got 2, expected a number from -2 to 1"):
+            tap.maps(run=2)
+
+
+@pytest.mark.parametrize("name,layer,kept", [("convit_tiny", 0, "attn_drop"), ("cait_xxs24_224", 0, "attn_drop"),
+                                             ("efficientformerv2_s0", -1, "talking_head2")])
+def test_softmax_gives_the_attention_that_is_applied(name, layer, kept):
+    """Gated (ConViT), mixed between heads (CaiT, EfficientFormer V2): what multiplies the values."""
+    spec = ZOO[name]
+    model, table = spec.make(spec.sizes[0]), []
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(.1 * torch.randn_like(p))
+    inner = find(model).layers[layer][1].get_submodule(kept)
+    hook = inner.register_forward_hook(lambda m, args, out: table.append(out))
+    with se.AttentionTap(model, layer, softmax=True) as tap, torch.no_grad():
+        model(torch.rand(2, 3, *spec.sizes[0]))
+    hook.remove()
+    assert_close(tap.maps().flatten(2), table[0].mean(-2), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 96), (96, 160)])
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("softmax", [True, False])
+def test_padded_queries_enter_no_mean(size, fused, softmax):
+    """SAM 2's Hiera: windows are padded, then queries pooled, then the padding is cut away."""
+    from timm.models.hieradet_sam2 import window_partition, window_unpartition
+    model = ZOO["sam2_hiera_tiny"].make((64, 64))
+    for m in model.modules():
+        if hasattr(m, "fused_attn"):
+            m.fused_attn = fused
+    numbers = [i for i, (_, b, _) in enumerate(find(model).layers) if b.q_stride]
+    names = [find(model).layers[i][0] for i in numbers]
+    x = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    with se.AttentionTap(model, numbers, softmax=softmax) as tap, torch.no_grad():
+        model(x)
+    _, calls = Calls(other := deepcopy(model), names).run_on(other, x)
+    for i, call in zip(numbers, calls, strict=True):
+        b, (h, w) = call["layer"], call["args"][0].shape[1:3]
+        sy, sx = b.window_size
+        up = lambda n, s: -(-n // s) * s
+        hp, wp, q = up(h, sy), up(w, sx), (sy // 2, sx // 2)
+        real = torch.zeros(1, hp // 2, wp // 2, 1)
+        real[:, :h // 2, :w // 2] = 1
+        real = window_partition(real, q).flatten(1) > 0
+        table = call["logits"].softmax(-1) if softmax else call["logits"]
+        row = (table * real[:, None, :, None]).sum(-2) / real.sum(-1)[:, None, None].clamp_min(1)
+        want = window_unpartition(row.transpose(1, 2).unflatten(1, (sy, sx)), (sy, sx), (hp, wp))[:, :h, :w].permute(0, 3, 1, 2)
+        seen = torch.ones_like(want, dtype=torch.bool) if tap.valid()[i] is None else tap.valid()[i]
+        assert seen.float().mean() > .5
+        assert_close(tap.maps()[i][seen], want[seen], atol=1e-5, rtol=1e-4)
+
+
+# ---- several taps, and forwards that are not the class's ----
+
+def test_several_taps_listen_and_close_one_by_one():
+    model, (a, b) = make(), two_pictures()
+    types = [type(m) for m in model.modules()]
+    one, two = se.AttentionTap(model), se.AttentionTap(model, "all", query="mean", softmax=True)
+    model(a)
+    first, second = one.maps(), two.maps()[1]
+    one.close()
+    model(b)
+    assert one.maps() is first and not torch.equal(two.maps()[1], second)
+    two.close()
+    assert [type(m) for m in model.modules()] == types and not any("_ear" in vars(m) for m in model.modules())
+    assert torch.equal(first, maps_of(model, a)) and torch.equal(second, maps_of(model, a, query="mean", softmax=True))
+
+
+def test_evaluation_beside_an_open_regulariser():
+    model, (a, b) = make().train(), two_pictures()
+    batches = [(b, torch.zeros(2, dtype=torch.long))]
+    reg = se.SpatialEntropyRegularizer(model, .5)
+    model(a)
+    want = reg().item()
+    top1, ranked, maps = se.accuracy(model, batches), len(se.rank_heads(model, batches)), list(se.head_maps(model, batches))
+    assert top1 in (0., 50., 100.) and ranked == 6 and len(maps) == 1
+    with se.AttentionTap(model) as tap, torch.no_grad():
+        model(b)
+    assert tap.maps().shape == (2, 3, 4, 4)
+    model(a)
+    assert reg().item() == want
+    model(a)
+    se.accuracy(model, batches)                          # too late for the pass before it
+    with pytest.warns(UserWarning, match="an evaluation came between"):
+        reg()
+    reg.close()
+    assert not any("_ear" in vars(m) for m in model.modules())
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "ViTForImageClassification", "torchvision ViT"])
+def test_forwards_set_on_the_object(name):
+    model, call = zoo(name)
+    want, layer = heard(model, call), find(model).layers[-1][1]
+    stock = layer.forward
+    layer.forward = patched = lambda *a, **k: stock(*a, **k)
+    with se.AttentionTap(model, "all") as tap:
+        call(model)
+        copy = deepcopy(model)
+        assert all(torch.equal(tap.maps()[i], m) for i, m in want.items())
+    assert layer.forward is patched and find(copy).layers[-1][1].forward is patched
+    del layer.forward
+    with se.AttentionTap(model, "all") as tap:
+        unbound = type(layer)._stock.forward
+        layer.forward = lambda *a, **k: unbound(layer, *a, **k)
+        call(model)
+        with pytest.raises(RuntimeError, match="its forward was replaced on the object after it was tapped"):
+            tap.maps()
+
+
+def test_accelerate_hooks_are_heard():
+    accelerate = pytest.importorskip("accelerate")
+    model, x = make(), two_pictures()[0]
+    want = maps_of(model, x)
+    for dispatched_first in (True, False):
+        model = make()
+        dispatch = lambda m: accelerate.dispatch_model(m, {"": "cpu"}, force_hooks=True)
+        if dispatched_first:
+            dispatch(model)
+        with se.AttentionTap(model) as tap:
+            if not dispatched_first:
+                dispatch(model)
+            model(x)
+        assert torch.equal(tap.maps(), want)
+
+
+def test_the_fast_path_of_torch_is_not_taken(own):
+    torch.manual_seed(0)
+    model, x = Encoder().eval(), two_pictures()[0]
+    with torch.no_grad():
+        assert torch.equal(maps_of(model, x), maps_of(model, x).detach())
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_copies_that_run_instead_are_named():
+    import copy
+    model, x = make(), two_pictures()[0]
+    with se.AttentionTap(model) as tap:
+        replica = model.blocks[-1].attn._replicate_for_data_parallel()       # what nn.DataParallel does on several devices
+        with pytest.raises(RuntimeError, match="nn.DataParallel runs copies.*DistributedDataParallel"):
+            replica(torch.rand(1, 17, 48))
+        layer = model.blocks[-1].attn
+        model.blocks[-1].attn = copy.copy(layer)         # a stock layer
+        model(x)
+        with pytest.raises(RuntimeError, match="did not come to it.*a copy in its place"):
+            tap.maps()
+        model.blocks[-1].attn = shallow = type(layer).__new__(type(layer))
+        shallow.__dict__.update(layer.__dict__)
+        model(x)
+        with pytest.raises(RuntimeError, match="a copy of the layer ran, not the layer itself"):
+            tap.maps()
+    several = torch.nn.DataParallel(make())
+    several.device_ids = [0, 1]
+    with pytest.raises(se.UnsupportedModel, match="nn.DataParallel runs copies"):
+        se.AttentionTap(several)
+
+
+# ---- tools that look inside ----
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_scripting_and_tracing():
+    model, x = make(), two_pictures()[0]
+    want, out = maps_of(model, x), model(x)
+    with se.AttentionTap(model) as tap:
+        with pytest.raises(RuntimeError, match="torch.jit.script cannot compile; close the tap first"):
+            torch.jit.script(model)
+        with pytest.raises(RuntimeError, match="torch.fx traces this model.*close the tap first"):
+            torch.fx.symbolic_trace(model)
+        exported = torch.export.export(model, (x,))
+        with pytest.raises(RuntimeError, match="the latest pass was traced"):
+            tap.maps()
+        assert_close(exported.module()(x), out)
+        model(x)
+        assert torch.equal(tap.maps(), want)
+    for made in (torch.jit.trace(model, x), exported.module()):
+        with pytest.raises(se.UnsupportedModel, match="tap the model it was made of"):
+            se.AttentionTap(made)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_meta_device(name):
+    spec = ZOO[name]
+    model = spec.make(spec.sizes[0]).to("meta")
+    for softmax in (False, True):
+        maps = maps_of(model, torch.rand(2, 3, *spec.sizes[0], device="meta"), softmax=softmax)
+        assert maps.device.type == "meta" and maps.ndim == 4
+
+
+def test_transforms_of_torch_func():
+    from torch.func import functional_call, grad, vmap
+    model, x = make(), two_pictures()[0]
+    weights = {n: p.detach() for n, p in model.named_parameters()}
+    with se.AttentionTap(model) as tap:
+        def loss(w, x):
+            functional_call(model, w, (x,))
+            return (10 * tap.maps()).pow(3).sum()
+        whole, each = grad(loss)(weights, x), vmap(grad(lambda w, x: loss(w, x[None])), (None, 0))(weights, x)
+        with pytest.raises(RuntimeError, match="ran inside a transform of torch.func"):
+            tap.maps()
+        model(x)
+        (10 * tap.maps()).pow(3).sum().backward()
+    largest = max(p.grad.abs().max().item() for p in model.parameters() if p.grad is not None)
+    for n, p in model.named_parameters():
+        want = torch.zeros_like(p) if p.grad is None else p.grad
+        assert_close(whole[n], want, atol=1e-5 * largest, rtol=1e-4)
+        assert_close(each[n].sum(0), want, atol=1e-5 * largest, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_fsdp2_with_a_loss_of_maps_alone(tmp_path):
+    from torch.distributed.fsdp import fully_shard
+    plain, model, x = make(), make(), two_pictures()[0]
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        for block in model.blocks:
+            fully_shard(block)
+        fully_shard(model)
+        for m in (plain, model):
+            for block in (-1, 0):                        # twice: the parameters are sharded again in between
+                with se.AttentionTap(m, block) as tap:
+                    m(x)
+                (10 * tap.maps()).pow(3).sum().backward()
+        for (n, p), (_, r) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
+            if r.grad is not None:
+                assert_close(p.grad.full_tensor(), r.grad, msg=lambda m, n=n: f"{n}: {m}")
+    finally:
+        dist.destroy_process_group()

@@ -13,7 +13,7 @@ from spatial_entropy.families import find
 pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parent))
 from reference import Calls, hf_fold  # noqa: E402
-from zoo_transformers import PACKED, SPECS, make_packed, packed  # noqa: E402
+from zoo_transformers import PACKED, SPECS, make_packed, packed, packed_for  # noqa: E402
 
 
 def cases(specs):
@@ -120,22 +120,15 @@ def test_packed(name):
             for p, rows, cols in ((given[0], 4, 8), (given[1], 6, 4)):
                 alone = run(tap, [p])
                 at = slice(0, 1) if p is given[0] else slice(1, 3)
-                assert all(torch.allclose(maps[i][at, :, :rows, :cols], alone[i], atol=1e-5) for i in maps)
+                for i, m in maps.items():              # MiniCPM-V halves the grid on its way
+                    part = m[at, :, :rows * m.shape[-2] // 6, :cols * m.shape[-1] // 8]
+                    assert torch.allclose(part, alone[i], atol=1e-5), (attn, i)
             for y, x in ((0, 0), (3, 6), (1, 2)):
                 other = [torch.stack([*p]) for p in given]
                 other[0][..., 4 * y:4 * y + 4, 4 * x:4 * x + 4] = torch.rand(2, 3, 4, 4, generator=g) * 8 - 4
                 new = run(tap, other)
                 assert divmod((new[0] - maps[0])[0].abs().sum(0).argmax().item(), 8) == (y, x), attn
                 assert all((new[i] - maps[i])[1:].abs().max() < 1e-5 for i in maps)
-
-
-def packed_for(model, pics):
-    frames = getattr(model.config, "temporal_patch_size", 1)
-    if frames == 1:                                      # ERNIE merges frames after the blocks
-        pics = [p[::2] for p in pics]
-    if type(model).__name__.startswith("Glm4v"):         # a clip comes as pictures, one a row of grid_thw
-        pics = [two for p in pics for two in p.split(2)]
-    return packed(pics, frames=frames)
 
 
 def test_packed_rows():
@@ -176,3 +169,53 @@ def test_pixtral():
                     model(x[i:i + 1, :, :h, :w])
                     alone = tap.maps()
                     assert all(torch.allclose(maps[k][i:i + 1, :, :h // 8, :w // 8], alone[k], atol=1e-5) for k in maps)
+
+
+def llava(**more):
+    import transformers as tf
+    vision = dict(hidden_size=48, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8)
+    text = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, intermediate_size=32, vocab_size=99)
+    torch.manual_seed(0)
+    return tf.LlavaModel(tf.LlavaConfig(vision_config=tf.CLIPVisionConfig(**vision), text_config=tf.LlamaConfig(**text), **more)).eval()
+
+
+@pytest.mark.parametrize("layer,read", [(-2, 3), (-1, 4), (2, 2), ([-3, -2], 3), ([1, -4], 1)])
+def test_a_layer_that_no_output_reads_is_left_out(layer, read):
+    """LLaVA stops at its feature layer: `block=-1` is the last layer whose output reaches the language model."""
+    model = llava(vision_feature_layer=layer)
+    found = find(model)
+    assert len(found.layers) == read and found.adapter.reads == "mean"
+    assert bool(found.skipped) == (read < 4)
+    out = model.get_image_features(pixel_values=torch.rand(1, 3, 32, 32))
+    torch.cat([*getattr(out, "pooler_output", out)]).sum().backward()
+    used = [m.self_attn.q_proj.weight.grad is not None for m in found.model.encoder.layers]
+    assert used == [i < read for i in range(4)]
+
+
+def test_a_backbone_reads_up_to_its_last_stage():
+    import transformers as tf
+    config = tf.SwinConfig(embed_dim=24, depths=[2, 2], num_heads=[2, 2], image_size=32, patch_size=4, window_size=4, out_features=["stage1"])
+    model = tf.SwinBackbone(config).eval()
+    found = find(model)
+    assert [n for n, _, _ in found.layers] == [f"encoder.layers.0.blocks.{i}" for i in (0, 1)] and "does not read" in str(found.skipped)
+
+
+def test_a_pool_that_a_chat_model_does_not_read_is_left_out():
+    import transformers as tf
+    vision = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8, vision_use_head=True)
+    text = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16, intermediate_size=32, vocab_size=99)
+    config = tf.PaliGemmaConfig(vision_config=tf.SiglipVisionConfig(**vision).to_dict(), text_config=tf.GemmaConfig(**text).to_dict(), projection_dim=32)
+    with torch.device("meta"):
+        whole, tower = find(tf.PaliGemmaModel(config)), find(tf.SiglipVisionModel(tf.SiglipVisionConfig(**vision)))
+    assert len(tower.layers) == 3 and tower.layers[-1][2].one_query
+    assert len(whole.layers) == 2 and not whole.layers[-1][2].one_query
+
+
+def test_refusals_say_why():
+    import transformers as tf
+    with torch.device("meta"):
+        for model, why in ((tf.ResNetModel(tf.ResNetConfig()), "convolutional network"), (tf.PoolFormerModel(tf.PoolFormerConfig()), "average pooling"),
+                           (tf.MobileViTV2Model(tf.MobileViTV2Config()), "separable attention"), (tf.FocalNetModel(tf.FocalNetConfig()), "focal modulation"),
+                           (tf.SwiftFormerModel(tf.SwiftFormerConfig()), "additive attention")):
+            with pytest.raises(se.UnsupportedModel, match=why):
+                find(model)

@@ -27,6 +27,7 @@ class Model:
     step: int = 8                                        # pixels a patch, for plain folds
     reads: str = "cls"
     build: object = None                                 # a function of its own, where timm's name has no small copy
+    near: float = 1.                                     # cells by which convolutions before the layers spread a patch
 
     def make(self, size):
         torch.manual_seed(0)
@@ -66,17 +67,20 @@ TIMM = [
 
 _SWIN = dict(window_size=4, embed_dim=24, depths=(2, 2), num_heads=(2, 2))
 _BOTH = ((64, 64), (64, 96))
+_AROUND = (*_BOTH, (16, 16), (8, 16), (8, 8))                # grids above a window of 4, equal to it, and below
 TIMM += [
-    Model("swin_tiny_patch4_window7_224", 4, "swin", _SWIN, ((64, 64), (64, 96))),
+    Model("swin_tiny_patch4_window7_224", 4, "swin", _SWIN, _AROUND),
     Model("swin_small_patch4_window7_224", 4, "swin", _SWIN | dict(window_size=3), ((64, 64), (40, 64))),
     Model("swin_s3_tiny_224", 4, "swin", _SWIN | dict(window_size=(4, 4)), _BOTH),
-    Model("swinv2_tiny_window8_256", 4, "swin", _SWIN, _BOTH), Model("swinv2_cr_tiny_224", 4, "swin", _SWIN, _BOTH),
+    Model("swin_large_patch4_window12_384", 4, "swin", _SWIN | dict(window_size=8), ((64, 64), (32, 64))),
+    Model("swin_base_patch4_window7_224", 4, "swin", _SWIN | dict(always_partition=True, strict_img_size=False), ((64, 64), (40, 64), (16, 16))),
+    Model("swinv2_tiny_window8_256", 4, "swin", _SWIN, _AROUND), Model("swinv2_cr_tiny_224", 4, "swin", _SWIN, _AROUND),
     Model("gcvit_xxtiny", 12, "gcvit", dict(window_ratio=(8, 16, 16, 32)), ((64, 64), (64, 128))),
     Model("tiny_vit_5m_224", 3, "tiny_vit", dict(embed_dims=(16, 16, 32, 32), depths=(1, 1, 1, 1), num_heads=(2, 2, 2, 2), window_sizes=(4, 3, 4, 2)),
           _BOTH, False),
     Model("samvit_base_patch16", 2, "sam", dict(patch_size=8, window_size=3, global_attn_indexes=(1,)) | TINY, ((64, 64), (48, 96))),
     Model("sam2_hiera_tiny", 5, "sam2", dict(embed_dim=16, stages=(1, 2, 1, 1), global_att_blocks=(2,), window_spec=(4, 2, 4, 2)),
-          ((64, 64), (128, 64)), False),
+          ((64, 64), (128, 64), (96, 64)), False),               # at the last size queries are pooled in padded windows
     Model("davit_tiny", 4, "davit", dict(depths=(1, 1, 1, 1), embed_dims=(24, 48, 48, 48), num_heads=(2, 2, 2, 2), window_size=3), _BOTH, False),
     Model("twins_svt_small", 4, "twins", dict(depths=(2, 2), embed_dims=(16, 16), num_heads=(2, 2), wss=(3, 4), sr_ratios=(4, 2), mlp_ratios=(2, 2)), _BOTH),
     Model("twins_pcpvt_small", 2, "twins", dict(depths=(1, 1), embed_dims=(16, 16), num_heads=(2, 2), sr_ratios=(4, 2), mlp_ratios=(2, 2)), _BOTH),
@@ -84,7 +88,8 @@ TIMM += [
     Model("maxvit_tiny_tf_224", 22, "maxvit", sizes=_BOTH), Model("maxvit_rmlp_nano_rw_256", 14, "maxvit", sizes=_BOTH),
     Model("maxxvit_rmlp_nano_rw_256", 14, "maxvit", sizes=_BOTH), Model("coatnet_0_rw_224", 9, "maxvit", sizes=_BOTH),
     Model("coatnext_nano_rw_224", 9, "maxvit", sizes=_BOTH),
-    Model("pvt_v2_b0", 8, "pvt", sizes=((64, 64), (64, 96)), img_size=False), Model("pvt_v2_b2_li", 16, "pvt", sizes=((64, 64), (64, 96)), img_size=False),
+    Model("pvt_v2_b0", 8, "pvt", sizes=((64, 64), (64, 96)), img_size=False),
+    Model("pvt_v2_b2_li", 16, "pvt", sizes=((64, 64), (64, 96)), img_size=False, near=1.5),
     Model("mvitv2_tiny", 10, "mvit", sizes=((64, 64), (96, 96))), Model("mvitv2_base_cls", 24, "mvit", sizes=((64, 64), (96, 96))),
     Model("levit_128s", 11, "levit", sizes=((224, 224),), img_size=False), Model("levit_conv_128s", 11, "levit", sizes=((224, 224),), img_size=False),
     Model("efficientformer_l1", 1, "levit", sizes=((224, 224),), img_size=False),
@@ -111,13 +116,14 @@ _ENCODER = dict(patch_size=8) | TINY
 TIMM += [
     Model("botnet26t_256", 3, "bottleneck", _THIN, ((64, 64), (96, 96))),
     Model("halonet26t", 3, "halo", _THIN | dict(self_attn_kwargs=dict(block_size=4, halo_size=1)), ((128, 128), (128, 256)), False),
-    Model("mobilevit_xxs", 9, "mobilevit", sizes=((64, 64), (96, 64)), img_size=False),
+    Model("mobilevit_xxs", 9, "mobilevit", sizes=((64, 64), (96, 64)), img_size=False, near=1.5),
     Model("mobilenetv4_hybrid_medium_075", 8, "mqa", sizes=((64, 96),), img_size=False),
     Model("caformer_s18", 2, "metaformer", sizes=((64, 64), (72, 96)), build=_caformer),
     Model("nextvit_small", 1, "grid_of", sizes=((64, 64), (72, 96)), build=_nextvit),
     Model("iformer_t", 5, "grid_of", sizes=((64, 96),), img_size=False), Model("shvit_s1", 9, "grid_of", sizes=((128, 192),), img_size=False),
     Model("csatv2", 4, "grid_of", sizes=((128, 192),), img_size=False), Model("lowformer_b0", 7, "grid_of", sizes=((64, 96),), img_size=False),
     Model("cpubone_nano", 3, "grid_of", sizes=((64, 96),), img_size=False),
+    Model("efficientvit_m0", 6, "msra", sizes=((128, 128), (128, 160)), img_size=False),
     Model("deepseek_vit_412m", 2, kwargs=_ENCODER, reads="mean"), Model("qwen3_vit_416m", 2, kwargs=_ENCODER, reads="mean"),
     Model("gemma4_vit_167m", 2, kwargs=_ENCODER | dict(head_dim=24, intermediate_size=64), sizes=((48, 48), (48, 72)), img_size=False, reads="mean"),
     Model("resnet50_clip", 1, "pool", _THIN, _CLIP_SIZE),
@@ -127,7 +133,7 @@ REFUSED = {
     "vit_dpwee_patch16_reg1_gap_256": "two softmaxes", "vit_dlittle_patch16_reg1_gap_256": "two softmaxes", "focalnet_tiny_srf": "focal modulation",
     "efficientvit_b0": "linear attention", "edgenext_xx_small": "channels, not places", "coat_tiny": "before any query", "swiftformer_xs": "additive attention",
     "efficientvim_m1": "state-space", "mixer_s32_224": "fixed weights", "convnext_atto": "convolutional", "resnet18": "convolutional",
-    "efficientvit_m0": "no adapter", "mobilevitv2_050": "separable attention", "poolformer_s12": "pool or convolve", "lambda_resnet26t": "lambda layers",
+    "mobilevitv2_050": "separable attention", "poolformer_s12": "pool or convolve", "lambda_resnet26t": "lambda layers",
     "bat_resnext26ts": "bilinear attention", "gcresnet33ts": "no query", "repvgg_a0": "convolutional", "efficientnet_b0": "convolutional",
     "sequencer2d_s": "recurrent layers", "repvit_m0_9": "convolutional",
 }
@@ -144,6 +150,7 @@ class Other:
     fold: str = "grid"
     sizes: tuple = ((32, 32), (32, 48))
     step: int = 8
+    near: float = 1.
 
     def make(self, size, **kwargs):
         torch.manual_seed(0)
@@ -200,7 +207,7 @@ def _torchvision_swin(size, second=False):
 
 def _torchvision_maxvit(size):
     from torchvision.models import MaxVit
-    return MaxVit(size, 16, 2, [16, 32], [1, 1], 8, 0., num_classes=3)
+    return MaxVit(size, 24, 2, [24, 40], [1, 1], 8, 0., num_classes=3)
 
 
 def _open_clip(size, pool="tok", **kwargs):
