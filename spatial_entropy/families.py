@@ -673,11 +673,12 @@ def _in_blocks(t, h, w, merge, device): # (t·h·w,) each, in the order of the t
     n = rearrange(torch.arange(h*w, device=device), "(y a x b) -> (y x a b)", a=merge, b=merge, x=w//merge)
     return torch.arange(t, device=device).repeat_interleave(h*w), (n//w).repeat(t), (n % w).repeat(t)
 
-def _behind(sizes, merge=1, window=0, device=None): # [(t, h, w), …]; window in patches
+def _behind(sizes, merge=1, window=0, device=None): # [(t, h, w), …]; merge: one for all, or a list
     "The raster of pictures that lie behind one another in one sequence."
     H, W = max(h for _, h, _ in sizes), max(w for _, _, w in sizes)
     cells, frames = [], 0
-    for t, h, w in sizes:
+    merges = merge if isinstance(merge, list) else [merge]*len(sizes)
+    for (t, h, w), merge in zip(sizes, merges):
         f, y, x = _in_blocks(t, h, w, merge, device)
         if window:
             order = ((f*H + y//window)*W + x//window).argsort(stable=True)
@@ -703,9 +704,10 @@ def _sizes(m, inputs):
     return _behind([(1, h//p, w//p) for h, w in sizes], device=x.device)
 
 # %% ../nbs/03_families.ipynb #e9fbfc71
-def _qwen(name, model, attention):
+def _qwen(name, model, attention, given=_thw, place=as_embedded, **facts):
     model, = _models(model)
-    return Adapter(f"{name} (transformers)", model, (Layer(f"{model.rpartition('.')[0]}.{attention}", parts=True),), given=_thw)
+    layer = Layer(f"{model.rpartition('.')[0]}.{attention}", place, parts=True)
+    return Adapter(f"{name} (transformers)", model, (layer,), given=given, **facts)
 
 _adapters += [
     _qwen("Qwen2-VL", "qwen2_vl.Qwen2VisionTransformerPretrainedModel", "VisionAttention"),
@@ -773,6 +775,70 @@ def _hiera_hf(call):
     return Raster((h, w), rearrange(y*w + x, "(n u) -> u n", u=units), queries=None if attn.query_stride == 1 else (0, 0))
 
 _adapters += [Adapter("Hiera (transformers)", _models("hiera.HieraModel"), _kinds("hiera.HieraMaskUnitAttention", _hiera_hf, "b h w n"))]
+
+# %% ../nbs/03_families.ipynb #5e11a0c2
+def _row_by_row(m, inputs): # Muse names its window, in pixels
+    "The grid from grid_thw, of patches that are not in blocks."
+    thw, size = inputs["grid_thw"], getattr(m, "window_size", 0)
+    return replace(_behind(thw.tolist(), 1, size//m.config.patch_size if size else 0, thw.device), region=None)
+
+def _merged(m, inputs): # Video-LLaMA 3
+    "The grid from grid_thw, of blocks of merge_sizes."
+    thw = inputs["grid_thw"]
+    return replace(_behind(thw.tolist(), inputs["merge_sizes"].tolist(), 0, thw.device), region=None)
+
+# %% ../nbs/03_families.ipynb #5e11a0c7
+def _targets(m, inputs): # MiniCPM-V
+    sizes = inputs["target_sizes"]
+    return replace(_behind([(1, h, w) for h, w in sizes.tolist()], device=sizes.device), region=None)
+
+def _after_merger(call): # a key for each block, row by row
+    (h, w), n = call.grid.grid, call.grid.cells[0]
+    if call.x.shape[1] == len(n): return call.grid
+    f, y, x = n//(h*w), n % (h*w)//w, n % w
+    f, y, x = (t[(y % 2 == 0) & (x % 2 == 0)] for t in (f, y//2, x//2))
+    return replace(call.grid, grid=(h//2, w//2), cells=((f*(h//2) + y)*(w//2) + x)[None])
+
+def _led(m, inputs): # Inkling 2
+    "Each picture's patches behind a [CLS] of its own; the first one is the prefix."
+    merge, thw = m.config.spatial_merge_size, inputs["image_grid_thw"]
+    sizes = [(t, h*merge, w*merge) for t, h, w in thw.tolist()]
+    raster = _behind(sizes, merge, device=thw.device)
+    nowhere = raster.pictures*raster.grid[0]*raster.grid[1]
+    parts = raster.cells[0].split([t*h*w for t, h, w in sizes])
+    cells = torch.cat([nn.functional.pad(p, (1, 0), value=nowhere) for p in parts])[1:]
+    return replace(raster, cells=cells[None], region=None)
+
+# %% ../nbs/03_families.ipynb #5e11a0c9
+def _packed_towers(table, **facts): # "name | folder.Model | Attention", one a line
+    return [_qwen(*row.strip().split(" | "), **facts) for row in table.strip().splitlines()]
+
+_adapters += _packed_towers("""
+GLM-Image | glm_image.GlmImageVisionModel | GlmImageVisionAttention
+GLM 5 | glm5_next.Glm5NextVisionModel | Glm5NextVisionAttention
+Cosmos 3 Edge | cosmos3_edge.Cosmos3EdgeVisionModel | Cosmos3EdgeVisionAttention
+dots 3 | dots3_note.Dots3NoteVisionModel | Dots3NoteVisionAttention
+LFM 3 | lfm3_vl.Lfm3VlVisionModel | Lfm3VlVisionAttention
+MiniMax M3 | minimax_m3_vl.MiniMaxM3VLVisionModel | MiniMaxM3VLVisionAttention
+""")
+_adapters += _packed_towers("""
+PaddleOCR-VL | paddleocr_vl.PaddleOCRVisionTransformer | PaddleOCRVisionAttention
+Hunyuan VL | hunyuan_vl.HunYuanVLVisionTransformer | HunYuanVLVisionAttention
+Hunyuan V4 VL | hy_v4_vl.HYV4VLVisionModel | HYV4VLVisionAttention
+Kimi K2.5 | kimi_k25.Kimi_K25VisionModel | Kimi_K25VisionAttention
+Muse Spark | muse_spark.MuseSparkVisionModel | MuseSparkVisionAttention
+Muse Glimmer | muse_glimmer.MuseGlimmerVisionModel | MuseGlimmerVisionAttention
+""", given=_row_by_row)
+
+# %% ../nbs/03_families.ipynb #5e11a0ca
+_adapters += [
+    _qwen("Video-LLaMA 3", "video_llama_3.VideoLlama3VisionModel", "VideoLlama3VisionAttention", given=_merged),
+    _qwen("Inkling 2", "inkling2.Inkling2VisionModel", "Inkling2VisionAttention", given=_led, prefix=1, cls=1),
+    *(Adapter(f"MiniCPM{name} (transformers)", _models(f"{folder}.MiniCPM{cls}VisionModel"),
+              _kinds(f"{folder}.MiniCPM{cls}VisionAttention", _after_merger, named=r"^encoder\.", parts=True),
+              given=_targets) for name, folder, cls in (("-V 4.6", "minicpmv4_6", "V4_6"),
+                                                        ("-V 4.7", "minicpmv4_7", "V4_7"), ("-OCR", "minicpm_ocr", "Ocr"))),
+]
 
 # %% ../nbs/03_families.ipynb #a1c0de0f
 def _tv_swin(call):
@@ -878,8 +944,6 @@ _adapters += [Adapter(f"{name} (transformers)", _models(models), why=why) for na
     ("GroupViT", "groupvit.GroupViTVisionModel", "after its first stage the keys are groups of patches, not places"),
     ("Perceiver", "perceiver.PerceiverModel", "its queries are latent arrays, none of which the output reads alone"),
     ("Llama 3.2 Vision", "mllama.MllamaVisionModel", "the tiles of a picture are padded and joined in one sequence; no grid of the whole"),
-    ("Clips along time", "kimi_k25.Kimi_K25VisionModel minimax_m3_vl.MiniMaxM3VLVisionModel",
-     "its frames are merged, and a packed clip attends across them; no map of one picture yet"),
 )]
 
 # %% ../nbs/03_families.ipynb #effc94e1

@@ -231,6 +231,58 @@ PACKED = {                                               # class: configuration,
     "ernie4_5_vl_moe.Ernie4_5_VLMoeVisionTransformerPretrainedModel": ("Ernie4_5_VLMoeVisionConfig", _qwen3),
     "exaone4_5.Exaone4_5_VisionModel": ("Exaone4_5_VisionConfig", _qwen3 | dict(window_size=16, fullatt_block_indexes=[1], num_key_value_heads=2)),
 }
+_layers2 = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=4)
+_hunyuan = _layers2 | dict(out_hidden_size=32, max_image_size=32)
+_muse = _layers2 | dict(pos_emb_height=2, pos_emb_width=2, max_position_embeddings=4, layer_types=["window_attention", "full_attention"])
+_minicpm = _layers2 | dict(image_size=32, insert_layer_id=0)
+PACKED |= {
+    "glm_image.GlmImageVisionModel": ("GlmImageVisionConfig", dict(depth=2, hidden_size=32, intermediate_size=32, num_heads=2, patch_size=4, image_size=32)),
+    "glm5_next.Glm5NextVisionModel": ("Glm5NextVisionConfig", _qwen3 | dict(image_size=32, projection_intermediate_size=32)),
+    "cosmos3_edge.Cosmos3EdgeVisionModel": ("Cosmos3EdgeVisionConfig", _layers2 | dict(num_patches=64)),
+    "dots3_note.Dots3NoteVisionModel": ("Dots3NoteVisionConfig", _layers2 | dict(moe_intermediate_size=16, num_local_experts=2, num_experts_per_tok=1,
+        mlp_layer_types=["dense", "dense"], adapter_in_dim=32, adapter_out_dim=32)),
+    "lfm3_vl.Lfm3VlVisionModel": ("Lfm3VlVisionConfig", _layers2 | dict(num_key_value_heads=1, layer_types=["full_attention"] * 2)),
+    "minimax_m3_vl.MiniMaxM3VLVisionModel": ("MiniMaxM3VLVisionConfig", _layers2 | dict(hidden_size=48, image_size=32)),
+    "paddleocr_vl.PaddleOCRVisionTransformer": ("PaddleOCRVisionConfig", _layers2 | dict(image_size=32)),
+    "paddleocr_vl.PaddleOCRVisionModel": ("PaddleOCRVisionConfig", _layers2 | dict(image_size=32)),
+    "hunyuan_vl.HunYuanVLVisionTransformer": ("HunYuanVLVisionConfig", _hunyuan | dict(text_hidden_size=32)),
+    "hy_v4_vl.HYV4VLVisionModel": ("HYV4VLVisionConfig", _hunyuan),
+    "kimi_k25.Kimi_K25VisionModel": ("Kimi_K25VisionConfig", _layers2 | dict(pos_emb_height=8, pos_emb_width=8)),
+    "muse_spark.MuseSparkVisionModel": ("MuseSparkVisionConfig", _muse),
+    "muse_glimmer.MuseGlimmerVisionModel": ("MuseGlimmerVisionConfig", _muse),
+    "video_llama_3.VideoLlama3VisionModel": ("VideoLlama3VisionConfig", _layers2),
+    "inkling2.Inkling2VisionModel": ("Inkling2VisionConfig", _layers2 | dict(posemb_grid_size=8, projection_hidden_dim=32, text_hidden_size=32)),
+    "minicpmv4_6.MiniCPMV4_6VisionModel": ("MiniCPMV4_6VisionConfig", _minicpm),
+    "minicpmv4_7.MiniCPMV4_7VisionModel": ("MiniCPMV4_7VisionConfig", _minicpm),
+    "minicpm_ocr.MiniCPMOcrVisionModel": ("MiniCPMOcrVisionConfig", _minicpm),
+}
+_picture = lambda x: x.view(len(x), 3, 4, 4)  # noqa: E731
+LAID = {                                                 # class: how its patches lie, and in which shape it is given them
+    "GlmImageVisionModel": dict(merge=1, frames=1, single=True),
+    "Dots3NoteVisionModel": dict(frames=1), "Cosmos3EdgeVisionModel": dict(frames=1),
+    "PaddleOCRVisionTransformer": dict(merge=1, frames=1, shape=lambda x: _picture(x)[None], grid=lambda thw: None, more=lambda thw: (thw,)),
+    "PaddleOCRVisionModel": dict(merge=1, frames=1, shape=lambda x: _picture(x)[None]),
+    "HunYuanVLVisionTransformer": dict(merge=1, frames=1, single=True), "HYV4VLVisionModel": dict(merge=1, frames=1, single=True),
+    "Kimi_K25VisionModel": dict(merge=1, frames=1, shape=_picture),
+    "MuseSparkVisionModel": dict(merge=1, frames=2), "MuseGlimmerVisionModel": dict(merge=1, frames=2),
+    "VideoLlama3VisionModel": dict(frames=1, more=lambda thw: (torch.full((len(thw),), 2),)),
+    "Inkling2VisionModel": dict(frames=1, shape=lambda x: x.view(-1, 2, 2, 3, 4, 4).permute(0, 1, 4, 2, 5, 3).reshape(-1, 8, 8, 3),
+                                grid=lambda thw: thw // torch.tensor([1, 2, 2])),
+} | dict.fromkeys(("MiniCPMV4_6VisionModel", "MiniCPMV4_7VisionModel", "MiniCPMOcrVisionModel"), dict(
+    merge=1, frames=1, single=True, shape=lambda x: _picture(x).permute(1, 2, 0, 3).reshape(1, 3, 4, -1), grid=lambda thw: thw[:, 1:]))
+
+
+def packed_for(model, pics):
+    """The arguments of a tower that is given its pictures behind one another."""
+    how = LAID.get(type(model).__name__, {})
+    frames = how.get("frames", getattr(model.config, "temporal_patch_size", 1))
+    if frames == 1:                                      # ERNIE merges frames after the blocks
+        pics = [p[::2] for p in pics]
+    if how.get("single") or type(model).__name__.startswith("Glm4v"):    # a clip comes as pictures, one a row of the sizes
+        pics = [some for p in pics for some in p.split(frames)]
+    x, thw = packed(pics, merge=how.get("merge", 2), frames=frames)
+    same = lambda t: t
+    return how.get("shape", same)(x), how.get("grid", same)(thw), *how.get("more", lambda thw: ())(thw)
 
 
 def make_packed(name, attn="sdpa"):
