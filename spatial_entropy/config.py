@@ -240,7 +240,9 @@ def _text(v):
     if isinstance(v, bool) or not isinstance(v, (str, int, float, os.PathLike)): raise ValueError
     v = os.fspath(v) if isinstance(v, os.PathLike) else str(v)
     if not 0 < len(v) <= 4096: raise ValueError
-    if any(unicodedata.category(x) in ("Cc", "Cs") for x in v): raise ValueError
+    undecoded = range(0xDC80, 0xDD00)       # bytes of a file's name, where the locale is not its own
+    if any(unicodedata.category(x) in ("Cc", "Cs") and ord(x) not in undecoded for x in v):
+        raise ValueError
     return v
 
 def _flag(v):
@@ -304,7 +306,7 @@ def _check_ranges(c):
 def _check_name(c):
     "The folder of a run lies in the output folder, not above it nor further down."
     name = c.experiment or "name"
-    if name in (".", "..") or set(name) & set("/\\") or len(name.encode()) > 200:
+    if name in (".", "..") or set(name) & set("/\\") or len(os.fsencode(name)) > 200:
         raise ValueError(f"experiment: got {shown(name)}, expected the plain name of a folder")
 
 # %% ../nbs/12_config.ipynb #2534f39e

@@ -135,6 +135,8 @@ def made(spec, size=None):
 @pytest.mark.parametrize("spec", EVERY)
 def test_geometry_one_patch_moves_its_own_cell(spec):
     """Pixels of one patch are changed; the map changes most there, in every layer where it changes in one place at all."""
+    if getattr(spec, "spread", False):
+        pytest.skip("convolutions before its attention spread a patch over many cells: the reference alone shows its places")
     model, size = made(spec)
     far = moved_by_pixels(model, size, 1 if spec.layers > 8 else 3)
     every = [d for layer in far.values() for d in layer]

@@ -28,6 +28,7 @@ class Model:
     reads: str = "cls"
     build: object = None                                 # a function of its own, where timm's name has no small copy
     near: float = 1.                                     # cells by which convolutions before the layers spread a patch
+    spread: bool = False                                 # they spread it so far that pixels say nothing of a place
 
     def make(self, size):
         torch.manual_seed(0)
@@ -116,17 +117,17 @@ _ENCODER = dict(patch_size=8) | TINY
 TIMM += [
     Model("botnet26t_256", 3, "bottleneck", _THIN, ((64, 64), (96, 96))),
     Model("halonet26t", 3, "halo", _THIN | dict(self_attn_kwargs=dict(block_size=4, halo_size=1)), ((128, 128), (128, 256)), False),
-    Model("mobilevit_xxs", 9, "mobilevit", sizes=((64, 64), (96, 64)), img_size=False, near=1.5),
-    Model("mobilenetv4_hybrid_medium_075", 8, "mqa", sizes=((64, 96),), img_size=False),
+    Model("mobilevit_xxs", 9, "mobilevit", sizes=((64, 64), (96, 64)), img_size=False, spread=True),
+    Model("mobilenetv4_hybrid_medium_075", 8, "mqa", sizes=((64, 96),), img_size=False, spread=True),
     Model("caformer_s18", 2, "metaformer", sizes=((64, 64), (72, 96)), build=_caformer),
     Model("nextvit_small", 1, "grid_of", sizes=((64, 64), (72, 96)), build=_nextvit),
-    Model("iformer_t", 5, "grid_of", sizes=((64, 96),), img_size=False), Model("shvit_s1", 9, "grid_of", sizes=((128, 192),), img_size=False),
-    Model("csatv2", 4, "grid_of", sizes=((128, 192),), img_size=False), Model("lowformer_b0", 7, "grid_of", sizes=((64, 96),), img_size=False),
+    Model("iformer_t", 5, "grid_of", sizes=((64, 96),), img_size=False), Model("shvit_s1", 9, "grid_of", sizes=((128, 192),), img_size=False, spread=True),
+    Model("csatv2", 4, "grid_of", sizes=((128, 192),), img_size=False), Model("lowformer_b0", 7, "grid_of", sizes=((64, 96),), img_size=False, spread=True),
     Model("cpubone_nano", 3, "grid_of", sizes=((64, 96),), img_size=False),
     Model("efficientvit_m0", 6, "msra", sizes=((128, 128), (128, 160)), img_size=False),
     Model("deepseek_vit_412m", 2, kwargs=_ENCODER, reads="mean"), Model("qwen3_vit_416m", 2, kwargs=_ENCODER, reads="mean"),
     Model("gemma4_vit_167m", 2, kwargs=_ENCODER | dict(head_dim=24, intermediate_size=64), sizes=((48, 48), (48, 72)), img_size=False, reads="mean"),
-    Model("resnet50_clip", 1, "pool", _THIN, _CLIP_SIZE),
+    Model("resnet50_clip", 1, "pool", _THIN, _CLIP_SIZE, spread=True),
 ]
 
 REFUSED = {
@@ -151,6 +152,7 @@ class Other:
     sizes: tuple = ((32, 32), (32, 48))
     step: int = 8
     near: float = 1.
+    spread: bool = False
 
     def make(self, size, **kwargs):
         torch.manual_seed(0)
