@@ -80,7 +80,7 @@ def test_the_regulariser_lowers_entropy_when_it_is_all_there_is():
 
 
 def test_a_loss_that_is_no_number_ends_in_a_sentence(tmp_path):
-    said = subprocess.run([str(Path(sys.executable).with_name("spatial-entropy")), *"train --limit 96 --epochs 2 --lr 1e30 --warmup-epochs 0".split(),
+    said = subprocess.run([str(Path(sys.executable).with_name("spatial-entropy")), *"train --limit 96 --epochs 2 --lr 1e3 --opt sgd --warmup-epochs 0".split(),
                            "--output", str(tmp_path)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert said.returncode == 1 and "lower --lr, and look at the data" in said.stderr and "Traceback" not in said.stderr
     assert "go on with: spatial-entropy train --resume" in said.stderr
@@ -97,7 +97,7 @@ tiny = dict(limit=32, batch_size=8, epochs=2, img_size=32, model_kwargs=dict(dep
 ], ids=lambda s: " ".join(s))
 def test_every_setting_trains_stops_and_goes_on(tmp_path, settings, monkeypatch):
     "In one go, and interrupted in the second epoch: the same weights. (The pictures, which take most of the time, are others' affair.)"
-    monkeypatch.setattr(training, "_draw", lambda job: None)
+    monkeypatch.setattr(training, "_draw", lambda job, epochs=None: None)
     monkeypatch.setattr(training, "_last_pictures", lambda job: None)
     settings = {**tiny, **settings}
     if "fraction" in settings:
