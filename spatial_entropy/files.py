@@ -290,19 +290,19 @@ def _lives(path, record):
     return alive and abs(process.create_time() - record["began"]) < 2
 
 # %% ../nbs/11_files.ipynb #ba46dc4b
-def _system_lock(path):
+def _system_lock(path, mode=os.O_RDONLY): # nothing stays open for writing: a disk can be remounted
     "A handle with the system's lock; None where there is none. Raises BlockingIOError if it is taken."
     if fcntl is None: return None
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    handle = os.open(path, mode | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
         os.close(handle)
         if isinstance(e, BlockingIOError) or e.errno not in _unsupported: raise
-        return None
+        return _system_lock(path, os.O_RDWR) if mode == os.O_RDONLY else None    # NFS wants it
     with suppress(FileNotFoundError):
         if os.path.samestat(os.fstat(handle), os.lstat(path)): return handle
     os.close(handle)
-    return _system_lock(path)                               # its holder has just removed it
+    return _system_lock(path, mode)                         # its holder has just removed it
 
 def _record_lock(path):
     "Write the record, unless there is one of a living process: raises BlockingIOError."
@@ -319,7 +319,7 @@ def _lock(folder):
     "The system's lock on a folder as a handle, or None: a record instead. Raises BlockingIOError."
     handle = _system_lock(folder/".lock")
     if handle is None: _record_lock(folder/".held")
-    else: os.ftruncate(handle, 0); os.write(handle, json.dumps(_record()).encode())
+    else: (folder/".lock").write_text(json.dumps(_record()), encoding="utf-8")
     return handle
 
 def _held(folder):
@@ -349,7 +349,8 @@ class Hold:
 
     def release(self):
         if self.pid != os.getpid() or self.busy: return
-        (self.folder/(".held" if self.handle is None else ".lock")).unlink(missing_ok=True)
+        with suppress(OSError):                             # a disk that can only be read now
+            (self.folder/(".held" if self.handle is None else ".lock")).unlink()
         self.forget()
 
     def __del__(self):

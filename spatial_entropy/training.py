@@ -393,12 +393,14 @@ def fit(job: Job, console: Console | None = None, plot: bool | None = None) -> l
     with use(job.hold) if job.hold else nullcontext():
         _track(job)
         shown = RunProgress(job.config.epochs, job.updates, console, plot)
-        with shown as progress, _signals() as stop:
-            progress.history, job.say = list(job.place.rows), progress.note
-            try: _start(job); _run(job, progress, stop)
-            except RuntimeError as e: raise loading_failed(e) or _left_alone(job, e) or e from None
-        job.say = _say(console)
-        _last_pictures(job)
+        with _signals() as stop:
+            with shown as progress:
+                progress.history, job.say = list(job.place.rows), progress.note
+                try: _start(job); _run(job, progress, stop)
+                except RuntimeError as e: raise loading_failed(e) or _left_alone(job, e) or e from None
+            job.say = _say(console)
+            _last_pictures(job)
+            _stop_if_asked(job, stop)
     if skipped := job.loaders.skipped():
         first = ", ".join(skipped[:5])
         job.say(f"{len(skipped)} picture(s) could not be read and were left out: {first}")

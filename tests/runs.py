@@ -30,7 +30,7 @@ picture_of_maps(torch.rand(2, 3, 32, 32), torch.rand(2, 2, 2, 2)), plot_metrics(
 def _kill_at(point):
     "Kill this process (SIGKILL) at the n-th call of a function that writes."
     name, n = point
-    where, what = {"sync": (files, "_sync"), "state": (jobs, "seal"), "prune": (jobs, "_prune"), "write": (jobs, "_write_state")}[name]
+    where, what = {"sync": (files, "_push"), "state": (jobs, "seal"), "prune": (jobs, "_prune"), "write": (jobs, "_write_state")}[name]
     real, calls = getattr(where, what), []
 
     def call(*args, **kwargs):
