@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 import spatial_entropy as se
 from spatial_entropy.families import find
+from spatial_entropy.tap import cells_off, patches_at, peaks
 
 PLACES = ((.12, .12), (.12, .88), (.88, .12), (.88, .88), (.38, .62))    # of an image, none on an axis of symmetry
 
@@ -17,30 +18,21 @@ def maps_of(model, run, block="all", query="auto"):
         return tap.maps()
 
 
-def far_from(cell, grid, box, size):
-    """Cells between the centre of a cell and a box (y, x, height, width) of pixels; 0 inside."""
-    cells = [n / s for n, s in zip(grid, size)]
-    centre = cell // grid[1] + .5, cell % grid[1] + .5
-    return max(max(b * c - at, at - (b + side) * c, 0) for at, b, side, c in zip(centre, box[:2], box[2:], cells))
-
-
 def moved_by_pixels(model, size, images=3, call=lambda model, x: model(x)):
     """{layer: [cells between the largest change and the patch that was changed]}; changes that are spread evenly are left out."""
     g = torch.Generator().manual_seed(0)
-    side = [max(4, s // 8) for s in size]
-    boxes = [(int(y * size[0] - side[0] / 2), int(x * size[1] - side[1] / 2), *side) for y, x in PLACES]
+    boxes = patches_at(PLACES, size)
     x = torch.rand(images, 1, 3, *size, generator=g).repeat(1, 1 + len(boxes), 1, 1, 1)
     for j, (top, left, h, w) in enumerate(boxes):
         x[:, 1 + j, :, top:top + h, left:left + w] = 4 * torch.randn(images, 3, h, w, generator=g)
     maps = maps_of(model, lambda m: call(m, x.flatten(0, 1)))
-    return {i: _peaks(m.unflatten(0, (images, -1)), boxes, size) for i, m in maps.items()}
+    return {i: _off(m.unflatten(0, (images, -1)), boxes, size) for i, m in maps.items()}
 
 
-def _peaks(m, boxes, size):
+def _off(m, boxes, size):
     change = (m[:, 1:] - m[:, :1]).abs().mean((0, 2))                    # (places, h, w)
-    peaked = change.flatten(1).amax(1) > 3 * change.flatten(1).median(1).values
-    only = (change - change.median(0).values).flatten(1).argmax(1)       # what moves with any patch is not this patch's
-    return [far_from(c.item(), m.shape[-2:], b, size) for c, b, p in zip(only, boxes, peaked) if p]
+    cells = zip(peaks(change), boxes)
+    return [cells_off(c, m.shape[-2:], b, size) for c, b in cells if c is not None]
 
 
 @contextmanager
@@ -82,7 +74,7 @@ def moved_by_features(model, number, axes, size, images=3):
     with changed_input(layer, change):
         m = maps_of(model, lambda m: m(x), number).unflatten(0, (images, -1))
     moved = (m[:, 1:] - m[:, :1]).abs().mean((0, 2))
-    return [far_from(d.argmax().item(), d.shape, b, full) for d, b in zip(moved, boxes)]
+    return [cells_off(d.argmax().item(), d.shape, b, full) for d, b in zip(moved, boxes)]
 
 
 def other_padding(model, numbers, x, value=3.):
@@ -112,15 +104,3 @@ def padding_of(layer, value):
         yield seen
     for handle in handles:
         handle.remove()
-
-
-def gradient_by_token(model, run):
-    """Share of the output's gradient, by token of the last tapped layer's output: (tokens,), or one number a place."""
-    layer, kept = find(model).layers[-1][1], []
-    handle = layer.register_forward_hook(lambda m, a, out: kept.append(out[0] if isinstance(out, tuple) else out) or None)
-    out = run(model)
-    handle.remove()
-    out = out if isinstance(out, torch.Tensor) else next(iter(out.values() if hasattr(out, "values") else out))
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
-    grad, = torch.autograd.grad((out * weight).sum(), kept[-1])
-    return grad

@@ -1,8 +1,12 @@
 """The tap against unfused attention, and under what training does to a model."""
 import io
+import re
 import sys
 import tempfile
+import warnings
 from copy import deepcopy
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -305,8 +309,107 @@ def test_self_check_catches_a_wrong_row(monkeypatch):
     model = make()
     right = module._row
     monkeypatch.setattr(module, "_row", lambda *a: (right(*a)[0].flip(-1), None))
-    with se.AttentionTap(model) as tap:
+    with se.AttentionTap(model) as tap, pytest.warns(UserWarning, match="show elsewhere in the map"):
         assert tap.check(torch.rand(2, 3, 32, 32))["blocks.1.attn"]["map_error"] > 1e-3
+
+
+def moved_to(where):
+    """An entry's place, with each cell laid at another one: `where` takes (h, w) numbers and gives them elsewhere."""
+    def wrong(stock, call):
+        raster = stock(call)
+        h, w = raster.grid
+        cells = raster.cells if raster.cells is not None else torch.arange(h * w)[None]
+        return replace(raster, cells=where(torch.arange(h * w).view(h, w)).reshape(-1)[cells])
+    return wrong
+
+
+MISPLACED = {
+    "rolled by the shift": moved_to(lambda n: n.roll((2, 2), (0, 1))),
+    "transposed": moved_to(lambda n: n.mT),
+    "mirrored": moved_to(lambda n: n.flip(1)),
+    "turned": moved_to(lambda n: n.rot90()),
+}
+WRONG_PLACES = [("vit_tiny_patch16_224", 64, "transposed"), ("vit_tiny_patch16_224", 64, "mirrored"), ("beit_base_patch16_224", 64, "turned"),
+                ("swin_tiny_patch4_window7_224", 64, "rolled by the shift"), ("SwinForImageClassification", 64, "rolled by the shift"),
+                ("torchvision ViT", 64, "transposed")]
+OLD = ("map_error", "attention_error")
+
+
+@pytest.mark.parametrize("name,side,how", WRONG_PLACES)
+def test_self_check_finds_wrong_places(name, side, how, monkeypatch):
+    """The comparison with a reference built of the same raster sees nothing; patches that are changed show elsewhere."""
+    model, x = ZOO[name].make((side, side)), torch.rand(2, 3, side, side)
+    layers = find(model).layers
+    for kind in {id(k): k for *_, k in layers}.values():
+        monkeypatch.setattr(kind, "place", partial(MISPLACED[how], kind.place))
+    with se.AttentionTap(model, "all") as tap, pytest.warns(UserWarning, match="of 4 patches that were changed show elsewhere"):
+        report = tap.check(x)
+    assert all(r[k] < 1e-5 for r in report.values() for k in OLD if k in r)
+    assert all(report[n]["place_error"] >= .5 for n, _, _ in layers[:2]) and report.warnings
+    monkeypatch.undo()
+    with se.AttentionTap(model, "all") as tap:
+        report = tap.check(x)
+    assert not report.warnings and not any(r.get("place_error") for r in report.values())
+
+
+WRONG_QUERIES = [("vit_tiny_patch16_224", {}, "mean", "patches", "cls"), ("vit_tiny_patch16_224", dict(global_pool="avg"), "cls", "cls", "patches"),
+                 ("beit_base_patch16_224", {}, "cls", "cls", "patches"), ("ViTForImageClassification", {}, "mean", "patches", "cls"),
+                 ("open_clip ViT", {}, "mean", "patches", "cls")]
+
+
+@pytest.mark.parametrize("name,more,reads,asked,read", WRONG_QUERIES)
+def test_self_check_finds_a_query_that_the_output_ignores(name, more, reads, asked, read, monkeypatch):
+    spec = ZOO[name]
+    model, x = spec.make(spec.sizes[0]), torch.rand(2, 3, *spec.sizes[0])
+    model.global_pool = more.get("global_pool", getattr(model, "global_pool", None))
+    for wrong in (False, True):
+        if wrong:
+            monkeypatch.setattr(find(model).adapter, "reads", reads)
+        with se.AttentionTap(model) as tap, warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            report = tap.check(x)
+        assert all(r[k] < 1e-5 for r in report.values() for k in OLD if k in r)
+        assert report.gradient[read] == 1 and report.auto == (asked if wrong else read)
+        assert [str(w.message) for w in said] == report.warnings and len(report.warnings) == wrong
+    assert re.search(f'"auto" reads {asked}, with 0.0% .* reads {read}; say query=', report.warnings[0])
+    with se.AttentionTap(model, query=report.auto.replace("patches", "mean")) as tap:
+        assert not tap.check(x).warnings                 # asked for by name
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "beit_base_patch16_224", "vit_base_patch16_siglip_224", "Dinov2ForImageClassification",
+                                  "Dinov2WithRegistersModel", "CLIPVisionModel", "deit_tiny_distilled_patch16_224", "hiera_tiny_224", "torchvision Swin"])
+def test_self_check_finds_nothing_in_right_entries(name):
+    model, x = ZOO[name].make(ZOO[name].sizes[0]), torch.rand(2, 3, *ZOO[name].sizes[0])
+    with se.AttentionTap(model, "all") as tap:
+        report = tap.check(x)
+    assert not report.warnings and not report.unprobed and report.auto
+    assert all(e < 1e-5 for r in report.values() for e in r.values()) and all("place_error" in r for r in report.values())
+
+
+def test_self_check_finds_a_layer_that_the_output_never_reads():
+    class Early(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vit = make()
+
+        def forward(self, pixel_values):
+            return self.vit.forward_intermediates(pixel_values, indices=[0], intermediates_only=True)[0].mean((2, 3))
+    model = Early()
+    with se.AttentionTap(model) as tap, pytest.warns(UserWarning, match="does not read this layer; tap another"):
+        tap.check(pixel_values=torch.rand(1, 3, 32, 32))
+    with se.AttentionTap(model, 0) as tap, pytest.warns(UserWarning, match='"auto" reads cls.* reads patches'):
+        tap.check(torch.rand(1, 3, 32, 32))
+
+
+def test_self_check_leaves_passes_modes_and_gradients_alone():
+    model, (_, b) = make().train(), two_pictures()
+    with se.AttentionTap(model) as tap, torch.no_grad():
+        model.eval()(b)
+        want = tap.maps()
+        model.train()
+        tap.check(b)
+        assert torch.equal(tap.maps(), want) and model.training and not torch.is_grad_enabled()
+    assert all(p.grad is None for p in model.parameters()) and not model.blocks[-1].attn._forward_hooks
 
 
 # ---- padding and holes ----
