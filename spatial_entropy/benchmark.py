@@ -338,16 +338,21 @@ def _peak_of(name, maps, source):
     return _peak_extra(lambda: contender.call(leaf))
 
 # %% ../nbs/22_benchmark.ipynb #62832057
+def _give_back_at_once():
+    "This process hands freed memory back, and counts no more than it uses. For its whole life."
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-3, 1 << 16)              # M_MMAP_THRESHOLD: freed blocks go back at once
+    libc.prctl(41, 1, 0, 0, 0)             # PR_SET_THP_DISABLE: no rounding up to 2 MiB pages
+    _set_threads(1)
+
 def _memory_child():
     "Read a request from stdin, write [{name: bytes}], one for each case, as the last line of stdout."
     asked = json.load(sys.stdin)
     warnings.simplefilter("ignore")
-    libc = ctypes.CDLL(None)
-    libc.mallopt(-3, 1 << 16)                                           # M_MMAP_THRESHOLD: freed blocks go back at once
-    libc.prctl(41, 1, 0, 0, 0)                                          # PR_SET_THP_DISABLE: no rounding up to 2 MiB pages
+    _give_back_at_once()
     for shape, _, names in asked["cases"]:
         for name in names: _contender(name, tuple(shape), asked["source"])          # loads what the forks will share
-    _set_threads(1)
+    _set_threads(1)                        # of what has been loaded since, too
     SpatialEntropyLoss()(torch.rand(1, 1, 4, 4, requires_grad=True))    # compiled once; a backward pass here would forbid forks
     gc.collect(); gc.freeze()
     peaks = []

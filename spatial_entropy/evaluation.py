@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from .tap import AttentionTap
-from .batches import loaders
+from .batches import loaders, loading
 from .data import mask_pairs
 from .regions import keep_mass
 from .models import load_run
@@ -85,6 +85,7 @@ def _to_measure(data, config, split, norm):
                    workers=config.workers, crop_pct=config.crop_pct, from_=from_, **norm)
 
 # %% ../nbs/19_evaluation.ipynb #c637ffb2
+@loading()
 def evaluate(run: str, # a run folder
              data: str | None = None, # an image folder with the same classes; default: the run's own data
              masks: str | None = None, # a folder with images/ and masks/; default: the embedded masks, if the run saw them

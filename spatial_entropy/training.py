@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 # %% ../nbs/18_training.ipynb #99bb50ed
-from .batches import LoadingFailed, loading_failed, place_seed
+from .batches import LoadingFailed, loading, loading_failed, place_seed
 from .config import TrainConfig, configure, save_config
 from .files import use, write_json, write_rows, write_whole
 from .jobs import (Job, load_settings, machine_settings, prepare, save_checkpoint,
@@ -383,6 +383,7 @@ def _before_after(job, path):
     plt.close(figure)
 
 # %% ../nbs/18_training.ipynb #0a3bd716
+@loading()
 def fit(job: Job, console: Console | None = None, plot: bool | None = None) -> list[dict]: # the rows of metrics.csv
     """Run a prepared job to its end.
 
