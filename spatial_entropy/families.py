@@ -88,7 +88,7 @@ class Layer:
     host: str # dotted name of its class; subclasses count
     place: Callable[[Call], Raster] = as_embedded # its raster
     axes: str = "b h n" # how images, heads (if any), windows w and tokens lie in its queries
-    named: str = "" # a pattern of its path, where the class alone says too little
+    named: Any = "" # a pattern of its path, or a function of path and model, where the class says too little
     prefix: Any = None # tokens before the patches, where not the family's number
     one_query: bool = False # class-attention and pools: a single query of their own
     padded: bool = False # masks may hide keys
@@ -510,6 +510,7 @@ _heads += [
                  " metaclip_2.MetaClip2ForImageClassification"), **_patches),
     Head(_models("vit.ViTForMaskedImageModeling deit.DeiTForMaskedImageModeling"), **_patches),
     Head(_models("dinov2.Dinov2Backbone dinov2_with_registers.Dinov2WithRegistersBackbone dinov3_vit.DINOv3ViTBackbone beit.BeitBackbone"
+                 " lw_detr.LwDetrViTBackbone rf_detr.RfDetrDinov2Backbone"
                  ), last=_stages, **_patches),
     Head(_models("blip.BlipForConditionalGeneration blip.BlipForQuestionAnswering blip.BlipForImageTextRetrieval blip_2.Blip2Model"
                  " blip_2.Blip2VisionModelWithProjection blip_2.Blip2ForConditionalGeneration blip_2.Blip2ForImageTextRetrieval"
@@ -561,7 +562,7 @@ OWLv2 | owlv2.Owlv2VisionTransformer | Owlv2Attention
 DPT | dpt.DPTModel | DPTViTAttention
 MLCD | mlcd.MLCDVisionModel | MLCDAttention
 FLAVA | flava.FlavaImageModel | FlavaAttention
-Kosmos-2 | kosmos2.Kosmos2VisionModel | Kosmos2VisionAttention
+Kosmos-2 | kosmos2.Kosmos2VisionModel kosmos2.Kosmos2VisionTransformer | Kosmos2VisionAttention
 MGP-STR | mgp_str.MgpstrModel | MgpstrAttention
 """, **_cls)
 
@@ -780,17 +781,19 @@ _adapters += [Adapter("Hiera (transformers)", _models("hiera.HieraModel"), _kind
 def _row_by_row(m, inputs): # Muse names its window, in pixels
     "The grid from grid_thw, of patches that are not in blocks."
     thw, size = inputs["grid_thw"], getattr(m, "window_size", 0)
-    return replace(_behind(thw.tolist(), 1, size//m.config.patch_size if size else 0, thw.device), region=None)
+    window = size//m.config.patch_size if size else 0
+    return replace(_behind(thw.tolist(), 1, window, thw.device), region=None)
 
 def _merged(m, inputs): # Video-LLaMA 3
     "The grid from grid_thw, of blocks of merge_sizes."
-    thw = inputs["grid_thw"]
-    return replace(_behind(thw.tolist(), inputs["merge_sizes"].tolist(), 0, thw.device), region=None)
+    thw, merges = inputs["grid_thw"], inputs["merge_sizes"].tolist()
+    return replace(_behind(thw.tolist(), merges, 0, thw.device), region=None)
 
 # %% ../nbs/03_families.ipynb #5e11a0c7
 def _targets(m, inputs): # MiniCPM-V
     sizes = inputs["target_sizes"]
-    return replace(_behind([(1, h, w) for h, w in sizes.tolist()], device=sizes.device), region=None)
+    raster = _behind([(1, h, w) for h, w in sizes.tolist()], device=sizes.device)
+    return replace(raster, region=None)
 
 def _after_merger(call): # a key for each block, row by row
     (h, w), n = call.grid.grid, call.grid.cells[0]
@@ -831,13 +834,96 @@ Muse Glimmer | muse_glimmer.MuseGlimmerVisionModel | MuseGlimmerVisionAttention
 """, given=_row_by_row)
 
 # %% ../nbs/03_families.ipynb #5e11a0ca
+def _minicpm(name, folder, cls): # between its layers a merger attends within 2×2 patches
+    host = f"{folder}.MiniCPM{cls}VisionAttention"
+    return Adapter(f"{name} (transformers)", _models(f"{folder}.MiniCPM{cls}VisionModel"),
+                   _kinds(host, _after_merger, named=r"^encoder\.", parts=True), given=_targets)
+
 _adapters += [
-    _qwen("Video-LLaMA 3", "video_llama_3.VideoLlama3VisionModel", "VideoLlama3VisionAttention", given=_merged),
-    _qwen("Inkling 2", "inkling2.Inkling2VisionModel", "Inkling2VisionAttention", given=_led, prefix=1, cls=1),
-    *(Adapter(f"MiniCPM{name} (transformers)", _models(f"{folder}.MiniCPM{cls}VisionModel"),
-              _kinds(f"{folder}.MiniCPM{cls}VisionAttention", _after_merger, named=r"^encoder\.", parts=True),
-              given=_targets) for name, folder, cls in (("-V 4.6", "minicpmv4_6", "V4_6"),
-                                                        ("-V 4.7", "minicpmv4_7", "V4_7"), ("-OCR", "minicpm_ocr", "Ocr"))),
+    _qwen("Video-LLaMA 3", "video_llama_3.VideoLlama3VisionModel", "VideoLlama3VisionAttention",
+          given=_merged),
+    _qwen("Inkling 2", "inkling2.Inkling2VisionModel", "Inkling2VisionAttention",
+          given=_led, prefix=1, cls=1),
+    _minicpm("MiniCPM-V 4.6", "minicpmv4_6", "V4_6"),
+    _minicpm("MiniCPM-V 4.7", "minicpmv4_7", "V4_7"),
+    _minicpm("MiniCPM-OCR", "minicpm_ocr", "Ocr"),
+]
+
+# %% ../nbs/03_families.ipynb #5e11a0d2
+def _cut_once(call):
+    "Windows for good; the layers that see the whole picture join them in one sequence."
+    (h, w), b, config = call.grid.grid, call.layer, call.model.config
+    side = getattr(config, "num_windows_side", None) or config.num_windows
+    cells = windows((h, w), (h//side, w//side), device=call.x.device).cells
+    led = hasattr(call.model.embeddings, "cls_token")
+    if led: cells = nn.functional.pad(cells, (1, 0), value=h*w)
+    joined = b.global_attention if hasattr(b, "global_attention") else not b.window
+    if joined: cells = cells.flatten()[None]
+    return Raster((h, w), cells, torch.where(cells < h*w, 0, -1))
+
+# %% ../nbs/03_families.ipynb #5e11a0d6
+def _early(name, m):
+    return int(name.split(".")[1]) < m.config.num_hidden_layers - m.config.num_blocks
+
+def _eomt(name, model, attention, why=""):
+    model, = _models(model)
+    host = f"{model.rpartition('.')[0]}.{attention}"
+    joined = Layer(host, prefix=lambda m: m.config.num_queries + _registers(m), why=why)
+    return Adapter(f"{name} (transformers)", model, (Layer(host, named=_early), joined),
+                   prefix=_registers)
+
+def _told(key, first=0, across=0): # the input, the first row's number, which of two is the column
+    def given(m, inputs):
+        x, y = inputs[key][..., across] - first, inputs[key][..., 1 - across] - first
+        return _packed(y.clamp_min(0).long(), x.clamp_min(0).long(), (y >= 0) & (x >= 0))
+    return given
+
+def _always(m, inputs): return Raster(tuple(n//m.config.patch_size for n in m.config.image_size))
+
+# %% ../nbs/03_families.ipynb #5e11a0d8
+_adapters += [
+    Adapter("LW-DETR (transformers)", _models("lw_detr.LwDetrViTBackbone"),
+            _kinds("lw_detr.LwDetrViTLayer", _cut_once, "(b w) h n")),
+    Adapter("RF-DETR (transformers)", _models("rf_detr.RfDetrDinov2Backbone"),
+            _kinds("rf_detr.RfDetrDinov2Layer", _cut_once, "(b w) h n")),
+    _eomt("EoMT", "eomt.EomtForUniversalSegmentation", "EomtAttention"),
+    _eomt("EoMT with DINOv3", "eomt_dinov3.EomtDinov3ForUniversalSegmentation",
+          "EomtDinov3Attention"),
+    _eomt("VidEoMT", "videomt.VideomtForUniversalSegmentation", "VideomtAttention",
+          why="asks one frame after the other, each with the queries of the one before"),
+]
+
+# %% ../nbs/03_families.ipynb #5e11a0da
+_idefics = "transformers.models.idefics.vision.IdeficsVision"
+_adapters += [
+    Adapter("X-CLIP (transformers)", _models("x_clip.XCLIPVisionModel"), (
+            *_kinds("x_clip.XCLIPAttention", as_embedded, named=r"self_attn$"),
+            *_kinds("x_clip.XCLIPAttention", None, why="attends along time, one [CLS] a frame")),
+            suffix=1, **_cls),
+    Adapter("VideoPrism (transformers)", _models("videoprism.VideoPrismVisionModel"), (
+            *_kinds("videoprism.VideoPrismAttention", as_embedded, named="^spatial"),
+            *_kinds("videoprism.VideoPrismAttention", None,
+                    why="attends along time, one place each")),
+            grid="spatial_embeddings.patch_embeddings.projection"),
+    Adapter("BridgeTower (transformers)", _models("bridgetower.BridgeTowerVisionModel"),
+            (Layer(_MHA),), prefix=1, cls=1),
+    Adapter("Idefics 1 (transformers)", f"{_idefics}Transformer", (Layer(f"{_idefics}Attention"),),
+            prefix=1, cls=1),
+]
+
+# %% ../nbs/03_families.ipynb #5e11a0d9
+_adapters += [
+    *_line("Gemma 4 | gemma4.Gemma4VisionModel | Gemma4VisionAttention",
+           given=_told("pixel_position_ids"), padded=True),
+    *_line("Kosmos-2.5 | kosmos2_5.Kosmos2_5VisionModel | Kosmos2_5VisionAttention",
+           given=_told("flattened_patches", first=1, across=1), padded=True),
+    *_line("Molmo 2 | molmo2.Molmo2VisionModel | Molmo2VisionAttention", given=_always),
+    Adapter("GroupViT (transformers)", _models("groupvit.GroupViTVisionTransformer"), (
+            *_kinds("groupvit.GroupViTAttention", as_embedded, "(b h) n",
+                    named=r"stages\.0\.layers"),
+            *_kinds("groupvit.GroupViTAttention groupvit.GroupViTAssignAttention", None,
+                    why="after its first stage the keys are groups of patches, not places")),
+            reads="suffix", suffix=lambda m: m.encoder.config.num_group_tokens[0]),
 ]
 
 # %% ../nbs/03_families.ipynb #a1c0de0f
@@ -934,14 +1020,23 @@ _adapters += [Adapter(f"{name} (transformers)", _models(models), why=why) for na
      " dinov2_with_registers.Dinov2WithRegistersEncoder dinov3_vit.DINOv3ViTEncoder radio.RadioEncoder sapiens2.Sapiens2Encoder"
      " swin.SwinEncoder sam3.Sam3DetrEncoder sam3.Sam3DetrDecoder sam3.Sam3MaskDecoder sam3_lite_text.Sam3LiteTextDetrEncoder"
      " sam3_lite_text.Sam3LiteTextDetrDecoder sam3_lite_text.Sam3LiteTextMaskDecoder tipsv2.Tipsv2VisionEncoder"
-     " deimv2.Deimv2HybridEncoder rt_detr.RTDetrHybridEncoder rt_detr_v2.RTDetrV2HybridEncoder d_fine.DFineHybridEncoder", _part),
+     " deimv2.Deimv2HybridEncoder"
+     " pp_doclayout_v2.PPDocLayoutV2HybridEncoder pp_doclayout_v3.PPDocLayoutV3HybridEncoder"
+     " pp_doclayout_v4.PPDocLayoutV4HybridEncoder lw_detr.LwDetrViTEncoder rf_detr.RfDetrDinov2Encoder"
+     " vitpose_backbone.VitPoseBackboneEncoder rt_detr.RTDetrHybridEncoder rt_detr_v2.RTDetrV2HybridEncoder d_fine.DFineHybridEncoder", _part),
     ("Decoders of sampled points", "rt_detr.RTDetrDecoder rt_detr_v2.RTDetrV2Decoder d_fine.DFineDecoder deimv2.Deimv2Decoder"
      " deformable_detr.DeformableDetrDecoder grounding_dino.GroundingDinoDecoder mm_grounding_dino.MMGroundingDinoDecoder"
-     " lw_detr.LwDetrDecoder rf_detr.RfDetrDecoder omdet_turbo.OmDetTurboDecoder", _sampled),
+     " lw_detr.LwDetrDecoder rf_detr.RfDetrDecoder omdet_turbo.OmDetTurboDecoder"
+     " pp_doclayout_v2.PPDocLayoutV2Decoder pp_doclayout_v3.PPDocLayoutV3Decoder"
+     " pp_doclayout_v4.PPDocLayoutV4Decoder", _sampled),
+    ("Readers of boxes", "pp_doclayout_v2.PPDocLayoutV2ReadingOrder", "it attends over boxes, which lie on no grid"),
+    ("Inkling", "inkling.InklingVisionModel", "its patches are merged by fixed weights, not by attention"),
+    ("Hiera's backbone", "hiera.HieraBackbone", "it does not unroll its tokens before it cuts windows, so that"
+     " one window holds, and one pooled key stands for, places far apart; pass a HieraModel"),
+    ("UDOP", "udop.UdopStack", "its patches share one sequence with words: no map of a picture alone"),
     ("Matchers of keypoints", "superglue.SuperGlueForKeypointMatching lightglue.LightGlueForKeypointMatching",
      "it attends over keypoints, which lie on no grid"),
     ("Readers of words", "sam3_lite_text.Sam3LiteTextTextModel pp_formulanet.PPFormulaNetTextModel", "a text model: no places"),
-    ("GroupViT", "groupvit.GroupViTVisionModel", "after its first stage the keys are groups of patches, not places"),
     ("Perceiver", "perceiver.PerceiverModel", "its queries are latent arrays, none of which the output reads alone"),
     ("Llama 3.2 Vision", "mllama.MllamaVisionModel", "the tiles of a picture are padded and joined in one sequence; no grid of the whole"),
 )]
@@ -983,12 +1078,15 @@ class SeveralModels(UnsupportedModel):
     "A model in which more than one vision model could be meant."
 
 # %% ../nbs/03_families.ipynb #afb35fbd
+def _is_named(kind, name, tower):
+    return kind.named(name, tower) if callable(kind.named) else re.search(kind.named, name)
+
 def _layers_of(tower, adapter):
     layers, skipped, inside = [], set(), "\0"
     for name, module in tower.named_modules():
         if name.startswith(inside + "."): continue
         for kind in adapter.layers:
-            if _is_a(module, kind.host) and re.search(kind.named, name):
+            if _is_a(module, kind.host) and _is_named(kind, name, tower):
                 inside, why = name, kind.why(module, tower) if callable(kind.why) else kind.why
                 skipped.add(why) if why else layers.append((name, module, kind))
                 break

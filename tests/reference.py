@@ -397,7 +397,29 @@ def _hiera_hf(c, spec, size):
     return row
 
 
-HF_FOLDS = dict(hiera=_hiera_hf, clip=_clip, unfolded=_unfolded, pooled=_by_layer, pvt=_by_layer, windows=_by_windows, cvt=_cvt_hf,
+def _cut_once(c, spec, size):                              # 2×2 windows that are images, or one sequence of all of them
+    b, grid = c["layer"], [s // spec.step // 2 for s in size]
+    one = int("RfDetr" in type(b).__name__)                # a [CLS] before each window
+    logits = c["logits"]
+    joined = logits.shape[-1] > grid[0] * grid[1] + one
+    if not joined:                                         # (B·4, H, n, m)
+        row = logits[..., one:, one:].mean(-2).unflatten(0, (-1, 2, 2))
+    else:
+        n = grid[0] * grid[1] + one
+        parts = logits.unflatten(-1, (4, n))[..., one:].unflatten(-3, (4, n))[..., one:, :, :]
+        row = parts.flatten(2, 3).mean(2).movedim(2, 1).unflatten(1, (2, 2))             # (B, 2, 2, H, m)
+    return row.unflatten(-1, grid).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
+def _last_patches(c, spec, size):                          # whatever comes before them
+    grid = [s // spec.step for s in size]
+    n = grid[0] * grid[1]
+    logits = c["logits"][..., -n:, -n:]
+    return logits.mean(-2).unflatten(-1, grid)
+
+
+HF_FOLDS = dict(cut=_cut_once, last=_last_patches,
+                hiera=_hiera_hf, clip=_clip, unfolded=_unfolded, pooled=_by_layer, pvt=_by_layer, windows=_by_windows, cvt=_cvt_hf,
                 square=lambda c, spec, size: _levit(c, None, spec, size))
 
 

@@ -13,7 +13,8 @@ from spatial_entropy.families import find
 pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parent))
 from reference import Calls, hf_fold  # noqa: E402
-from zoo_transformers import PACKED, SPECS, make_packed, packed, packed_for  # noqa: E402
+from zoo import stirred  # noqa: E402
+from zoo_transformers import PACKED, SPECS, make_packed, packed, packed_for, told  # noqa: E402
 
 
 def cases(specs):
@@ -94,6 +95,8 @@ def test_query(spec):
     assert said == spec.reads or said == "cls" and spec.reads == "mean" and not spec.prefix
     if said == "pool" or g.ndim > 3 or spec.fold == "swin":
         return
+    if getattr(layer, "batch_first", True) is False:      # tokens first
+        g = g.transpose(0, 1)
     share = g.abs().sum(-1).reshape(-1, g.shape[-2]).mean(0)
     share = share / share.sum()
     n = len(share) - spec.suffix
@@ -150,6 +153,26 @@ def test_packed_rows():
         h, w = [(4, 8), (6, 4), (6, 4)][k]
         want = part.view(2, h // 2, w // 2, 2, 2).transpose(2, 3).reshape(2, h, w)
         assert_close(got[k, :, :h, :w], want, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gemma4", "kosmos2_5", "molmo2"])
+def test_patches_that_are_told_their_places(name):
+    """A changed patch changes the map most where the tower was told that it lies; padding lies nowhere."""
+    model, inputs, places = told(name, (16, 24), torch.Generator().manual_seed(0))
+    stirred(model)
+    main = next(iter(inputs))
+    with se.AttentionTap(model, "all") as tap, torch.no_grad():
+        model(**inputs)
+        before, valid = tap.maps(), tap.valid()[0]
+        assert before[0].shape == (2, 2, 4, 6)
+        assert valid is None or valid[:, 0].flatten(1).sum(1).tolist() == [24, 21]
+        for k in (0, 5, 11):
+            other = inputs[main].clone()
+            other[:, k, -48:] = torch.rand(48, generator=torch.Generator().manual_seed(7)) * 4 - 2
+            model(**inputs | {main: other})
+            for i, m in tap.maps().items():
+                at = divmod((m - before[i]).abs().sum((0, 1)).argmax().item(), 6)
+                assert list(at) == places[k].tolist(), (i, k)
 
 
 def test_pixtral():

@@ -200,6 +200,59 @@ SPECS += [
 ]
 
 
+# ---- windows cut once, tokens that join or follow ----
+_cut = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=2, patch_size=8, image_size=lambda s: s[0])
+_backbone = dict(output="feature_maps", prefix=0, reads="mean", sizes=SQUARE)
+_masks = square(num_hidden_layers=2, num_blocks=1, num_queries=5, num_register_tokens=2)
+_bridge = dict(vision_config=lambda s: dict(hidden_size=128, num_hidden_layers=2, patch_size=8, image_size=s[0]), hidden_size=128,
+               num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+               text_config=dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=99))
+SPECS += [
+    Spec("lw_detr.LwDetrViTBackbone", "LwDetrViTConfig", _cut | dict(num_windows=4, window_block_indices=[0], pretrain_image_size=32, mlp_ratio=2),
+         fold="cut", **_backbone),
+    Spec("rf_detr.RfDetrDinov2Backbone", "RfDetrDinov2Config", _cut | dict(num_windows=2, window_block_indexes=[0], mlp_ratio=2), fold="cut", **_backbone),
+    Spec("eomt.EomtForUniversalSegmentation", "EomtConfig", _masks, fold="last", prefix=8, reads="mean", output="masks_queries_logits", sizes=SQUARE),
+    Spec("eomt_dinov3.EomtDinov3ForUniversalSegmentation", "EomtDinov3Config", _masks, fold="last", prefix=8, reads="mean",
+         output="masks_queries_logits", sizes=SQUARE),
+    Spec("videomt.VideomtForUniversalSegmentation", "VideomtConfig", _masks, layers=1, fold="last", prefix=3, reads="mean",
+         output="masks_queries_logits", sizes=SQUARE,
+         inputs=lambda size, g: dict(pixel_values_videos=torch.rand(2, 1, 3, *size, generator=g))),
+    Spec("x_clip.XCLIPVisionModel", "XCLIPVisionConfig", square(num_frames=2), suffix=1, output="pooler_output", sizes=SQUARE),
+    Spec("videoprism.VideoPrismVisionModel", "VideoPrismVisionConfig", square(num_frames=2, tubelet_size=[1, 8, 8], num_spatial_layers=2,
+         num_temporal_layers=1), prefix=0, reads="mean", output="last_hidden_state", sizes=SQUARE, attn=("eager",),
+         inputs=lambda size, g: dict(pixel_values_videos=clip(size, g, 2)["pixel_values"])),
+    Spec("bridgetower.BridgeTowerModel", "BridgeTowerConfig", _bridge, reads="mean", output="image_features", sizes=SQUARE, attn=("eager",),
+         inputs=lambda size, g: dict(pixel_values=torch.rand(2, 3, *size, generator=g), input_ids=torch.zeros(2, 3, dtype=torch.long))),
+    Spec("groupvit.GroupViTVisionModel", "GroupViTVisionConfig", square(depths=[2, 1, 1], num_group_tokens=[6, 4, 0], num_output_groups=[6, 4, 0]),
+         prefix=0, suffix=6, reads="suffix", output="pooler_output", sizes=SQUARE, attn=("eager",)),
+]
+
+
+def told(name, size, g):
+    """A tower that is told where its patches lie: (model, inputs, (N, 2) rows and columns); the last patches of the second picture are padding."""
+    import transformers as tf
+    h, w = (n // 4 for n in size)
+    order, some = torch.randperm(h * w, generator=g), torch.rand(2, h * w, 48, generator=g)
+    places, tiny = torch.stack([order // w, order % w], -1), dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    pads, row_column = torch.arange(h * w) < torch.tensor([[h * w], [h * w - 3]]), places.expand(2, -1, -1)
+    torch.manual_seed(0)
+    if name == "gemma4":
+        from transformers.models.gemma4.configuration_gemma4 import Gemma4VisionConfig
+        config = Gemma4VisionConfig(**tiny | dict(num_key_value_heads=1, head_dim=16, patch_size=4, position_embedding_size=16, pooling_kernel_size=1))
+        at = torch.where(pads[..., None], row_column.flip(-1), -1)
+        return tf.Gemma4VisionModel._from_config(config), dict(pixel_values=some, pixel_position_ids=at), places
+    if name == "kosmos2_5":
+        from transformers.models.kosmos2_5 import configuration_kosmos2_5 as c
+        from transformers.models.kosmos2_5.modeling_kosmos2_5 import Kosmos2_5VisionModel
+        config = c.Kosmos2_5VisionConfig(**tiny | dict(patch_embed_hidden_size=48, head_dim=16, patch_size=4))
+        at = torch.where(pads[..., None], torch.cat([row_column + 1., some], -1), 0.)
+        return Kosmos2_5VisionModel._from_config(config), dict(flattened_patches=at), places
+    config = tf.Molmo2VisionConfig(**tiny | dict(num_key_value_heads=2, head_dim=16, patch_size=4, image_size=list(size)))
+    rows = torch.stack([torch.arange(h * w) // w, torch.arange(h * w) % w], -1)
+    from transformers.models.molmo2.modeling_molmo2 import Molmo2VisionModel
+    return Molmo2VisionModel._from_config(config), dict(pixel_values=some), rows
+
+
 # ---- pictures behind one another ----
 def packed(pictures, patch=4, merge=2, frames=2):
     """(N, 3·frames·patch²) patches in blocks of merge×merge, as the processors of Qwen's line lay them, and grid_thw."""
