@@ -1029,6 +1029,10 @@ _adapters += [Adapter(f"{name} (transformers)", _models(models), why=why) for na
      " lw_detr.LwDetrDecoder rf_detr.RfDetrDecoder omdet_turbo.OmDetTurboDecoder"
      " pp_doclayout_v2.PPDocLayoutV2Decoder pp_doclayout_v3.PPDocLayoutV3Decoder"
      " pp_doclayout_v4.PPDocLayoutV4Decoder", _sampled),
+)]
+
+# %% ../nbs/03_families.ipynb #5e11a0dc
+_adapters += [Adapter(f"{name} (transformers)", _models(models), why=why) for name, models, why in (
     ("Readers of boxes", "pp_doclayout_v2.PPDocLayoutV2ReadingOrder", "it attends over boxes, which lie on no grid"),
     ("Inkling", "inkling.InklingVisionModel", "its patches are merged by fixed weights, not by attention"),
     ("Hiera's backbone", "hiera.HieraBackbone", "it does not unroll its tokens before it cuts windows, so that"
