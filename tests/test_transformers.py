@@ -1,6 +1,9 @@
 """Hugging Face's vision classes: maps against unfused attention, places by changing one patch, queries by the output's gradient."""
+import re
 import sys
+import warnings
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -242,3 +245,41 @@ def test_refusals_say_why():
                            (tf.SwiftFormerModel(tf.SwiftFormerConfig()), "additive attention")):
             with pytest.raises(se.UnsupportedModel, match=why):
                 find(model)
+
+
+# ---- what the tap's own check says of an entry that is wrong ----
+
+def spec_of(name, **more):
+    return next(s for s in SPECS if s.name == name and all(s.more.get(k) == v for k, v in more.items()))
+
+
+def checked(model, inputs, reads=None):
+    with se.AttentionTap(model, "all") as tap, warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        tap.found.adapter.reads = reads or tap.found.adapter.reads
+        return tap.check(**inputs)
+
+
+def test_check_finds_a_roll_that_a_backbone_keeps(monkeypatch):
+    """A backbone keeps window and shift on a small grid (`always_partition`); an entry that shrinks them rolls the map."""
+    model = spec_of("swin.SwinBackbone", window_size=4).make((32, 32))
+    inputs = dict(pixel_values=torch.rand(2, 3, 32, 32))
+    assert not checked(model, inputs).warnings
+    for kind in {id(k): k for *_, k in find(model).layers}.values():
+        shrunk = lambda call, stock=kind.place: stock(replace(call, args=call.args[:3], kwargs={**call.kwargs, "always_partition": False}))
+        monkeypatch.setattr(kind, "place", shrunk)
+    report = checked(model, inputs)
+    rolled = "encoder.layers.1.blocks.1"           # a grid of 4 and a window of 4
+    assert report[rolled]["place_error"] > .5 and any(w.startswith(rolled) and "show elsewhere" in w for w in report.warnings)
+    assert not report["encoder.layers.1.blocks.0"]["place_error"]              # it has no shift
+
+
+@pytest.mark.parametrize("name", ["metaclip_2.MetaClip2ForImageClassification", "data2vec.Data2VecVisionForImageClassification"])
+def test_check_finds_a_query_that_the_output_ignores(name):
+    """They average the patches; an entry that says [CLS] is told what the output reads."""
+    spec = next(s for s in SPECS if s.name == name)
+    model, inputs = spec.make(spec.sizes[0]), spec.given(spec.sizes[0])
+    right = checked(model, inputs)
+    assert not right.warnings and right.gradient["patches"] == 1
+    said = checked(model, inputs, reads="cls").warnings
+    assert len(said) == 1 and re.search('"auto" reads cls, with 0.0% .* but the output reads patches', said[0])
