@@ -183,6 +183,12 @@ def _sam(block, way, x):
     pieces = block.attn(pieces.unflatten(1, window)).flatten(1, 2)
     return way.refine(block, _paste(pieces, window, padded, x.shape[1:3]))
 
+def _mvit(block, way, x, size):
+    "MViT: the attention adds its own pooled queries to its answer; that stays."
+    x, size = block.attn(block.norm1(x), size)
+    wide = x if block.shortcut_proj_mlp is None else block.shortcut_proj_mlp(x)
+    return wide + _through(block, way.mlp, x), size
+
 def _sam2(block, way, x):
     "SAM 2: where the queries are pooled, the windows shrink with them."
     x, stride = block.norm1(x), block.q_stride or (1, 1)
@@ -198,6 +204,7 @@ _register("timm.models", (
     ("tiny_vit.TinyVitBlock", "attn()", "mlp drop_path2", "mlp.norm local_conv", _tiny_vit),
     ("vision_transformer_sam.Block", "norm1 attn()", "mlp ls2 drop_path2", "norm2 ls1", _sam),
     ("hieradet_sam2.MultiScaleBlock", "norm1 attn()", "mlp ls2 drop_path2", "norm2 ls1 proj", _sam2),
+    ("mvitv2.MultiScaleBlock", "norm1 attn()", "mlp drop_path2", "norm2 shortcut_proj_attn", _mvit, "shortcut_proj_mlp"),
 ))
 
 # %% ../nbs/05_surgery.ipynb #0fc8cdc0
@@ -248,6 +255,18 @@ def _hf_swin(block, way, hidden_states, input_dimensions, always_partition=False
     x, more = _hf_windows(block, block.layernorm_before(hidden_states), input_dimensions, **kwargs)
     return way.refine(block, block.dropout(x)), *more
 
+def _hf_swin2(block, way, hidden_states, input_dimensions, output_attentions=False):
+    "The norms stand after the branches; the weights are returned when they are asked for."
+    x, more = _hf_windows(block, hidden_states, input_dimensions, output_attentions=output_attentions)
+    return way.refine(block, x), *more[:bool(output_attentions)]
+
+def _hf_sam(block, way, hidden_states):
+    "Attention on (windows, h, w, C), in some layers on the whole grid."
+    x, grid, size = block.layer_norm1(hidden_states), hidden_states.shape[1:3], block.window_size
+    if size: x, padded = block.window_partition(x, size)
+    x = block.attn(hidden_states=x)[0]
+    return way.refine(block, block.window_unpartition(x, size, padded, grid) if size else x)
+
 # %% ../nbs/05_surgery.ipynb #d6ce8950
 def _hf_closing(block, way, x, *args, **kwargs):
     "The MLP's last part adds the residual that it is given."
@@ -257,6 +276,9 @@ def _hf_closing(block, way, x, *args, **kwargs):
 # %% ../nbs/05_surgery.ipynb #8f5275a5
 _register("transformers.models", (
     ("swin.modeling_swin.SwinLayer", "layernorm_before cyclic_shift attention() dropout", "mlp dropout", "layernorm_after", _hf_swin),
+    ("swinv2.modeling_swinv2.Swinv2Layer", "attention()", "intermediate output layernorm_after drop_path", "layernorm_before", _hf_swin2),
+    ("sam.modeling_sam.SamVisionLayer sam_hq.modeling_sam_hq.SamHQVisionLayer got_ocr2.modeling_got_ocr2.GotOcr2VisionLayer",
+     "layer_norm1 attn()", "mlp", "layer_norm2", _hf_sam),
     ("dpt.modeling_dpt.DPTViTLayer yolos.modeling_yolos.YolosLayer",
      "layernorm_before attention()", "intermediate output", "layernorm_after", _hf_closing),
 ))

@@ -27,6 +27,7 @@ FLAT = dict(SMALL, patch_size=8, embed_dim=48, depth=2, num_heads=2, drop_path_r
 STAGES = dict(embed_dim=16, depths=(1, 1, 1, 2), num_heads=(1, 1, 1, 2), drop_path_rate=.5)
 HF = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=2, intermediate_size=96, image_size=32, patch_size=8, num_labels=5)
 SWIN = dict(embed_dim=16, depths=(1, 2), num_heads=(1, 2), image_size=32, patch_size=2, num_labels=5, drop_path_rate=.5)
+SAM = dict(window_size=3, output_channels=16, mlp_dim=64, initializer_range=.2)
 DECODER = dict(decoder_hidden_size=32, decoder_num_hidden_layers=1, decoder_num_attention_heads=2, decoder_intermediate_size=64)
 
 
@@ -43,6 +44,21 @@ def hf_model(name, config, attn="sdpa", **kwargs):
         c._attn_implementation = attn
         return getattr(transformers, name)(c)
     return make
+
+
+def mvit_model(**more):
+    def make():
+        from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
+        cfg = MultiScaleVitCfg(**dict(depths=(1, 1, 1, 1), embed_dim=16, num_heads=1) | more)
+        return MultiScaleVit(cfg, img_size=64, num_classes=5, drop_path_rate=.5)
+    return make
+
+
+def got_ocr():
+    pytest.importorskip("transformers")
+    from transformers.models.got_ocr2.configuration_got_ocr2 import GotOcr2VisionConfig
+    from transformers.models.got_ocr2.modeling_got_ocr2 import GotOcr2VisionEncoder
+    return GotOcr2VisionEncoder(GotOcr2VisionConfig(**HF, **SAM, global_attn_indexes=[0]))
 
 
 def torchvision_model():
@@ -195,6 +211,12 @@ def sam(b, x):
     return a + b.drop_path2(b.ls2(b.mlp(a)))
 
 
+def mvit(b, x, size):
+    a, size = b.attn(b.norm1(x), size)
+    wide = a if b.shortcut_proj_mlp is None else b.shortcut_proj_mlp(a)
+    return wide + b.drop_path2(b.mlp(a)), size
+
+
 def sam2(b, x):
     y, stride = b.norm1(x), b.q_stride or (1, 1)
     size = tuple(b.window_size)
@@ -242,6 +264,18 @@ def hf_swin(b, x, size, always_partition=False, **k):
         b.set_shift_and_window_size(size)
     a = rolled(b, b.layernorm_before(x), size)
     return (a + b.dropout(b.mlp(a)),)
+
+
+def hf_swin2(b, x, size, output_attentions=False):
+    a = rolled(b, x, size)
+    return (a + b.drop_path(b.layernorm_after(b.output(b.intermediate(a)))),)
+
+
+def hf_sam(b, x):
+    y = b.layer_norm1(x)
+    attend = lambda t: b.attn(t)[0]
+    a = window_by_window(y, (b.window_size,) * 2, attend) if b.window_size else attend(y)
+    return a + b.mlp(a)
 
 
 def hf_closing(b, x, *args, **k):
@@ -372,6 +406,10 @@ CASES = {
                                                 global_attn_indexes=(0,), drop_path_rate=.5), sam, "norm2"),
     "vision_transformer_sam.Block, global": (timm_model("samvit_base_patch16", img_size=64, patch_size=8, embed_dim=48, depth=2, num_heads=2,
                                                         window_size=3, global_attn_indexes=(1,)), sam, "norm2"),
+    "mvitv2.MultiScaleBlock": (mvit_model(depths=(1, 1, 1, 2)), mvit, "norm2"),
+    "mvitv2.MultiScaleBlock, [CLS]": (mvit_model(depths=(1, 1, 1, 2), use_cls_token=True), mvit, "norm2"),
+    "mvitv2.MultiScaleBlock, wider in its MLP": (mvit_model(expand_attn=False), mvit, "norm2"),
+    "mvitv2.MultiScaleBlock, wider in its attention": (mvit_model(expand_attn=True), mvit, "norm2 shortcut_proj_attn"),
     "hieradet_sam2.MultiScaleBlock": (timm_model("hieradet_small", **CLASSES, embed_dim=16, stages=(1, 1, 1, 2), window_spec=(4, 4, 4, 3),
                                                  global_att_blocks=(), drop_path_rate=.5), sam2, NLS),
     "hieradet_sam2.MultiScaleBlock that pools": (timm_model("hieradet_small", **CLASSES, embed_dim=16, stages=(1, 1, 1, 1), window_spec=(4, 4, 4, 4),
@@ -384,6 +422,11 @@ CASES = {
                                fast, "layer_scale_1"),
     "MetaFormerBlock": (timm_model("caformer_s18", **CLASSES, drop_path_rate=.5), metaformer,
                         "norm2 res_scale1"),
+    "Swinv2Layer": (hf_model("Swinv2ForImageClassification", "Swinv2Config", "eager", **SWIN, window_size=3), hf_swin2, "layernorm_before"),
+    "SamVisionLayer": (hf_model("SamVisionModel", "SamVisionConfig", **SAM, global_attn_indexes=[0]), hf_sam, "layer_norm2"),
+    "SamVisionLayer, global": (hf_model("SamVisionModel", "SamVisionConfig", "eager", **SAM, global_attn_indexes=[1]), hf_sam, "layer_norm2"),
+    "SamHQVisionLayer": (hf_model("SamHQVisionModel", "SamHQVisionConfig", **SAM, global_attn_indexes=[0]), hf_sam, "layer_norm2"),
+    "GotOcr2VisionLayer": (got_ocr, hf_sam, "layer_norm2"),
     "SwinLayer": (hf_model("SwinForImageClassification", "SwinConfig", **SWIN, window_size=3), hf_swin, "layernorm_after"),
     "SwinLayer, eager": (hf_model("SwinForImageClassification", "SwinConfig", "eager", **SWIN, window_size=8), hf_swin, "layernorm_after"),
     "Blip2EncoderLayer": (hf_model("Blip2VisionModel", "Blip2VisionConfig"), hf_clip, "layer_norm2"),
