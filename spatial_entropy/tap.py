@@ -331,9 +331,11 @@ AttentionTap._enter_model, AttentionTap._leave_model = _enter_model, _leave_mode
 AttentionTap._embed, AttentionTap._see_grid, AttentionTap._see_inputs = _embed, _see_grid, _see_inputs
 
 # %% ../nbs/04_tap.ipynb #2a532f9c
-def _is_sharded(model): # FSDP2's fully_shard, or FSDP
-    names = {c.__name__ for m in model.modules() for c in type(m).__mro__}
-    return bool(names & {"FSDPModule", "FullyShardedDataParallel"})
+@cache
+def _shards(cls): # FSDP2's fully_shard, or FSDP
+    return any(c.__name__ in ("FSDPModule", "FullyShardedDataParallel") for c in cls.__mro__)
+
+def _is_sharded(model): return any(_shards(type(m)) for m in model.modules())
 
 def _graded(out): # the tensors with a gradient in a model's output
     if isinstance(out, torch.Tensor): return [out] if out.grad_fn is not None else []
