@@ -21,6 +21,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent
+if sys.dont_write_bytecode:                        # many tests start programs, and each would compile all of torch anew
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = str(ROOT / ".pytest_cache" / "bytecode")
+    sys.dont_write_bytecode = False
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers with all threads each would wait for one another
 CHECKS = re.compile(r"assert\w*$|test_\w+$|(raises|warns|fail|expect_fail|ExceptionExpected|gradcheck)$")

@@ -10,6 +10,7 @@ __all__ = ['Raster', 'windows', 'Call', 'as_embedded', 'Layer', 'Adapter', 'Head
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 import torch
 from einops import rearrange
@@ -1049,8 +1050,11 @@ _adapters += [Adapter(f"{name} (transformers)", _models(models), why=why) for na
 class UnsupportedModel(TypeError):
     "The model, or the block, has no attention map that can be tapped; the message says why."
 
-def _names(module): return {f"{c.__module__}.{c.__qualname__}" for c in type(module).__mro__} | set(type(module).__mro__)
-def _is_a(module, classes): return not _names(module).isdisjoint(classes if isinstance(classes, tuple) else (classes,))
+@cache
+def _names(cls): return frozenset({f"{c.__module__}.{c.__qualname__}" for c in cls.__mro__} | set(cls.__mro__))
+
+def _is_a(module, classes):
+    return not _names(type(module)).isdisjoint(classes if isinstance(classes, tuple) else (classes,))
 
 @dataclass
 class Found:
@@ -1060,9 +1064,10 @@ class Found:
     layers: list # of (path, module, Layer)
     skipped: set # reasons for layers that were passed over
 
+# %% ../nbs/03_families.ipynb #aadbb547
 def _took_apart(module, adapter): # timm's features_only: the blocks of a model, without the model
     "Whether the entry's family is what a net of features was made from: the file that its blocks come from tells."
-    if not _is_a(module, _FEATURES) or isinstance(adapter.prefix, str): return False
+    if isinstance(adapter.prefix, str): return False
     files = {type(m).__module__ for m in module.modules()}
     models = adapter.model if isinstance(adapter.model, tuple) else (adapter.model,)
     shown = not isinstance(adapter.grid, str) or not adapter.grid or adapter.grid in module._modules
@@ -1071,11 +1076,14 @@ def _took_apart(module, adapter): # timm's features_only: the blocks of a model,
 _FEATURES = _of("timm.models._features", "FeatureDictNet FeatureHookNet")
 
 def _towers(model):
+    "(path, module, entry) of each module that is the model of an entry."
+    known = {} # class: its entry, or None
     for name, module in model.named_modules():
-        for adapter in _adapters:
-            if _is_a(module, adapter.model) or _took_apart(module, adapter):
-                yield name, module, adapter
-                break
+        if (cls := type(module)) not in known:
+            known[cls] = next((a for a in _adapters if _is_a(module, a.model)), None)
+        features = _adapters if known[cls] is None and _is_a(module, _FEATURES) else ()
+        adapter = known[cls] or next((a for a in features if _took_apart(module, a)), None)
+        if adapter: yield name, module, adapter
 
 # %% ../nbs/03_families.ipynb #bd85c758
 class SeveralModels(UnsupportedModel):

@@ -24,7 +24,6 @@ def test_in_the_interpreter_against_the_oracle():
     assert done["entropy"] >= 600 and done["gradient"] >= 600 and done["labels"] >= 500, done
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-def test_every_kernel_compiles(capability, tmp_path):
-    said = run("tools/compile_kernels.py", str(capability), TRITON_CACHE_DIR=str(tmp_path))
-    assert int(re.search(r"(\d+) kernels", said).group(1)) >= 50, said
+def test_every_kernel_compiles(tmp_path):
+    said = run("tools/compile_kernels.py", "80", "90", TRITON_CACHE_DIR=str(tmp_path))
+    assert all(int(n) >= 50 for n in (found := re.findall(r"(\d+) kernels", said))) and len(found) == 2, said
