@@ -271,8 +271,10 @@ _adapters += [
     _w("Twins", "twins.Twins", "twins.LocallyGroupedAttn", _twins, "b w h n", also=(
        Layer("timm.models.twins.GlobalSubSampleAttn", lambda c: _pooled_keys(c)),)),
     _w("NesT", "nest.Nest", "nest.Attention", _nest, "b h w n"),
-    _w("MaxViT, CoAtNet", "maxxvit.MaxxVit", "maxxvit.PartitionAttentionCl maxxvit.PartitionAttention2d maxxvit.ParallelPartitionAttention", _partition,
-       also=(Layer("timm.models.maxxvit.Attention2d", _nchw), Layer("timm.models.maxxvit.AttentionCl", _nhwc))),
+    _w("MaxViT, CoAtNet", "maxxvit.MaxxVit", "maxxvit.PartitionAttentionCl maxxvit.PartitionAttention2d", _partition,
+       also=(Layer("timm.models.maxxvit.ParallelPartitionAttention", why=
+                   "two attentions side by side, in windows and in a dilated grid; no one map stands for both"),
+             Layer("timm.models.maxxvit.Attention2d", _nchw), Layer("timm.models.maxxvit.AttentionCl", _nhwc))),
 ]
 
 # %% ../nbs/03_families.ipynb #4e3720bf

@@ -137,6 +137,7 @@ REFUSED = {
     "mobilevitv2_050": "separable attention", "poolformer_s12": "pool or convolve", "lambda_resnet26t": "lambda layers",
     "bat_resnext26ts": "bilinear attention", "gcresnet33ts": "no query", "repvgg_a0": "convolutional", "efficientnet_b0": "convolutional",
     "sequencer2d_s": "recurrent layers", "repvit_m0_9": "convolutional",
+    "maxvit_tiny_pm_256": "two attentions side by side",
 }
 
 

@@ -83,7 +83,7 @@ SOURCES = dict(timm=timm_models, torchvision=torchvision_models, open_clip=open_
 
 def group_of(why):
     """Which of the last three groups a refusal belongs to."""
-    if re.search("two softmaxes|no adapter|none of its attention layers|several vision models", why):
+    if re.search("two softmaxes|two attentions|no adapter|none of its attention layers|several vision models", why):
         return GROUPS[1]
     plain = "no queries and keys over places|convolutional network|fixed weights|state-space|no attention|neither queries nor keys"
     return GROUPS[3] if re.search(plain, why) else GROUPS[2]
