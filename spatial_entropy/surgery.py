@@ -183,12 +183,6 @@ def _sam(block, way, x):
     pieces = block.attn(pieces.unflatten(1, window)).flatten(1, 2)
     return way.refine(block, _paste(pieces, window, padded, x.shape[1:3]))
 
-def _mvit(block, way, x, size):
-    "MViT: the attention adds its own pooled queries to its answer; that stays."
-    x, size = block.attn(block.norm1(x), size)
-    wide = x if block.shortcut_proj_mlp is None else block.shortcut_proj_mlp(x)
-    return wide + _through(block, way.mlp, x), size
-
 def _sam2(block, way, x):
     "SAM 2: where the queries are pooled, the windows shrink with them."
     x, stride = block.norm1(x), block.q_stride or (1, 1)
@@ -198,6 +192,13 @@ def _sam2(block, way, x):
     small = [n//s for n, s in zip(window, stride)]
     pieces = block.attn(pieces.unflatten(1, tuple(window))).flatten(1, 2)
     return way.refine(block, _paste(pieces, small, [n//s for n, s in zip(padded, stride)], grid))
+
+# %% ../nbs/05_surgery.ipynb #d6c28b3b
+def _mvit(block, way, x, size):
+    "MViT: the attention adds its own pooled queries to its answer; that stays."
+    x, size = block.attn(block.norm1(x), size)
+    wide = x if block.shortcut_proj_mlp is None else block.shortcut_proj_mlp(x)
+    return wide + _through(block, way.mlp, x), size
 
 # %% ../nbs/05_surgery.ipynb #34c3f97a
 _register("timm.models", (
