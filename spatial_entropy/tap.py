@@ -741,7 +741,9 @@ def _error_of_row(h, logits, table, hidden):
     if len(h.parts) > 1: row = row[:, -want.shape[1]:, ..., -want.shape[-1]:]   # the last of several calls
     error = (want[..., prefix:prefix + row.shape[-1]] - row).abs()
     if seen is not None: error = torch.where(seen, error, 0.)
-    if raster.cells is not None and len(h.parts) < 2: error = error[..., raster.cells < raster.grid[0]*raster.grid[1]] if not raster.per_image else error
+    whole = len(h.parts) < 2 or h.ear.kind.heads is not None                    # a call has keys for every cell
+    if raster.cells is not None and whole and not raster.per_image:
+        error = error[..., raster.cells < raster.grid[0]*raster.grid[1]]          # the rest is padding
     return dict(map_error=(error.amax()/want.abs().amax().clamp_min(1)).item())
 
 # %% ../nbs/04_tap.ipynb #c7e10002
@@ -856,7 +858,7 @@ def _report_places(report, tap, run, image):
     for i, (wrong, probed) in misplaced(tap, run, image).items():
         name = tap.found.layers[i][0]
         if probed: report.setdefault(name, {})["place_error"] = wrong/probed
-        if wrong > 1: report.warnings.append(
+        if wrong > probed/2: report.warnings.append(
             f"{name}: {wrong} of {probed} patches that were changed show elsewhere in the map; "
             "the entry's raster is wrong for this layer")
 
@@ -933,8 +935,8 @@ def _check(self, *args, **kwargs): # what the model is called with
     float64, relative to the largest value: below 1e-5 in float32. A layer that hands its softmax's
     input over has no "attention_error"; nn.MultiheadAttention has neither. "place_error" is the share
     of four changed patches that show elsewhere in the map, 0 when right; it is missing where none
-    stands out, and without a (B, C, height, width) picture among the arguments. Warns when two or
-    more are elsewhere, and when the output reads neither the layer nor the token that "auto" asks; a query
+    stands out, and without a (B, C, height, width) picture among the arguments. Warns when more
+    than half are elsewhere, and when the output reads neither the layer nor the token that "auto" asks; a query
     that was asked for by name is not judged. Raises RuntimeError when no layer was heard.
     """
     training, report = [m for m in self.found.model.modules() if m.training], Report()

@@ -377,7 +377,8 @@ def test_self_check_finds_a_query_that_the_output_ignores(name, more, reads, ask
 
 
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "beit_base_patch16_224", "vit_base_patch16_siglip_224", "Dinov2ForImageClassification",
-                                  "Dinov2WithRegistersModel", "CLIPVisionModel", "deit_tiny_distilled_patch16_224", "hiera_tiny_224", "torchvision Swin"])
+                                  "Dinov2WithRegistersModel", "CLIPVisionModel", "deit_tiny_distilled_patch16_224", "hiera_tiny_224", "torchvision Swin",
+                                  "efficientvit_m0"])
 def test_self_check_finds_nothing_in_right_entries(name):
     model, x = ZOO[name].make(ZOO[name].sizes[0]), torch.rand(2, 3, *ZOO[name].sizes[0])
     with se.AttentionTap(model, "all") as tap:
