@@ -29,9 +29,11 @@ Written by `python tools/census.py`; a test builds a sample of the names anew an
 - *checked*: heard, and a small copy of each of its kinds of layers is compared with the unfused reference above;
 - *heard*: a tapped forward pass at the model's own size ran on meta tensors, and every map had its grid's shape.
   Of the models of one class with the same kinds of layers, the first one runs;
-- *found*: its attention layers are known to the table, but that pass did not run on meta tensors.
+- *found*: its attention layers are known to the table, but that pass did not run on meta tensors;
+- *not built*: the library itself builds no model from the class's default configuration; what it says is given.
 """
-GROUPS = ("read", "attention over places, refused", "attention of another kind", "no attention")
+UNBUILT = "not built"
+GROUPS = ("read", "attention over places, refused", "attention of another kind", "no attention", UNBUILT)
 
 
 # ---- the names, and how each is built ----
@@ -117,7 +119,10 @@ def heard(model, given):
 def look(build, ran=None):
     """(group, family or reason, proof, hosts) of one model; `ran` remembers what ran, by class and kinds of layers."""
     from spatial_entropy.families import UnsupportedModel, find
-    model, given = built(build)
+    try:
+        model, given = built(build)
+    except Exception as error:                                  # the library's own: no default, or not on its own
+        return UNBUILT, f"{type(error).__name__}: {' '.join(str(error).split())[:90]}", "", ()
     try:
         found = find(model)
     except UnsupportedModel as error:
@@ -198,8 +203,8 @@ def read_listing(part):
 
 
 def summary(listings):
-    lines = ["| library | names | read | checked, heard, found | refused, over places | another kind | no attention |",
-             "|---|---|---|---|---|---|---|"]
+    lines = ["| library | names | read | checked, heard, found | refused, over places | another kind | no attention | not built |",
+             "|---|---|---|---|---|---|---|---|"]
     for library, part in listings.items():
         n = {g: 0 for g in (*GROUPS, "checked", "heard", "found")}
         for group, _, proof, names in read_listing(part):
