@@ -226,17 +226,19 @@ _adapters += [
 # %% ../nbs/03_families.ipynb #3a2b6bcd
 def _pair(v): return tuple(v) if isinstance(v, (tuple, list, torch.Size)) else (v, v)
 
+def _stride(b): return getattr(b, "q_stride", None) or getattr(b, "query_stride", None) # of pooled queries
+
 def _windowed(call): # (B, H, W, C) blocks with a window_size, perhaps a shift
     b, grid = call.layer, tuple(call.x.shape[1:3])
     size = _pair(b.window_size)
-    pooled = (0, 0) if getattr(b, "q_stride", None) else None
+    pooled = (0, 0) if _stride(b) else None
     if size[0] < 1 or getattr(b, "is_windowed", True) is False: return Raster(grid, queries=pooled)
     raster = windows(grid, size, _pair(getattr(b, "shift_size", 0)), device=call.x.device)
     return replace(raster, queries=pooled, asked=_asked(raster, b, size) if pooled else None)
 
 def _asked(raster, block, size): # SAM 2: a maximum over a few cells of a window, some of them padding
     real = (raster.cells < raster.grid[0]*raster.grid[1]).float().unflatten(-1, size)
-    step = _pair(block.q_stride)
+    step = _pair(_stride(block))
     return nn.functional.max_pool2d(real[:, None], step, step).flatten(1) > 0
 
 def _tiny(call): # TinyViT attends globally where one window is the whole grid
@@ -642,11 +644,18 @@ def _window_nchw(call): # ViTDet
     grid, size = tuple(call.x.shape[2:4]), call.layer.window_size
     return windows(grid, (size, size), device=call.x.device) if size > 0 else Raster(grid)
 
+def _sam2_hf(call): # its first softmax is over heads, and nothing reads it: a table of another size
+    b, (h, w) = call.layer, call.x.shape[1:3]
+    if b.attn.num_attention_heads == (b.window_size**2 or h*w):
+        raise ValueError(f"{call.name}: as many heads as keys, so that its two softmaxes cannot be told apart")
+    return _windowed(call)
+
 _sam_axes = "(b w) h n | (b w h) n" # sdpa, eager
 _adapters += [
     Adapter("ViTDet (transformers)", _models("vitdet.VitDetModel vitdet.VitDetBackbone"), _kinds("vitdet.VitDetLayer", _window_nchw, "(b w h) n")),
     Adapter("SAM (transformers)", _models("sam.SamVisionEncoder"), _kinds("sam.SamVisionLayer", _windowed, _sam_axes)),
     Adapter("SAM-HQ (transformers)", _models("sam_hq.SamHQVisionEncoder"), _kinds("sam_hq.SamHQVisionLayer", _windowed, _sam_axes)),
+    Adapter("SAM 2 (transformers)", _models("sam2.Sam2HieraDetModel"), _kinds("sam2.Sam2MultiScaleBlock", _sam2_hf, "(b w) h n")),
     Adapter("SAM 3 (transformers)", _models("sam3.Sam3ViTModel"), _kinds("sam3.Sam3ViTLayer", _windowed, "(b w) h n")),
     Adapter("Florence-2's DaViT (transformers)", _models("florence2.Florence2VisionBackbone"),
             _kinds("florence2.Florence2VisionWindowAttention", _windowed, "(b w) h n") +

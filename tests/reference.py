@@ -362,6 +362,18 @@ def _by_windows(c, spec, size):
     return row[..., :h, :w]
 
 
+def _sam2_hf(c, spec, size):
+    """The second softmax; where queries are pooled, their mean over those that hold a place."""
+    b, ws, x, logits = c["layer"], c["layer"].window_size, c["args"][0], c["calls"][-1]
+    if ws and b.query_stride:
+        h, w = x.shape[1:3]
+        real = F.pad(torch.ones(h, w), (0, -w % ws, 0, -h % ws)).unflatten(1, (-1, ws)).unflatten(0, (-1, ws)).transpose(1, 2).flatten(0, 1)
+        real = F.max_pool2d(real[:, None], 2).flatten(1).repeat(len(x), 1)[:, None, :, None]
+        row = (logits * real).sum(-2, keepdim=True) / real.sum(-2, keepdim=True)
+        logits = row.expand(*row.shape[:-2], ws * ws, -1)
+    return _by_windows(c | dict(logits=logits), spec, size)
+
+
 def _cvt_hf(c, spec, size):
     key = c["layer"].convolution_projection_key
     (h, w) = c["args"][1:3]
@@ -419,7 +431,7 @@ def _last_patches(c, spec, size):                          # whatever comes befo
 
 
 HF_FOLDS = dict(cut=_cut_once, last=_last_patches,
-                hiera=_hiera_hf, clip=_clip, unfolded=_unfolded, pooled=_by_layer, pvt=_by_layer, windows=_by_windows, cvt=_cvt_hf,
+                hiera=_hiera_hf, clip=_clip, unfolded=_unfolded, pooled=_by_layer, pvt=_by_layer, windows=_by_windows, sam2=_sam2_hf, cvt=_cvt_hf,
                 square=lambda c, spec, size: _levit(c, None, spec, size))
 
 
