@@ -262,7 +262,7 @@ class Notebook(pytest.File):
         name = f"{lib}.{to}".removesuffix(".__init__")
         if not file.exists():
             raise CellError(number, cell, f"{file.relative_to(ROOT)} does not exist: run nbdev_export")
-        if exported(cell, lib) not in file.read_text(encoding="utf-8"):
+        if exported(cell, f"{lib}.{to}".rpartition(".")[0]) not in file.read_text(encoding="utf-8"):
             raise CellError(number, cell, f"{file.relative_to(ROOT)} does not hold this cell as it stands: "
                                           "run nbdev_export")
         try:
@@ -282,8 +282,8 @@ class Notebook(pytest.File):
         return {o: getattr(module, o) for o in wanted}
 
 
-def exported(cell, lib):
-    "The cell's text as nbdev writes it into the module."
+def exported(cell, folder):
+    "The cell's text as nbdev writes it into a module of that folder, such as spatial_entropy.measure."
     from nbdev.export import scrub_magics
     from nbdev.process import extract_directives
 
@@ -291,7 +291,7 @@ def exported(cell, lib):
     extract_directives(cell)
     cell.set_source(cell.source)  # forgets the tree of the text with its directives
     scrub_magics(cell)
-    cell.import2relative(lib)
+    cell.import2relative(folder.replace(".", "/"))
     return f"\n{cell.source}\n"
 
 

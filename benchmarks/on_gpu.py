@@ -24,13 +24,13 @@ KINDS = ("mix", "white", "s1", "s2", "blob", "dots", "spiral", "serpentine", "co
 
 
 def maps_of(kind, B, H, h, w, seed=0):
-    from spatial_entropy.benchmark import _make_maps
-    return _make_maps(kind, (B, H, h, w), seed=seed)
+    from loss import make_maps
+    return make_maps(kind, (B, H, h, w), seed=seed)
 
 
 def close(E, g, maps, connectivity, k, floor, tolerance):
     "Largest errors against the clear answer on the CPU in float64, as shares of the tolerance."
-    from spatial_entropy.entropy import clear_entropy
+    from spatial_entropy.measure.entropy import clear_entropy
     flat = maps.detach().cpu().double().flatten(0, 1)
     want, slope = clear_entropy(flat, connectivity, k, floor)
     E, g = E.detach().cpu().double().flatten(), g.detach().cpu().double().flatten(0, 1)
@@ -49,8 +49,8 @@ def close(E, g, maps, connectivity, k, floor, tolerance):
 def check_values():
     "Every shape, kind, connectivity, threshold and dtype against the clear answer."
     import spatial_entropy as se
-    from spatial_entropy.operators import backend
-    from spatial_entropy.regions import clear_labels
+    from spatial_entropy.measure.operators import backend
+    from spatial_entropy.measure.regions import clear_labels
     assert backend("cuda") == "triton"
     done, worst = 0, [0., 0.]
     for (h, w), kind, connectivity in itertools.product(SHAPES, KINDS, (8, 4)):
@@ -158,7 +158,7 @@ def replay_us(call, replays=200):
 
 def variant(folder, number, **constants):
     "The module of the kernels with other constants, from a file of its own, since Triton reads the source."
-    text = (ROOT / "spatial_entropy/gpu_kernels.py").read_text(encoding="utf-8")
+    text = (ROOT / "spatial_entropy/measure/cuda.py").read_text(encoding="utf-8")
     lines = [next((f"{n} = {v}" for n, v in constants.items() if line.startswith(f"{n} = ")), line) for line in text.splitlines()]
     path = folder / f"variant_{number}.py"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -229,19 +229,17 @@ def main():
         raise SystemExit("on_gpu.py: torch sees no CUDA device on this machine; nothing was run")
     folder, failed = Path(args.output), []
     folder.mkdir(parents=True, exist_ok=True)
-    from spatial_entropy.benchmark import _machine
-    machine = _machine(torch.device("cuda"))
+    from loss import machine_facts
+    machine = machine_facts(torch.device("cuda"))
 
     def benchmark():
-        words = ["benchmark", "--device", "cuda", "-o", str(folder / "benchmark"), *(["--authors-code", args.authors_code] if args.authors_code else [])]
-        code = "import sys; from spatial_entropy.commands import main; sys.exit(main(sys.argv[1:]))"
-        return dict(exit=subprocess.run([sys.executable, "-c", code, *words], check=True).returncode)
+        words = ["--device", "cuda", "-o", str(folder / "benchmark"), *(["--authors-code", args.authors_code] if args.authors_code else [])]
+        return dict(exit=subprocess.run([sys.executable, str(ROOT / "benchmarks/loss.py"), *words], check=True).returncode)
     def training():
         "deit_small at 224 pixels, batch 256, bfloat16, compiled: throughput in turns, peaks, and where the time goes. Its logic was run on a CPU."
-        words = ("benchmark training --model deit_small_patch16_224 --img-size 224 --batch-size 256 --amp-dtype bfloat16 --compile --updates 8 --rounds 9 "
+        words = ("--model deit_small_patch16_224 --img-size 224 --batch-size 256 --amp-dtype bfloat16 --compile --updates 8 --rounds 9 "
                  "--workers 12 -o").split() + [str(folder / "training"), *(["--timm-train", args.timm_train] if args.timm_train else [])]
-        code = "import sys; from spatial_entropy.commands import main; sys.exit(main(sys.argv[1:]))"
-        return dict(exit=subprocess.run([sys.executable, "-c", code, *words], check=True).returncode)
+        return dict(exit=subprocess.run([sys.executable, str(ROOT / "benchmarks/training.py"), *words], check=True).returncode)
 
     parts = dict(values=check_values, behaviour=check_behaviour, taps=check_taps, growth=growth, benchmark=benchmark, training=training, tune=tune)
     for name, part in parts.items():

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from loss import machine_facts, make_maps
 from numba import njit
 
-from spatial_entropy import kernels as k
-from spatial_entropy.benchmark import _machine, _make_maps
+from spatial_entropy.measure import cpu as k
 
 STAGES = ("load", "pack", "cut and join", "settle", "weigh", "logarithms", "paint")
 LOADS = [((256, 6, 14, 14), kind) for kind in ("mix", "white", "dots", "spiral")]
@@ -47,7 +47,7 @@ def main():
     p.add_argument("-o", "--output", help="a JSON file")
     output, best, pieces = p.parse_args().output, {}, {}
     torch.set_num_threads(1)
-    maps = {(shape, kind): _make_maps(kind, shape).numpy().reshape(-1) for shape, kind in LOADS}
+    maps = {(shape, kind): make_maps(kind, shape).numpy().reshape(-1) for shape, kind in LOADS}
     for _ in range(151):                                             # the first compiles
         for case, flat in maps.items():
             g = np.empty((case[0][0]*case[0][1], case[0][2]*case[0][3]), np.float32)
@@ -63,7 +63,7 @@ def main():
         rows.append(dict(shape=case[0], kind=case[1], pieces_a_map=pieces[case]/(case[0][0]*case[0][1]), ns_a_cell=times[-1], stages=own))
         print("×".join(map(str, case[0])), case[1], f"{rows[-1]['pieces_a_map']:.0f} pieces a map, {times[-1]:.2f} ns a cell:",
               ", ".join(f"{s} {t:.2f}" for s, t in own.items()))
-    found = dict(machine=_machine(torch.device("cpu")), rows=rows)
+    found = dict(machine=machine_facts(torch.device("cpu")), rows=rows)
     if output: Path(output).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

@@ -198,6 +198,15 @@ def adapt_markdown(source, symbols, home):
     return re.sub(r"(\]\(\s*<?)([^)\s>]+)", outward, source)
 
 
+def contents(index, written):
+    "The sidebar: the parts of the map in the index, and the pages that tests write."
+    rows = "\n".join(text(c["source"]) for c in index["cells"])
+    parts, pages = re.split(r"^\| \*\*(.+)\*\* \| \|$", rows, flags=re.M)[1:], r"^\| \[\w+\]\((\w+)\.(?:ipynb|html)\)"
+    listed = [(title, re.findall(pages, body, re.M)) for title, body in zip(parts[::2], parts[1::2])]
+    for title, names in [*listed, ("Tables", written)]:
+        yield "\n".join(["```{toctree}", ":hidden:", f":caption: {title}", "", *names, "```"])
+
+
 def adapt(proc):
     "Write what Sphinx reads; returns the names of the pages."
     cfg = settings()
@@ -236,7 +245,7 @@ def adapt(proc):
                 cell = {k: cell[k] for k in ("cell_type", "id", "source")} | {"metadata": {}}
             cells.append({k: v for k, v in cell.items() if k != "has_sd"})
         if name == "index.ipynb":
-            toc = "\n".join(["```{toctree}", ":hidden:", *pages, *written, "```"])
+            toc = "\n\n".join(contents(nb, written))
             cells.append({"cell_type": "markdown", "id": "contents", "metadata": {}, "source": toc})
         nb["cells"] = cells
         nb["metadata"] = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"},

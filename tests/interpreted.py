@@ -11,7 +11,8 @@ from kinds import STRUCTURE, blob, dots, kinds, oracle, serpentine, smooth, spir
 from scipy import ndimage
 
 import spatial_entropy as se
-from spatial_entropy import gpu_kernels, operators
+from spatial_entropy.measure import cuda as gpu_kernels
+from spatial_entropy.measure import operators
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 1e-5}
 done = dict(entropy=0, gradient=0, labels=0)

@@ -6,8 +6,8 @@ import torch
 from torch.nn import functional as F
 
 import spatial_entropy as se
-from spatial_entropy.families import find
-from spatial_entropy.tap import cells_off, patches_at, peaks
+from spatial_entropy.attention.families import find
+from spatial_entropy.attention.tap import cells_off, patches_at, peaks
 
 PLACES = ((.12, .12), (.12, .88), (.88, .12), (.88, .88), (.38, .62))    # of an image, none on an axis of symmetry
 

@@ -10,12 +10,12 @@ from unittest.mock import patch
 import torch
 from rich.console import Console
 
-from spatial_entropy import files, jobs
-from spatial_entropy.config import TrainConfig
 from spatial_entropy.data import shapes
-from spatial_entropy.models import load_weights
-from spatial_entropy.progress import plot_metrics
-from spatial_entropy.training import picture_of_maps, resume, train
+from spatial_entropy.training import files, jobs
+from spatial_entropy.training.config import TrainConfig
+from spatial_entropy.training.loop import picture_of_maps, resume, train
+from spatial_entropy.training.models import load_weights
+from spatial_entropy.training.progress import plot_metrics
 
 processes = multiprocessing.get_context("fork")
 # Everything that draws random numbers, and everything that has a state, is on.

@@ -14,8 +14,8 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 from torch.testing import assert_close
 
 import spatial_entropy as se
-from spatial_entropy.entropy import LEAST, clear_entropy
-from spatial_entropy.regions import LONG, REAL, clear_labels
+from spatial_entropy.measure.entropy import LEAST, clear_entropy
+from spatial_entropy.measure.regions import LONG, REAL, clear_labels
 
 WHOLE = sorted((d for d in REAL if not d.is_floating_point), key=str)
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]

@@ -19,7 +19,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 import spatial_entropy as se
-from spatial_entropy.callbacks import SpatialEntropyRegularizer
+from spatial_entropy.loops.regularizer import SpatialEntropyRegularizer
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=5)
 
@@ -57,7 +57,7 @@ def difference(a, b):
 
 
 def test_import_costs_no_framework():
-    code = ("import sys, spatial_entropy.callbacks; "
+    code = ("import sys, spatial_entropy.loops.regularizer; "
             "print(*{'lightning', 'pytorch_lightning', 'fastai', 'torchmetrics', 'transformers'} & set(sys.modules))")
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout.strip() == ""

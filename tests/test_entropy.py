@@ -75,7 +75,7 @@ def test_autocast_does_not_change_the_result():
 
 @pytest.mark.parametrize("cell", [torch.nan, torch.inf, -torch.inf])
 def test_broken_maps_are_left_out_counted_and_reported_once(cell):
-    from spatial_entropy.operators import _report_broken_maps
+    from spatial_entropy.measure.operators import _report_broken_maps
     _report_broken_maps.cache_clear()
     x = torch.randn(6, 8, 8)
     x[2, 3, 3] = cell

@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 from runs import assert_same, everything, pair, start, state, whole
 
-from spatial_entropy import batches, jobs
 from spatial_entropy.commands import main
-from spatial_entropy.files import check
-from spatial_entropy.models import load_weights
-from spatial_entropy.progress import RunProgress
+from spatial_entropy.training import batches, jobs
+from spatial_entropy.training.files import check
+from spatial_entropy.training.models import load_weights
+from spatial_entropy.training.progress import RunProgress
 
 settings = {**everything, "epochs": 2}
 

@@ -16,10 +16,12 @@ from scipy import ndimage
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
-from spatial_entropy import heads as module
-from spatial_entropy.evaluation import mask_jaccard
-from spatial_entropy.heads import Heads, elbow, entropy_heatmap, head_maps, localization_entropy, localization_heads, outliers, rank_heads
-from spatial_entropy.tap import AttentionTap
+from spatial_entropy.analysis import heads as module
+from spatial_entropy.analysis.heads import Heads, entropy_heatmap, head_maps, rank_heads
+from spatial_entropy.analysis.localization import elbow, localization_entropy, localization_heads
+from spatial_entropy.analysis.masks import mask_jaccard
+from spatial_entropy.analysis.outliers import outliers
+from spatial_entropy.attention.tap import AttentionTap
 
 pytestmark = pytest.mark.filterwarnings("ignore:spatial_entropy. got maps with NaN")  # said once a process, wherever that is
 NAN, INF = float("nan"), float("inf")
@@ -787,7 +789,7 @@ def test_a_model_of_pictures_and_words_is_ranked_by_its_vision_tower(name):
         tf = pytest.importorskip("transformers")
         if not hasattr(tf, f"{name}Model"):
             pytest.skip("not in this transformers")
-        from spatial_entropy.families import UnsupportedModel, find
+        from spatial_entropy.attention.families import UnsupportedModel, find
         try:
             find(two_towers(name, image_size=32))
         except UnsupportedModel:

@@ -16,19 +16,19 @@ from pathlib import Path
 from typing import get_type_hints
 from unittest.mock import patch
 
+import loss as loss_benchmark
 import numpy as np
 import pytest
+import training as training_benchmark
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import spatial_entropy.benchmark
-import spatial_entropy.training
-import spatial_entropy.training_benchmark
+import spatial_entropy.training.loop
 from spatial_entropy import commands
 from spatial_entropy.commands import main
-from spatial_entropy.config import TrainConfig, configure, load_config, plain_type, save_config
+from spatial_entropy.training.config import TrainConfig, configure, load_config, plain_type, save_config
 
 TIMES = int(os.environ.get("HOSTILE_TIMES", 1))
 GIB = 2**30
@@ -420,6 +420,9 @@ def reads_pictures(job):
     return 0
 
 
+scripts = {"benchmark": loss_benchmark.main, "benchmark-training": training_benchmark.main}
+
+
 def ends_well(line, home, allowed, codes=(0, 2)):
     "Run a command; check that it ends well and changes only `allowed` places. Code, what it said."
     before, top = seen(home.parent), home.parent
@@ -427,11 +430,11 @@ def ends_well(line, home, allowed, codes=(0, 2)):
         two_gib(),
         quiet() as said,
         patch.object(commands, "_work", reads_pictures),
-        patch.object(spatial_entropy.benchmark, "run_benchmark", lambda job: None),
-        patch.object(spatial_entropy.training_benchmark, "run_training_benchmark", lambda *a: None),
+        patch.object(loss_benchmark, "run_benchmark", lambda job: None),
+        patch.object(training_benchmark, "run_training_benchmark", lambda *a: None),
     ):
         try:
-            code = main(line)
+            code = scripts[line[0]](line[1:]) if line[0] in scripts else main(line)
         except SystemExit as e:  # of argparse
             code = e.code
     assert code in codes, (line, code, said.getvalue())
@@ -873,13 +876,13 @@ def test_a_run_with_a_file_that_cannot_be(world, file, text, line, said):
 
 def test_weights_that_are_infinite_end_the_run(world):
     "A finite update can leave weights that are not: they are not saved with exit code 0."
-    from spatial_entropy.training import _apply
+    from spatial_entropy.training.loop import _apply
 
     def applied(job, *rest):
         _apply(job, *rest)
         next(job.model.parameters()).data[..., 0] = float("inf")
 
-    with quiet() as said, patch.object(spatial_entropy.training, "_apply", applied):
+    with quiet() as said, patch.object(spatial_entropy.training.loop, "_apply", applied):
         code = main(
             ["train", *words({**tiny, "data": "photos", "output": "out", "experiment": "broken"})]
         )

@@ -13,9 +13,9 @@ import torch
 from kinds import kinds, oracle
 
 import spatial_entropy as se
-from spatial_entropy import kernels
-from spatial_entropy.entropy import clear_entropy
-from spatial_entropy.regions import clear_labels
+from spatial_entropy.measure import cpu as kernels
+from spatial_entropy.measure.entropy import clear_entropy
+from spatial_entropy.measure.regions import clear_labels
 
 SHAPES = [(1, 1), (1, 2), (2, 1), (2, 2), (1, 7), (7, 1), (3, 3), (3, 5), (5, 3), (4, 9), (1, 63), (1, 64), (1, 65), (64, 1), (65, 1), (7, 7),
           (8, 8), (9, 13), (11, 11), (12, 17), (13, 13), (14, 14), (16, 16), (15, 20), (7, 31), (31, 7), (2, 127), (3, 128), (3, 129), (1, 200),
@@ -117,7 +117,7 @@ def test_without_numba_the_clear_answer_comes_and_says_so_once():
         import sys
         sys.modules["numba"] = None                  # as if it were not installed
         import torch, spatial_entropy as se
-        from spatial_entropy.operators import backend
+        from spatial_entropy.measure.operators import backend
         x = torch.randn(3, 2, 7, 9, requires_grad=True)
         for _ in range(3): se.SpatialEntropyLoss()(x).backward()
         print(backend("cpu"), bool(x.grad.abs().sum() > 0), int(se.label_regions(x > 9).max()))
@@ -133,7 +133,7 @@ def test_where_nothing_can_be_kept_on_disk_it_is_compiled_in_memory():
         caching.CacheImpl._locator_classes = [Nowhere]
         caching.CodeLibraryCacheImpl._locator_classes = [Nowhere]
         import torch, spatial_entropy as se
-        from spatial_entropy import kernels
+        from spatial_entropy.measure import cpu as kernels
         import warnings
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")

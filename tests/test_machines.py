@@ -14,18 +14,19 @@ import numpy as np
 import pytest
 import timm
 import torch
+import training as training_benchmark
 from PIL import Image
 from rich.console import Console
 from timm.models import save_for_hf
 
-from spatial_entropy import jobs
-from spatial_entropy.batches import loaders
 from spatial_entropy.commands import main
-from spatial_entropy.config import TrainConfig, load_config
-from spatial_entropy.files import read_text
-from spatial_entropy.models import load_run
-from spatial_entropy.progress import RunProgress
-from spatial_entropy.training import prepare
+from spatial_entropy.training import jobs
+from spatial_entropy.training.batches import loaders
+from spatial_entropy.training.config import TrainConfig, load_config
+from spatial_entropy.training.files import read_text
+from spatial_entropy.training.loop import prepare
+from spatial_entropy.training.models import load_run
+from spatial_entropy.training.progress import RunProgress
 
 tiny = ["depth=1", "embed_dim=24", "num_heads=2", "patch_size=16"]
 train = ["train", "--img-size", "64", "--limit", "32", "-b", "8", "--epochs", "1", "--warmup-epochs", "0", "--device", "cpu"]
@@ -34,7 +35,8 @@ train = ["train", "--img-size", "64", "--limit", "32", "-b", "8", "--epochs", "1
 def typed(*words):
     "Exit code and what is said on stderr, of a command in this process."
     with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()):
-        code = main([str(w) for w in words])
+        script = words[0] == "benchmark-training"
+        code = (training_benchmark.main if script else main)([str(w) for w in words[script:]])
     return code, said.getvalue()
 
 
@@ -244,14 +246,14 @@ def test_a_name_that_timm_does_not_take_is_one_sentence(name, pictures, tmp_path
     words[words.index("--model") + 1] = name
     with patch("huggingface_hub.constants.HF_HUB_OFFLINE", True):
         for line in (words, ["draw", name, next(pictures.rglob("*.png")), "-o", tmp_path / "drawn.png"],
-                     [*small(pictures, tmp_path), "--teacher", name], ["benchmark", "training", "--model", name, "-o", tmp_path / "measured"]):
+                     [*small(pictures, tmp_path), "--teacher", name], ["benchmark-training", "--model", name, "-o", tmp_path / "measured"]):
             code, said = typed(*line)
             assert code == 2 and names[name] in said and one_sentence(said), (line, said)
     assert not list(tmp_path.iterdir())
 
 
 def test_the_training_benchmark_tries_its_model_first(tmp_path):
-    code, said = typed("benchmark", "training", "--model-kwargs", "in_chans=1", "-o", tmp_path / "measured")
+    code, said = typed("benchmark-training", "--model-kwargs", "in_chans=1", "-o", tmp_path / "measured")
     assert code == 2 and "cannot be trained on 2 picture(s)" in said and one_sentence(said), said
 
 

@@ -18,8 +18,8 @@ import torch
 from torch.testing import assert_close
 
 import spatial_entropy as se
-from spatial_entropy.families import as_embedded, find
-from spatial_entropy.tap import gradient_by_token
+from spatial_entropy.attention.families import as_embedded, find
+from spatial_entropy.attention.tap import gradient_by_token
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "tools")]
 import census  # noqa: E402

@@ -10,9 +10,9 @@ import pytest
 import torch
 from runs import assert_same, everything, free_port, pair, processes, state, whole
 
-from spatial_entropy import jobs
-from spatial_entropy.models import load_weights
-from spatial_entropy.training import resume
+from spatial_entropy.training import jobs
+from spatial_entropy.training.loop import resume
+from spatial_entropy.training.models import load_weights
 
 here = Path(sys.executable).parent
 alone, two = {**everything, "grad_accum_steps": 2}, {**everything, "grad_accum_steps": 1}

@@ -18,7 +18,7 @@ from PIL import Image
 from rich.console import Console
 from rich.errors import LiveError
 
-from spatial_entropy.progress import Rate, RunProgress, _bars_of, _text_of, epoch_line, film, plot_metrics
+from spatial_entropy.training.progress import Rate, RunProgress, _bars_of, _text_of, epoch_line, film, plot_metrics
 
 
 class Clock:
@@ -159,7 +159,7 @@ def test_a_short_epoch_has_no_status_line():
 
 
 def test_a_pipe_and_a_dumb_terminal_get_the_same(tmp_path):
-    code = ("from spatial_entropy.progress import RunProgress\nwith RunProgress(1, 1) as p: p.epoch(0); p.update(1); "
+    code = ("from spatial_entropy.training.progress import RunProgress\nwith RunProgress(1, 1) as p: p.epoch(0); p.update(1); "
             "p.note('[red]a note[/red] :cat: ' + 'x'*200); p.finish(dict(epoch=1, val_top1=50.))")
     plain = {k: v for k, v in os.environ.items() if k != "FORCE_COLOR"} | {"TERM": "xterm"}
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=plain)
@@ -170,7 +170,7 @@ def test_a_pipe_and_a_dumb_terminal_get_the_same(tmp_path):
 
 
 def test_a_command_that_a_cell_starts_prints_lines():
-    code = "from spatial_entropy.progress import RunProgress\nwith RunProgress(1, 1) as p: p.epoch(0); p.update(1); p.finish(dict(epoch=1))"
+    code = "from spatial_entropy.training.progress import RunProgress\nwith RunProgress(1, 1) as p: p.epoch(0); p.update(1); p.finish(dict(epoch=1))"
     for extra, bars in (({}, True), ({"JPY_PARENT_PID": "1"}, False)):
         environment = {k: v for k, v in os.environ.items() if k not in ("JPY_PARENT_PID", "NO_COLOR")} | {"TERM": "xterm", "FORCE_COLOR": "1"} | extra
         said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment).stdout
@@ -244,7 +244,7 @@ def test_a_loading_process_prints_past_the_bars():
     code = """if True:
         import os, sys
         from rich.console import Console
-        from spatial_entropy.progress import RunProgress
+        from spatial_entropy.training.progress import RunProgress
         console = Console(force_terminal=True, width=100)
         with RunProgress(1, 10, console) as p:
             p.epoch(0)
@@ -314,7 +314,7 @@ def test_drawing_takes_a_tenth_of_the_time_at_most(kernel):
         clock.now += 1
         return f"{len(rows)} rows"
 
-    with patch("spatial_entropy.progress.plot_metrics", slow), RunProgress(100, 1, jupyter(), clock=clock) as p:
+    with patch("spatial_entropy.training.progress.plot_metrics", slow), RunProgress(100, 1, jupyter(), clock=clock) as p:
         for e in range(100):
             p.epoch(e)
             clock.now += 1
@@ -331,7 +331,7 @@ def test_the_plot_can_be_left_out(kernel, plot, n):
 
 
 def test_without_a_kernel_nobody_draws():
-    with patch("spatial_entropy.progress.plot_metrics", side_effect=AssertionError):
+    with patch("spatial_entropy.training.progress.plot_metrics", side_effect=AssertionError):
         go(console(False), plot=True)
 
 
@@ -365,7 +365,7 @@ def test_a_real_kernel_keeps_one_text_and_one_plot(tmp_path):
     code = """if True:
         import gc, os, warnings
         from matplotlib.figure import Figure
-        from spatial_entropy.progress import RunProgress
+        from spatial_entropy.training.progress import RunProgress
         with RunProgress(4, 50) as p:
             for e in range(4):
                 p.epoch(e)
@@ -386,7 +386,7 @@ def test_a_real_kernel_keeps_one_text_and_one_plot(tmp_path):
 def test_a_fork_of_a_real_kernel_prints_lines(tmp_path):
     code = """if True:
         import multiprocessing
-        from spatial_entropy.progress import RunProgress
+        from spatial_entropy.training.progress import RunProgress
         def work():
             print("first")                                               # after this, messages of a fork seem to work
             with RunProgress(3, 2) as p:

@@ -9,7 +9,7 @@ from kinds import STRUCTURE, serpentine
 from scipy import ndimage
 
 import spatial_entropy as se
-from spatial_entropy.regions import clear_labels
+from spatial_entropy.measure.regions import clear_labels
 
 GRIDS = [(1, 1), (1, 17), (17, 1), (2, 3), (5, 7), (7, 7), (8, 8), (13, 11), (14, 14), (16, 9), (37, 21), (64, 33)]
 

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ CELLS = [(nb.name, c) for nb in NOTEBOOKS for c in json.loads(nb.read_text(encod
 
 
 def module_of(notebook):
-    found = re.search(r"#\| default_exp (\w+)", notebook.read_text(encoding="utf-8"))
+    found = re.search(r"#\| default_exp ([\w.]+)", notebook.read_text(encoding="utf-8"))
     return found and found.group(1)
 
 
@@ -28,27 +29,94 @@ def test_exporting_again_changes_nothing_and_leaves_no_orphan(tmp_path):
         source = ROOT / name
         shutil.copytree(source, tmp_path / name) if source.is_dir() else shutil.copy(source, tmp_path / name)
     subprocess.run([sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()"], cwd=tmp_path, check=True, capture_output=True)
-    fresh = {p.name: p.read_text(encoding="utf-8") for p in (tmp_path / "spatial_entropy").glob("*.py")}
-    built = {p.name: p.read_text(encoding="utf-8") for p in PACKAGE.glob("*.py")}
+    fresh = {str(p.relative_to(tmp_path / "spatial_entropy")): p.read_text(encoding="utf-8") for p in (tmp_path / "spatial_entropy").rglob("*.py")}
+    built = {str(p.relative_to(PACKAGE)): p.read_text(encoding="utf-8") for p in PACKAGE.rglob("*.py")}
     assert sorted(built) == sorted(fresh), "a module without a notebook, or a notebook never exported; run nbdev_export"
     stale = [n for n in fresh if fresh[n] != built[n]]
     assert not stale, f"stale or edited by hand: {stale}; change the notebook and run nbdev_export"
 
 
+def path_of(module):
+    return PACKAGE / (module.replace(".", "/") + ".py")
+
+
+def inner_imports(module):
+    "The modules of the package that a module imports, at its top or in a function."
+    parts = ["spatial_entropy", *module.split(".")]
+    for node in ast.walk(ast.parse(path_of(module).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            base = parts[:-node.level] if node.level else []
+            target = [*base, *(node.module.split(".") if node.module else [])]
+            if target[:1] != ["spatial_entropy"]:
+                continue
+            assert all(a.name != "*" for a in node.names), f"{module} imports * from {'.'.join(target)}"
+            inside = ".".join(target[1:])
+            yield from [inside] if inside in MODULES else [f"{inside}.{a.name}".lstrip(".") for a in node.names]
+        elif isinstance(node, ast.Import):
+            yield from (a.name.partition(".")[2] for a in node.names if a.name.startswith("spatial_entropy."))
+
+
 def test_imports_point_down_the_map():
-    order = {m: nb.name for m, nb in MODULES.items()}
     for module, notebook in MODULES.items():
-        path = PACKAGE / f"{module}.py"
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for target in inner_imports(module):
+            assert target in MODULES, f"{module} imports {target}, which no notebook makes"
+            assert MODULES[target].name < notebook.name, f"{module} imports {target}, which is not below it"
+
+
+ROOMS = {  # room: the rooms that it may import
+    "pictures": {"measure"},
+    "data": {"measure"},
+    "measure": set(),
+    "attention": set(),
+    "loops": {"measure", "attention"},
+    "analysis": {"measure", "attention", "pictures", "data"},
+    "training": {"measure", "attention", "loops", "analysis", "pictures", "data"},
+    "commands": {"measure", "attention", "loops", "analysis", "training", "pictures", "data"},
+    "__init__": set(),
+}
+
+
+def test_rooms_know_only_those_that_they_may():
+    "Prints the graph (`-s`); it has no circle."
+    arrows = {room: set() for room in ROOMS}
+    for module in MODULES:
+        room = module.partition(".")[0]
+        arrows[room] |= {target.partition(".")[0] for target in inner_imports(module)} - {room}
+    for room, known in arrows.items():
+        print(f"{room:10} → {', '.join(sorted(known)) or 'nothing'}")
+    assert arrows.keys() == ROOMS.keys(), "a module that stands in no room"
+    assert not {(a, b) for a, known in arrows.items() for b in known - ROOMS[a]}
+    list(TopologicalSorter(arrows).static_order())                      # raises CycleError for a circle
+
+
+def test_no_private_name_crosses_a_module():
+    for module in MODULES:
+        for node in ast.walk(ast.parse(path_of(module).read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("spatial_entropy")):
-                inside = node.module not in (None, "spatial_entropy")
-                for target in [node.module.split(".")[-1]] if inside else [a.name for a in node.names]:
-                    assert all(a.name != "*" for a in node.names), f"{path.name} imports * from {target}"
-                    assert order[target] < notebook.name, f"{path.name} imports {target}, which is not below it"
+                private = [a.name for a in node.names if a.name.startswith("_")]
+                assert not private, f"{module} imports {', '.join(private)}"
+
+
+def test_every_page_leads_to_the_next_one_of_the_map():
+    "The map in the index, the sidebar of the site and the last line of every page are in one order."
+    index = (ROOT / "nbs/index.ipynb").read_text(encoding="utf-8")
+    order = re.findall(r"\| \[\w+\]\((\w+)\.ipynb\) \|", index)
+    assert order == [nb.stem for nb in NOTEBOOKS if nb.stem != "index"]
+    for page, following in zip(order, [*order[1:], "index"]):
+        said = "".join("".join(c["source"]) for name, c in CELLS if name == f"{page}.ipynb" and c["cell_type"] == "markdown")
+        assert re.findall(r"\*\*Next\.\*\*[^(\n]*\((\w+)\.ipynb\)", said) == [following], page
+
+
+def test_links_between_pages_lead_somewhere():
+    stems = {nb.stem for nb in NOTEBOOKS}
+    for name, c in CELLS:
+        if c["cell_type"] == "markdown":
+            for target in re.findall(r"\]\((\w+)\.ipynb", "".join(c["source"])):
+                assert target in stems, f"{name} links to {target}"
 
 
 def test_the_package_needs_no_development_tool():
-    for path in PACKAGE.glob("*.py"):
+    for path in PACKAGE.rglob("*.py"):
         imported = {(n.module or "") if isinstance(n, ast.ImportFrom) else n.names[0].name
                     for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, (ast.Import, ast.ImportFrom))}
         assert not {i.split(".")[0] for i in imported} & {"nbdev", "fastcore", "execnb", "IPython", "pytest", "scipy", "skimage"}, path.name
@@ -59,7 +127,7 @@ def test_public_names_are_documented_and_found():
     for name in se.__all__:
         value = getattr(se, name)
         assert value.__doc__ and len(value.__doc__) > 20, f"{name} has no docstring"
-        assert value.__module__.split(".")[-1] in MODULES
+        assert value.__module__.removeprefix("spatial_entropy.") in MODULES
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
@@ -110,9 +178,9 @@ def test_the_text_of_a_file_never_depends_on_the_machine():
         assert list(without_encoding(wrong)), wrong
     for right in ("open(p, 'rb')", "Image.open(p)", "read_text(p)", "p.read_text(encoding='utf-8')", "tarfile.open(p, 'r:')", "source.open(3)"):
         assert not list(without_encoding(right)), right
-    files = [*PACKAGE.glob("*.py"), *(p for d in ("tools", "docs", "benchmarks") for p in (ROOT / d).glob("*.py")),
+    files = [*PACKAGE.rglob("*.py"), *(p for d in ("tools", "docs", "benchmarks") for p in (ROOT / d).glob("*.py")),
              ROOT / "conftest.py", ROOT / "setup.py", Path(__file__)]
-    found = {p.name: lines for p in files if (lines := list(without_encoding(p.read_text(encoding="utf-8"))))}
+    found = {str(p.relative_to(ROOT)): lines for p in files if (lines := list(without_encoding(p.read_text(encoding="utf-8"))))}
     assert not found, found
 
 

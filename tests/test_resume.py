@@ -14,9 +14,9 @@ from rich.console import Console
 from runs import assert_same, everything, pair, processes, start, state, whole
 
 import spatial_entropy as se
-from spatial_entropy import files, jobs
 from spatial_entropy.commands import main
-from spatial_entropy.progress import RunProgress
+from spatial_entropy.training import files, jobs
+from spatial_entropy.training.progress import RunProgress
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from spatial_entropy.sources import Source, _by_share, _Numbered, _take_turns, sources
+from spatial_entropy.training.sources import Source, _by_share, _Numbered, _take_turns, sources
 
 
 def picture(i):

@@ -19,7 +19,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import spatial_entropy as se
-from spatial_entropy.surgery import LastSkipSurgery, _last_block, _name_of, _ways, register_surgery
+from spatial_entropy.attention.surgery import LastSkipSurgery, _last_block, _name_of, _ways, register_surgery
 
 CLASSES = dict(num_classes=5)
 SMALL = dict(img_size=32, num_classes=5)

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 import spatial_entropy as se
-from spatial_entropy.families import find
+from spatial_entropy.attention.families import find
 
 sys.path.insert(0, str(Path(__file__).parent))
 from reference import Calls  # noqa: E402
@@ -305,10 +305,10 @@ def test_self_check_agrees(name, softmax):
 
 
 def test_self_check_catches_a_wrong_row(monkeypatch):
-    from spatial_entropy import tap as module
+    from spatial_entropy.attention import tap as module
     model = make()
-    right = module._row
-    monkeypatch.setattr(module, "_row", lambda *a: (right(*a)[0].flip(-1), None))
+    right = module.query_row
+    monkeypatch.setattr(module, "query_row", lambda *a: (right(*a)[0].flip(-1), None))
     with se.AttentionTap(model) as tap, pytest.warns(UserWarning, match="show elsewhere in the map"):
         assert tap.check(torch.rand(2, 3, 32, 32))["blocks.1.attn"]["map_error"] > 1e-3
 
@@ -795,7 +795,7 @@ class Encoder(torch.nn.Module):
 
 @pytest.fixture
 def own():
-    from spatial_entropy.families import Adapter, Layer, _adapters, register_adapter
+    from spatial_entropy.attention.families import Adapter, Layer, _adapters, register_adapter
     before = list(_adapters)
     register_adapter(Adapter("own", Own, layers=(Layer(f"{OwnLayer.__module__}.OwnLayer"),), grid="embed"))
     register_adapter(Adapter("encoder", Encoder, layers=(Layer("torch.nn.modules.activation.MultiheadAttention"),), grid="embed"))

@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 
 import spatial_entropy as se
-from spatial_entropy import jobs, training
-from spatial_entropy.models import load_weights
-from spatial_entropy.progress import RunProgress
+from spatial_entropy.training import jobs
+from spatial_entropy.training import loop as training
+from spatial_entropy.training.models import load_weights
+from spatial_entropy.training.progress import RunProgress
 
 
 def folder(root, **classes):

@@ -11,7 +11,7 @@ import torch
 from torch.testing import assert_close
 
 import spatial_entropy as se
-from spatial_entropy.families import find
+from spatial_entropy.attention.families import find
 
 pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parent))

@@ -118,7 +118,7 @@ def heard(model, given):
 
 def look(build, ran=None):
     """(group, family or reason, proof, hosts) of one model; `ran` remembers what ran, by class and kinds of layers."""
-    from spatial_entropy.families import UnsupportedModel, find
+    from spatial_entropy.attention.families import UnsupportedModel, find
     try:
         model, given = built(build)
     except Exception as error:                                  # the library's own: no default, or not on its own
@@ -142,7 +142,7 @@ def look(build, ran=None):
 @cache
 def checked_hosts(library):
     """(family, class of layer) of those of a library that tests/test_models.py compares with the reference."""
-    from spatial_entropy.families import find
+    from spatial_entropy.attention.families import find
     sys.path.append(str(ROOT / "tests"))
     zoo = importlib.import_module("zoo")
     models = [s.make(s.sizes[0]) for s in dict(timm=zoo.TIMM, transformers=zoo.HF).get(library, zoo.OTHERS)]

@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from spatial_entropy import gpu_kernels as kernels
+from spatial_entropy.measure import cuda as kernels
 
 
 @contextmanager

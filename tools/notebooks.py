@@ -1,7 +1,7 @@
 """Re-runs notebooks top to bottom and saves their outputs in place.
 
     python tools/notebooks.py                     every notebook of nbs/
-    python tools/notebooks.py 07_entropy index    the ones named (paths work too)
+    python tools/notebooks.py 02_entropy index    the ones named (paths work too)
     python tools/notebooks.py --check             writes nothing; exit 1 if outputs would change
 
 Each notebook gets a fresh kernel in its own folder, with fixed settings, so that a second run changes no byte. Cells

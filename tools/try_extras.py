@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TUTORIALS = {"lightning": "30_lightning", "transformers": "31_trainer", "fastai": "32_fastai", "none": "33_timm_task", "torchmetrics": "34_torchmetrics"}
+TUTORIALS = {"lightning": "32_lightning", "transformers": "33_transformers", "fastai": "34_fastai", "none": "35_timm", "torchmetrics": "36_torchmetrics"}
 
 
 def script(notebook):
@@ -24,7 +24,7 @@ def script(notebook):
     code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
     module = next(c.split("default_exp", 1)[1].split()[0] for c in code if "#| default_exp" in c)
     typed = [c for c in code if not c.lstrip().startswith(("#| default_exp", "#| hide", "#| exports", "#| exporti"))]
-    own = f"from spatial_entropy import {module} as _own\nglobals().update({{k: v for k, v in vars(_own).items() if not k.startswith('__')}})"
+    own = f"import spatial_entropy.{module} as _own\nglobals().update({{k: v for k, v in vars(_own).items() if not k.startswith('__')}})"
     return "\n\n".join([own, *typed])
 
 

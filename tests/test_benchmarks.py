@@ -1,0 +1,29 @@
+"""The benchmarks that are run from a checkout: what is wrong is one sentence, what is right is written."""
+import loss
+import pytest
+import training
+
+LOSS = [
+    "--kinds waves", "--peers scikit", "--shapes 14", "--authors-code nowhere", "--device tpu9", "--dtype int8",
+    "--repeats 0", "--threads 0", "--output chelsea.png/results"]
+TRAINING = [
+    "--timm-train nowhere", "--rounds 0"]
+
+
+@pytest.mark.parametrize("script, line", [*((loss, w) for w in LOSS), *((training, w) for w in TRAINING)])
+def test_a_mistake_is_one_sentence_and_writes_nothing(script, line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "chelsea.png").write_text("")
+    try:
+        code = script.main(line.split())
+    except SystemExit as e:  # of argparse
+        code = e.code
+    said = capsys.readouterr().err
+    assert code == 2 and said.count("\n") == 1 and "Traceback" not in said, said
+    assert [p.name for p in tmp_path.iterdir()] == ["chelsea.png"]
+
+
+def test_a_very_small_benchmark_writes_its_report(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert loss.main("--quick --shapes 2x2x8 --peers scipy --repeats 1 --budget 0".split()) == 0
+    assert sorted(p.name for p in (tmp_path / "benchmark-results").iterdir()) == ["benchmark.json", "benchmark.png"]
