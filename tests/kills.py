@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 import torch
 import yaml
+from kinds import grey_noise
 from matplotlib.figure import Figure
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -31,7 +32,7 @@ def pictures(root, n=24):
     for c in "ab":
         (root / c).mkdir(parents=True)
         for i in range(n):
-            noise = Image.effect_noise((36, 36), 30 + 50 * (c == "b")).convert("RGB")
+            noise = grey_noise(i, 30 + 50 * (c == "b"))
             noise.paste((draw.randrange(256), 90, 40), (8, 8, 20 + i % 9, 24))
             noise.save(root / c / f"{i}.png")
     return root
@@ -40,6 +41,7 @@ def pictures(root, n=24):
 def settings(root, **more):
     "A file of settings: workers, Mixup, CutMix, average, accumulation, a checkpoint after every update."
     text = {**everything, "limit": None, "data": str(pictures(root / "data")), "epochs": 3, "workers": 2, **more}
+    text |= dict(lr=1e-5)                                   # top-1 stays as it is, so that the first epoch is the best, not the last
     for name in ("experiment", "limit"):
         text.pop(name)
     (root / "settings.yaml").write_text(yaml.safe_dump(text), encoding="utf-8")

@@ -1,5 +1,6 @@
 """Maps of every kind, and the oracle: the formulas in numpy and float64 with scipy's labels, one map at a time."""
 import numpy as np
+from PIL import Image
 from scipy import ndimage
 
 STRUCTURE = {8: np.ones((3, 3)), 4: ndimage.generate_binary_structure(2, 1)}
@@ -72,3 +73,9 @@ def kinds(n, h, w, rng):
              blob(m, h, w, rng), rng.integers(0, 4, (m, h, w)) * 1., 1e-6 * smooth(m, h, w, 1, rng), 1e4 + smooth(m, h, w, 1, rng)]
     rest = n - sum(map(len, parts))
     return np.concatenate([*parts, *([smooth(rest, h, w, 1, rng) ** 3] if rest > 0 else [])])[:n]
+
+
+def grey_noise(seed, strength, side=36):
+    "A picture of noise. Pillow's own cannot be seeded, and depends on what ran before."
+    noise = np.random.default_rng((seed, strength)).normal(128, strength, (side, side))
+    return Image.fromarray(noise.clip(0, 255).astype("uint8")).convert("RGB")

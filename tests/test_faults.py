@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from PIL import Image
+from kinds import grey_noise
 from runs import assert_same, everything, pair, start, state, whole
 
 from spatial_entropy.commands import main
@@ -222,7 +222,7 @@ def folder(root, classes, n=12):
     for c in range(classes):
         (root / f"class{c}").mkdir(parents=True)
         for i in range(n):
-            Image.effect_noise((36, 36), 10 + 40 * c + i).convert("RGB").save(root / f"class{c}" / f"{i}.png")
+            grey_noise(i, 10 + 40 * c + i).save(root / f"class{c}" / f"{i}.png")
     return root
 
 

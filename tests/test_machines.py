@@ -15,7 +15,7 @@ import pytest
 import timm
 import torch
 import training as training_benchmark
-from PIL import Image
+from kinds import grey_noise
 from rich.console import Console
 from timm.models import save_for_hf
 
@@ -98,7 +98,7 @@ def pictures(tmp_path_factory):
     for c, name in enumerate(("Käfer", "β")):
         (root / name).mkdir(parents=True)
         for i in range(10):
-            Image.effect_noise((36, 36), 20 + 40 * c + i).convert("RGB").save(root / name / f"é{i}.png")
+            grey_noise(i, 20 + 40 * c + i).save(root / name / f"é{i}.png")
     return root
 
 

@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import kills
 import pytest
+import torch
 from accelerate import PartialState
 from rich.console import Console
 from runs import assert_same, everything, pair, processes, start, state, whole
@@ -86,6 +87,14 @@ def cut(path):
         f.truncate(path.stat().st_size // 2)
 
 
+def best_of(run):
+    "The checkpoint of the best epoch, which is not the last."
+    newest = jobs.checkpoints(run)[-1]
+    best = jobs.step_name(torch.load(newest / "place.pt", weights_only=True)["place"]["best_at"])
+    assert best != newest.name
+    return best
+
+
 def test_every_file_is_made_again(ended, tmp_path):
     "Removed, cut short, or of another run; beside them what is not ours: links under guessable names, notes, another's checkpoint."
     config, whole_run, truth, *_ = ended
@@ -106,8 +115,8 @@ def test_every_file_is_made_again(ended, tmp_path):
             checkpoints = ours / "checkpoints"
             (checkpoints / "step-notes.txt").write_text("x")
             (checkpoints / "step-00000004-keep").mkdir()
-            shutil.copytree(checkpoints / "step-00000002", checkpoints / "step-2")
-            (checkpoints / "step-00000001").symlink_to(checkpoints / "step-00000002")
+            shutil.copytree(checkpoints / best_of(ours), checkpoints / "step-2")
+            (checkpoints / "step-00000001").symlink_to(checkpoints / best_of(ours))
             (ours / "pictures" / "epoch-notes.png").write_text("no picture")
             kept = [checkpoints / n for n in ("step-notes.txt", "step-00000004-keep", "step-2", "step-00000001")] + [ours / "pictures" / "epoch-notes.png"]
         code, said = gone_on(folder, config)
@@ -125,10 +134,11 @@ def test_weights_that_are_nowhere_are_not_guessed(ended, tmp_path):
     shutil.copytree(whole_run, tmp_path / "here")
     ours = tmp_path / "here" / "runs" / "run"
     shutil.copy(ours / "model.safetensors", ours / "best.safetensors")
-    shutil.rmtree(ours / "checkpoints" / "step-00000002")
+    best = best_of(ours)
+    shutil.rmtree(ours / "checkpoints" / best)
     (ours / "evaluation.json").write_text('{"weights_sha256": "of others"}')
     code, said = gone_on(tmp_path, config)
-    assert code == 0 and "best.safetensors: cannot be made again, since step-00000002 is gone or damaged" in said, said
+    assert code == 0 and f"best.safetensors: cannot be made again, since {best} is gone or damaged" in said, said
     assert not (ours / "best.safetensors").exists() and (ours / "best-other.safetensors").read_bytes() == truth["model.safetensors"]
     assert "evaluation.json: was measured on weights that are gone, and is removed" in said
     assert (ours / "evaluation.json").read_bytes() == truth["evaluation.json"]
