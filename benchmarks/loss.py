@@ -808,7 +808,9 @@ def parser():
 def prepared(args):
     "Check the request; returns what does the work."
     job = prepare_benchmark(**vars(args))
-    return lambda: None if run_benchmark(job) else None
+
+    def work(): run_benchmark(job)
+    return work
 
 
 def main(argv=None):

@@ -306,7 +306,9 @@ def prepared(args):
     settings = vars(args)
     settings["model_kwargs"] = once(settings["model_kwargs"] or [])
     request, folder = prepare_training_benchmark(**settings)
-    return lambda: None if run_training_benchmark(request, folder) else None
+
+    def work(): run_training_benchmark(request, folder)
+    return work
 
 
 def main(argv=None):

@@ -34,8 +34,17 @@ def _sentence(e, most=600):
     unseen = lambda c: unicodedata.category(c) in ("Cc", "Cs")
     return "".join(c.encode("unicode_escape").decode() if unseen(c) else c for c in said)
 
+def _dashed(word):
+    "--batch_size=3 as --batch-size=3."
+    flag, equals, value = word.partition("=")
+    return flag.replace("_", "-") + equals + value if word.startswith("--") else word
+
 class Parser(argparse.ArgumentParser):
-    "Says a typing mistake in one sentence, not in sixty lines of usage."
+    "Takes flags with _ for -, and says a typing mistake in one sentence, not in sixty lines of usage."
+    def parse_known_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_dashed(w) for w in words], namespace)
+
     def error(self, message):
         self.exit(2, f"{self.prog}: {_sentence(message)}; see {self.prog} --help\n")
 
@@ -178,7 +187,7 @@ def _table(scores):
     t = Table("measure", "value", title=Text(one_line(named, 200)))
     for key, label, form in _rows:
         if key in scores: t.add_row(label, form.format(scores[key]))
-    Console().print(t)
+    Console(force_jupyter=False).print(t)                         # as in a terminal, wherever it is called
     for said in scores["notes"]: print(said)
     if scores["skipped"]: print(f"{len(scores['skipped'])} picture(s) could not be read and were left out: {', '.join(scores['skipped'][:5])}")
 
@@ -222,8 +231,9 @@ def _load(model, args):
 
 # %% ../nbs/60_commands.ipynb #b7cb8b50
 def _draw(args):
+    import torch
     from spatial_entropy.attention.tap import AttentionTap
-    from spatial_entropy.training.loop import picture_of_maps, torch
+    from spatial_entropy.training.loop import picture_of_maps
     from timm.data import create_transform
     _writable(args.output)
     if Path(args.output).suffix not in (".png", ".pdf", ".svg"): raise ValueError(f"output: got {args.output}, expected .png, .pdf or .svg")
@@ -275,10 +285,12 @@ def _drawn(figure, args):
 # %% ../nbs/60_commands.ipynb #1deb9ca1
 def outcome(program, # the name that stands before what is said
             prepare, # of args: checks, and returns the work, a function of nothing that gives None or a code
-            args) -> int: # the exit code
-    "Check, then work; what is wrong is one sentence on stderr."
+            args: argparse.Namespace) -> int: # the exit code
+    "Check, then work; what is wrong, an empty text above all, is one sentence on stderr."
     try:
-        try: work = prepare(args)
+        try:
+            _refuse_empty(args)
+            work = prepare(args)
         except (ValueError, TypeError, OSError, ImportError, MemoryError) as e:
             print(f"{program}: {_sentence(e)}", file=sys.stderr)
             return 2
@@ -291,16 +303,7 @@ def outcome(program, # the name that stands before what is said
         return 130
 
 # %% ../nbs/60_commands.ipynb #0e202b83
-def _dashed(word):
-    "--batch_size=3 as --batch-size=3."
-    flag, equals, value = word.partition("=")
-    return flag.replace("_", "-") + equals + value if word.startswith("--") else word
-
 _commands = {"train": _train, "evaluate": _evaluate, "draw": _draw}
-
-def _prepared(args):
-    _refuse_empty(args)
-    return _commands[args.command](args)
 
 def main(argv=None) -> int: # the exit code
     "The console script `spatial-entropy`. 0: done; 1: the run had to stop; 2: the request was wrong; 128 + n: stopped by signal n."
@@ -308,6 +311,5 @@ def main(argv=None) -> int: # the exit code
 
 def _main(argv):
     logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it would say, we say
-    words = [_dashed(a) for a in (sys.argv[1:] if argv is None else argv)]
-    args = _parser().parse_args(words)
-    return outcome(f"spatial-entropy {args.command}", _prepared, args)
+    args = _parser().parse_args(argv)
+    return outcome(f"spatial-entropy {args.command}", _commands[args.command], args)

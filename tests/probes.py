@@ -1,4 +1,4 @@
-"""Questions to a running model that share nothing with the tap: what a patch moves, and what an output reads."""
+"""Questions to a running model that share nothing with how the tap reads a map: what a patch moves, and what an output reads."""
 from contextlib import contextmanager
 from unittest.mock import patch
 

@@ -5,9 +5,9 @@ import training
 
 LOSS = [
     "--kinds waves", "--peers scikit", "--shapes 14", "--authors-code nowhere", "--device tpu9", "--dtype int8",
-    "--repeats 0", "--threads 0", "--output chelsea.png/results"]
+    "--repeats 0", "--threads 0", "--output chelsea.png/results", "--output=", "--authors_code nowhere"]
 TRAINING = [
-    "--timm-train nowhere", "--rounds 0"]
+    "--timm-train nowhere", "--rounds 0", "--model=", "--timm_train nowhere"]
 
 
 @pytest.mark.parametrize("script, line", [*((loss, w) for w in LOSS), *((training, w) for w in TRAINING)])

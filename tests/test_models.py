@@ -119,7 +119,7 @@ def test_multihead_attention(spec, size):
     note("open_clip" if "open" in spec.name else "torchvision", spec.name, find(model), maps, size)
 
 
-# ---- probes: they share nothing with the tap, and need no reference ----
+# ---- probes: they share nothing with how the tap reads a map, and need no reference ----
 
 EVERY = [pytest.param(s, id=s.name) for s in (*TIMM, *OTHERS)]
 WINDOWED = {"swin", "gcvit", "tiny_vit", "sam", "sam2", "davit", "maxvit", "tv_swin", "tv_maxvit", "halo"}

@@ -64,12 +64,12 @@ def test_imports_point_down_the_map():
 
 
 ROOMS = {  # room: the rooms that it may import
-    "pictures": {"measure"},
-    "data": {"measure"},
+    "pictures": set(),
+    "data": set(),
     "measure": set(),
     "attention": set(),
     "loops": {"measure", "attention"},
-    "analysis": {"measure", "attention", "pictures", "data"},
+    "analysis": {"measure", "attention", "pictures"},
     "training": {"measure", "attention", "loops", "analysis", "pictures", "data"},
     "commands": {"measure", "attention", "loops", "analysis", "training", "pictures", "data"},
     "__init__": set(),
@@ -151,8 +151,8 @@ def test_notebook_form(notebook):
 def test_no_paths_of_a_machine():
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, encoding="utf-8").stdout.split()
     for f in files:
-        if Path(f).suffix in {".py", ".md", ".ipynb", ".ini", ".toml", ".json", ".csv"} and f != "tests/test_repository.py":
-            found = re.search(r"(/home/\w+|/root/|/work/|/tmp/\w+)", (ROOT / f).read_text(encoding="utf-8"))
+        if Path(f).suffix in {".py", ".md", ".ipynb", ".ini", ".toml", ".json", ".csv"}:
+            found = re.search(r"/home/\w|/roo[t]/|/wor[k]/|/tm[p]/\w", (ROOT / f).read_text(encoding="utf-8"))
             assert not found, f"{f} contains {found.group(0)}"
 
 

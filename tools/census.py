@@ -84,7 +84,7 @@ SOURCES = dict(timm=timm_models, torchvision=torchvision_models, open_clip=open_
 # ---- one model ----
 
 def group_of(why):
-    """Which of the last three groups a refusal belongs to."""
+    """Which group a refusal belongs to."""
     if re.search("two softmaxes|two attentions|no adapter|none of its attention layers|several vision models", why):
         return GROUPS[1]
     plain = "no queries and keys over places|convolutional network|fixed weights|state-space|no attention|neither queries nor keys"

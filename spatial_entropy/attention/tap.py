@@ -309,7 +309,7 @@ def _leave_model(self, module, args, out):
     if _recomputing(): return
     now = self._passes.now()
     now.inside = False
-    if not torch.compiler.is_compiling() and _is_sharded(self.found.model): now.anchor = next(iter(_graded(out)), None)
+    if not torch.compiler.is_compiling() and _is_sharded(self.found.model): now.anchor = next(_graded(out), None)
 
 def _embed(self, module, args):
     _refuse_tracing(args)
@@ -337,10 +337,10 @@ def _shards(cls): # FSDP2's fully_shard, or FSDP
 
 def _is_sharded(model): return any(_shards(type(m)) for m in model.modules())
 
-def _graded(out): # the tensors with a gradient in a model's output
-    if isinstance(out, torch.Tensor): return [out] if out.grad_fn is not None else []
+def _graded(out): # the tensors with a gradient in a model's output, one after the other
+    if isinstance(out, torch.Tensor) and out.grad_fn is not None: yield out
     parts = out.values() if isinstance(out, dict) else out if isinstance(out, (list, tuple)) else ()
-    return [t for part in parts for t in _graded(part)]
+    for part in parts: yield from _graded(part)
 
 def _anchored(s, anchor):
     if anchor is None or not s.requires_grad: return s
@@ -470,7 +470,7 @@ def _fits(h, n, m, what):
 
 def _left(h, out):
     "The layer has returned. Raises RuntimeError where none of its tables has the raster's size."
-    if h.alive is not None: _tie(h, next(iter(_graded(out)), None))
+    if h.alive is not None: _tie(h, next(_graded(out), None))
     sizes = [p for p in h.passed_by if p[2] is not None]
     if h.row is not None or not sizes: return
     (_, _, m), prefix, (y, x) = sizes[0], _prefix(h.ear), h.raster.grid
@@ -821,7 +821,7 @@ def gradient_by_token(layer, run): # run: calls the model and gives its output
         return new if first is out else (new, *out[1:])
     handle = layer.register_forward_hook(leaf)
     try:
-        with torch.no_grad(): outputs = _graded(run())
+        with torch.no_grad(): outputs = list(_graded(run()))
     finally: handle.remove()
     for out in outputs if kept else ():
         weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)

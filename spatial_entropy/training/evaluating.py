@@ -9,8 +9,7 @@ __all__ = ['evaluate']
 import os
 from pathlib import Path
 from ..attention.tap import AttentionTap
-from ..analysis.evaluation import usable_device, score_masks
-from ..analysis.evaluation import validate
+from ..analysis.evaluation import score_masks, usable_device, validate
 from .batches import loaders, loading
 from ..data import mask_pairs
 from .models import load_run

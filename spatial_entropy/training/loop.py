@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 # %% ../../nbs/58_loop.ipynb #99bb50ed
 from ..loops.schedule import entropy_weight
-from .batches import LoadingFailed, loading, loading_failed, place_seed
+from .batches import LoadingFailed, loading, place_seed
 from .config import TrainConfig, configure, save_config
 from .files import use, write_json, write_rows, write_whole
 from .jobs import (Job, load_settings, machine_settings, prepare, save_checkpoint,
@@ -366,7 +366,7 @@ def fit(job: Job, console: Console | None = None, plot: bool | None = None) -> l
             with shown as progress:
                 progress.history, job.say = list(job.place.rows), progress.note
                 try: _start(job); _run(job, progress, stop)
-                except RuntimeError as e: raise loading_failed(e) or _left_alone(job, e) or e from None
+                except RuntimeError as e: raise _left_alone(job, e) or e from None
             job.say = _say(console)
             _last_pictures(job)
             _stop_if_asked(job, stop)
