@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Interval', 'bootstrap', 't_quantile', 'student', 'sign_flip_test', 'paired', 'bootstrap_both']
 
-# %% ../../nbs/47_intervals.ipynb #6e480fb2
+# %% ../../nbs/47_intervals.ipynb #6d54b3da
 import itertools, math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 import numpy as np
 
 # %% ../../nbs/47_intervals.ipynb #fcc2dd5a
