@@ -43,6 +43,7 @@ def _special_tokens(adapter, model, kind):
     prefix = value_for(adapter.prefix if kind.prefix is None else kind.prefix, model)
     return prefix, min(value_for(adapter.cls, model), prefix)
 
+# %% ../../nbs/12_tap.ipynb #12aa0101
 def _token(query, adapter, model, kind, name):
     "The number of the token that is asked; None for a mean or a patch. Raises UnsupportedModel."
     if kind.one_query:
@@ -213,6 +214,7 @@ def _cells_of(raster):
 
 def _keys_of(h): return h.ear.prefix() + _cells_of(h.raster) + h.ear.suffix()
 
+# %% ../../nbs/12_tap.ipynb #12aa0108
 def _fits(h, n, m, what):
     "Whether this is the layer's attention. Raises UnsupportedModel for a second one."
     kind = h.ear.kind
@@ -245,6 +247,7 @@ def _has_values(t): # not on the meta device, nor traced, nor inside a transform
     if not plain or torch.compiler.is_compiling(): return False
     return not torch._C._functorch.is_functorch_wrapped_tensor(t)
 
+# %% ../../nbs/12_tap.ipynb #12aa0107
 def _hides_some(h, mask): # (..., n, m): boolean, or added, or logits
     "Whether a mask of a new shape hides anything. Raises UnsupportedModel for a causal one."
     if not h.kept or mask.shape[-2] == 1 or mask.shape in h.ear.looked: return False
@@ -267,6 +270,7 @@ def _joined(h, row):
     row = torch.cat(h.parts, -1)
     return row if row.shape[-1] >= _cells_of(h.raster) else None
 
+# %% ../../nbs/12_tap.ipynb #12bb0103
 def _own_share(raster):
     "The mean over all queries of a sequence, as a mean over those of one's own picture: a factor."
     n = raster.region.shape[-1]
@@ -278,6 +282,7 @@ def _window_of(rows, raster): # a patch sees its own window, and its own region 
     if raster.region is None: return inside.expand_as(raster.cells)
     return inside & (raster.region == (rows.weight*raster.region).sum(-1, keepdim=True))
 
+# %% ../../nbs/12_tap.ipynb #12bb0102
 def _cells_seen(h, rows, seen): # seen: of the layer's keys, or None for all
     "Which of the raster's cells the queries see, or None for all."
     raster, prefix = h.raster, h.ear.prefix()
@@ -329,6 +334,7 @@ def _read(h, q, k, mask, scale):
     if h.ear.tap.softmax: _keep(h, rows, weights_of_rows(q, k, scale, mask, rows), None)
     else: _keep(h, rows, *query_row(q, k, scale, mask, rows))
 
+# %% ../../nbs/12_tap.ipynb #12bb0104
 def _fused(h, query, key, value, attn_mask=None, dropout_p=0., is_causal=False, scale=None,
            enable_gqa=False):
     "F.scaled_dot_product_attention, by its own arguments."
@@ -376,6 +382,7 @@ def _additive(mask, dtype): # True hides
     zeros = torch.zeros(mask.shape, device=mask.device, dtype=dtype)
     return zeros.masked_fill(mask, torch.finfo(dtype).min)
 
+# %% ../../nbs/12_tap.ipynb #12bb0105
 def _multihead_mask(attn_mask, padding, q, k):
     "(B, H, 1, n, m) additive, or None, from the two masks of nn.MultiheadAttention."
     if attn_mask is None and padding is None: return None
@@ -455,6 +462,7 @@ def _refuse_tracing(values):
         raise RuntimeError("torch.fx traces this model, and a tap listens in it; "
                            "close the tap first")
 
+# %% ../../nbs/12_tap.ipynb #12bb0106
 def _again(ear, args):
     "The hearing of a second run; None where the first was not heard."
     ear.alive = [a for a in ear.alive if a[0]() is not None]
@@ -481,7 +489,7 @@ def _enter(ear, args, kwargs):
     if raster is None:
         raise RuntimeError(f"{ear.name}: the patch grid was not seen; the model's embedding did "
                            "not run before its blocks. Call the model, not a part of it")
-    kept = not (compiled and ear.number in now.heard)     # there, a repeated run looks like a new one
+    kept = not (compiled and ear.number in now.heard)    # there, a repeat looks like a new run
     if not kept: now.repeated[ear.number] = True
     now.ran[ear.number] = True
     return _Hearing(ear, args, raster, ear.masks, kept)
@@ -511,6 +519,7 @@ def _returned(h, out):
     if h.alive is not None: _tie(h, next(_graded(out), None))
     _refuse_other_sizes(h)
 
+# %% ../../nbs/12_tap.ipynb #12bb0107
 def _hear(module, forward, args, kwargs):
     "A call of a tapped layer."
     entered = [_enter(ear, (*args, *kwargs.values()), kwargs) for ear in module._ear.ears]
@@ -867,7 +876,7 @@ class AttentionTap(_Readable):
     def __init__(self,
                  model: nn.Module, # a vision model, also compiled, in DDP, or inside another module
                  block=-1, # an attention layer's number, negative from the last; a list; or "all"
-                 query="auto", # follows the pooling; or "cls", "mean", "register", a patch (y, x)
+                 query="auto", # follows the pooling; "cls", "mean", ("register", i), a patch (y, x)
                  softmax: bool = False): # attention weights over all tokens, not similarities
         super().__init__(model, block, query, softmax)
 
@@ -890,6 +899,7 @@ def _pairs_counted(h, rows, like, hidden): # like: (B, H, W, n, m) logits
     if rows.region is None: return counts
     return counts & (rows.region[:, :, None] == rows.region[:, None, :])
 
+# %% ../../nbs/12_tap.ipynb #12dd0109
 def _row_of_table(h, rows, logits, table, hidden):
     "The row again, from the whole table: each key's mean over the queries that see it."
     whole = table if h.ear.tap.softmax else logits
@@ -961,6 +971,7 @@ def peaks(change): # (boxes, h, w), how much each cell moved with each box
     only = (change - change.median(0).values).flatten(1).argmax(1)
     return [c.item() if ok else None for c, ok in zip(only, stands_out)]
 
+# %% ../../nbs/12_tap.ipynb #c7e10106
 def changes(tap, run, image, boxes, seed=0): # run: calls the model with a picture as `image`
     "{layer number: (boxes, h, w)}: how much each cell moves with the pixels of a box, in noise."
     draw = torch.Generator().manual_seed(seed)
@@ -980,6 +991,7 @@ def _same_place(a, b, grid, box, size): # cells a, b, as numbers; a box covers s
     return all(min(d, n - d) <= -(-side*n//s)                              # rolls wrap around
                for (d, n), side, s in zip(apart, box[2:], size))
 
+# %% ../../nbs/12_tap.ipynb #c7e10109
 def misplaced(tap, run, image, near=1.): # near: cells that convolutions before may spread a patch
     """{layer number: (patches shown elsewhere, patches probed)}, of `PLACES`.
 
