@@ -263,7 +263,7 @@ def test_going_on_with_other_data_is_refused(half):
     text = (half / "run" / "config.yaml").read_text().replace("data: shapes", f"data: {folder(half / 'pictures', 2, 40)}")
     (half / "run" / "config.yaml").write_text(text)
     code, said = typed(["train", "--resume", str(half / "run")])
-    assert code == 2 and "tells 10 classes apart, the data 2, or others; a run goes on with its own data only" in said and one_sentence(said)
+    assert code == 2 and "has 10 classes, the data 2, or others; a run goes on with its own data only" in said and one_sentence(said)
 
 
 @pytest.mark.parametrize("line", [
