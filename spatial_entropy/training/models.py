@@ -116,7 +116,7 @@ def _check_arguments(config):
     if config.drop_path is not None and "drop_path_rate" in config.model_kwargs:
         raise ValueError("drop_path and model_kwargs: got drop_path_rate in both; expected it once")
 
-# %% ../../nbs/55_models.ipynb #acd006a8
+# %% ../../nbs/55_models.ipynb #efd18d85
 _unfit = (TypeError, ValueError, AssertionError, RuntimeError, LookupError, AttributeError,
           ArithmeticError, MemoryError)
 
@@ -128,6 +128,7 @@ def _check_size(model, img_size):
         raise ValueError(f"img_size: got {img_size}, "
                          f"expected a multiple of the patch size {patch[0]}")
 
+# %% ../../nbs/55_models.ipynb #acd006a8
 def build_model(config: TrainConfig, num_classes: int,
                 **weights, # of timm.create_model: pretrained, pretrained_cfg_overlay
                ) -> nn.Module: # without surgery
