@@ -362,8 +362,7 @@ class _Told:
 class RunProgress(_Told):
     """What a run shows: bars in a terminal, lines in a log file, text and curves in a notebook.
 
-    A context; inside, say `epoch(number)`, `update(images)` after every update, `finish(row)` after
-    an epoch, `note(text)` for what must be seen.
+    A context; inside, say `epoch(number)`, `update(images)`, `finish(row)`, and `note(text)`.
     """
     def __init__(self,
                  epochs: int, # of the whole run
