@@ -82,6 +82,13 @@ def _row(own, chance, name, heads):
     if (~(a - b).isnan()).sum() < 2: return line
     return line | dict(above_chance=asdict(bootstrap((a - b).numpy(), resamples=2000)))
 
+def _in_words(line):
+    "A line of the table as text."
+    text = f"{line['score']:10} {line['heads']:5} {line['own']:.3f}"
+    if "above_chance" not in line: return text
+    mean, low, high = (line["above_chance"][k] for k in ("mean", "low", "high"))
+    return f"{text}   chance {line['chance']:.3f}   above {mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+
 # %% ../../nbs/48_scoring.ipynb #a9a9a94c
 @dataclass(repr=False)
 class ObjectScores:
@@ -108,14 +115,8 @@ class ObjectScores:
         return [_row(self.own[n], self.chance[n], n, heads) for n in self.own]
 
     def __repr__(self):
-        lines = [f"{len(self)} pictures, blocks {', '.join(map(str, self.blocks))}"]
-        for r in self.summary():
-            text = f"{r['score']:10} {r['heads']:5} {r['own']:.3f}"
-            if above := r.get("above_chance"):
-                text += (f"   chance {r['chance']:.3f}   above chance {above['mean']:+.3f} "
-                         f"[{above['low']:+.3f}, {above['high']:+.3f}]")
-            lines.append(text)
-        return "\n".join(lines)
+        first = f"{len(self)} pictures, blocks {', '.join(map(str, self.blocks))}"
+        return "\n".join([first, *map(_in_words, self.summary())])
 
     def by_head(self, name: str = "pixel_auc") -> Tensor: # (blocks, heads)
         "Mean of own less chance, for each head."
