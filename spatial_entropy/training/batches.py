@@ -18,7 +18,8 @@ from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 # %% ../../nbs/54_batches.ipynb #18a1dc7f
-from .sources import Source, sources
+from .archives import sources
+from .sources import Source
 
 # %% ../../nbs/54_batches.ipynb #b06dc5e0
 _63 = 2**63 - 1
