@@ -163,6 +163,7 @@ def _in_order(parts, order):
     back = torch.as_tensor(order).argsort()
     return {name: torch.cat([p[name] for p in parts])[back] for name in parts[0]}
 
+# %% ../../nbs/48_scoring.ipynb #76eeb860
 def score_objects(model, # any model that AttentionTap reads
                   pairs, # items (x, mask), as `mask_pairs` gives them
                   block=-1, # an attention layer's number, several, or "all" of one grid
