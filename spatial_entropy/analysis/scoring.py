@@ -187,8 +187,7 @@ def score_objects(model, # any model that AttentionTap reads
     for maps in progress(head_maps(model, batches, block, query, device=device)):
         blocks, masks = [*maps], kept.pop(0)[1].to(next(iter(maps.values())).device)
         found = _score_batch(_stacked(maps), masks, before(masks), surrogates)
-        own.append({n: v[0] for n, v in found.items()})
-        chance.append({n: v[1] for n, v in found.items()})
+        for into, i in ((own, 0), (chance, 1)): into.append({n: v[i] for n, v in found.items()})
     names = [str(n) for n in getattr(pairs, "names", range(len(pairs)))]
     return ObjectScores(_in_order(own, order), _in_order(chance, order), names, blocks)
 
