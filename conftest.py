@@ -2,6 +2,9 @@
 
 An export cell is not executed. Its names are taken from the built module instead, and its text has to be in that
 module, so a stale or broken package fails here. Cells between two tests run as set-up of the next one.
+
+Outputs that are kept have to be those of today's code: the same words, and numbers to about 5 percent. A cell whose
+output cannot be repeated (a duration, a long training) carries the directive `#| varies`.
 """
 import ast
 import atexit
@@ -27,6 +30,7 @@ if sys.dont_write_bytecode:                        # many tests start programs, 
     sys.dont_write_bytecode = False
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers with all threads each would wait for one another
+NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:e[-+]?\d+)?")
 CHECKS = re.compile(r"assert\w*$|test_\w+$|(raises|warns|fail|expect_fail|ExceptionExpected|gradcheck)$")
 EXPORTS = ("export", "exporti", "exports")
 
@@ -154,6 +158,10 @@ class CellError(Exception):
         self.number, self.cell, self.error = number, cell, error
 
 
+class Kept(CellError):
+    "An output that is kept, and not today's; the cells after it can run."
+
+
 class Notebook(pytest.File):
     def collect(self):
         from nbdev.process import NBProcessor
@@ -214,7 +222,7 @@ class Notebook(pytest.File):
             warnings.simplefilter("default")  # as in a kernel: shown, never errors, and not those of libraries to come
             for quiet in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
                 warnings.simplefilter("ignore", quiet)
-            for key, value in dict(IN_TEST="1", MPLBACKEND="Agg", PYTHONPATH=path).items():
+            for key, value in dict(IN_TEST="1", MPLBACKEND="Agg", PYTHONPATH=path, COLUMNS="100", NO_COLOR="1").items():
                 patch.setenv(key, value)
             patch.setenv("IPYTHONDIR", self.config.nb_ipython.name)
             patch.chdir(self.folder)
@@ -229,7 +237,7 @@ class Notebook(pytest.File):
                         if not self.flags(cell) & self.config.nb_off:
                             printed = self.run_cell(self.at, cell)
             except BaseException as e:
-                self.broken = not isinstance(e, pytest.skip.Exception)
+                self.broken = not isinstance(e, pytest.skip.Exception | Kept)
                 raise
             finally:
                 sys.modules["__main__"] = main
@@ -249,7 +257,24 @@ class Notebook(pytest.File):
             error = CellError(number, cell, done.exception)
             error.printed = done.stdout + done.stderr
             raise error
+        self.compare(number, cell, done)
         return done.stdout + done.stderr
+
+    def compare(self, number, cell, done):
+        "Raise where the outputs that are kept are not today's."
+        if "varies" in cell.directives_ or not cell.get("outputs"):
+            return
+        now = done.stdout
+        value = done.result.result
+        if value is not None and not done.quiet:
+            now += "\n" + self.shell.display_formatter.format(value)[0].get("text/plain", "")
+        kept = "\n".join("".join(o.get("text") or o.get("data", {}).get("text/plain", "")) for o in cell.outputs
+                         if o.output_type in ("stream", "execute_result"))
+        if found := difference(kept, now):
+            error = Kept(number, cell, "the kept output is not that of today's code: run tools/notebooks.py "
+                                            f"{self.path.stem}\n{found}")
+            error.printed = now
+            raise error
 
     def built(self, number, cell):
         "The names of an export cell, out of the built module."
@@ -280,6 +305,17 @@ class Notebook(pytest.File):
         if missing:
             raise CellError(number, cell, f"{name} lacks {', '.join(missing)}: run nbdev_export")
         return {o: getattr(module, o) for o in wanted}
+
+
+def difference(kept, now):
+    "None where two outputs say the same: the same words, and numbers that agree to about 5 percent."
+    kept, now = (re.sub(r" at 0x[0-9a-fA-F]+", "", t) for t in (kept, now))     # as nbdev cleans it
+    words = [re.sub(r"[\s─-╿]+", " ", NUMBER.sub("#", t)).strip() for t in (kept, now)]
+    if words[0] != words[1]:
+        return f"kept: {words[0][:400]}\nnow:  {words[1][:400]}"
+    pairs = list(zip(*([float(n.replace(",", "").rstrip(".")) for n in NUMBER.findall(t)] for t in (kept, now)), strict=True))
+    far = [f"{a:g}, now {b:g}" for a, b in pairs if abs(a - b) > .05 * max(abs(a), abs(b), 1)]
+    return f"kept: {'; '.join(far[:5])}" if far else None
 
 
 def exported(cell, folder):
