@@ -66,6 +66,7 @@ def test_imports_point_down_the_map():
 ROOMS = {  # room: the rooms that it may import
     "pictures": set(),
     "data": set(),
+    "demo": set(),
     "measure": set(),
     "attention": set(),
     "loops": {"measure", "attention"},
