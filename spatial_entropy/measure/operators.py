@@ -14,9 +14,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from .entropy import FLOOR, clear_entropy
-from .regions import LONG, check_connectivity, check_maps, check_real, clear_labels, from_first, keep_mass
+from .regions import (
+    LONG, check_connectivity, check_maps, check_real, clear_labels, from_first, keep_mass)
 
 # %% ../../nbs/24_operators.ipynb #9a8a3da1
+def _say_clear(device, why):
+    warnings.warn(f"spatial_entropy: no fused kernels for {device} ({why}); the clear "
+                  "implementation does the work, more slowly. This is said once.", stacklevel=3)
+
 @cache
 def _kernels(device): # "cpu", "cuda", …
     "The module with the fused kernels for a kind of device, or None."
@@ -26,44 +31,51 @@ def _kernels(device): # "cpu", "cuda", …
         elif device == "cuda": from spatial_entropy.measure import cuda as found
         else: raise ImportError("none was written")
         return found
-    except (ImportError, OSError) as e:
-        warnings.warn(f"spatial_entropy: no fused kernels for {device} ({e}); the clear implementation does the work, more slowly. "
-                      "This is said once.", stacklevel=2)
+    except (ImportError, OSError) as e: _say_clear(device, e)
 
+# %% ../../nbs/24_operators.ipynb #97a9abb0
 def backend(device: torch.device | str # such as "cpu" or "cuda:1"
            ) -> str:
     "Which implementation serves a device: 'numba', 'triton' or 'clear'."
     module = _kernels(torch.device(device).type)
-    return {"cpu": "numba", "cuda": "triton"}[module.__name__.rpartition(".")[2]] if module else "clear"
+    names = {"cpu": "numba", "cuda": "triton"}
+    return names[module.__name__.rpartition(".")[2]] if module else "clear"
 
 # %% ../../nbs/24_operators.ipynb #ded1f6b2
 @cache
 def _report_broken_maps():
-    warnings.warn("spatial_entropy: got maps with NaN or infinite cells; their entropy is NaN with gradient 0. The loss "
-                  "leaves them out and counts them in `left_out`. This is said once.", stacklevel=2)
+    warnings.warn("spatial_entropy: got maps with NaN or infinite cells; their entropy is NaN with "
+                  "gradient 0. The loss leaves them out and counts them in `left_out`. "
+                  "This is said once.", stacklevel=2)
 
 def _empty(maps, connectivity, times_mean, floor, need_gradient):
     "Tensors of the right shape: E (B, H), dE/ds (B, H, h, w) or nothing."
-    E = maps.new_empty(maps.shape[:2], dtype=torch.float64 if maps.dtype == torch.float64 else torch.float32)
+    dtype = torch.float64 if maps.dtype == torch.float64 else torch.float32
+    E = maps.new_empty(maps.shape[:2], dtype=dtype)
     return E, E.new_empty(maps.shape if need_gradient else 0)
 
+# %% ../../nbs/24_operators.ipynb #bb54a524
 def _compute(maps, connectivity, times_mean, floor, need_gradient):
-    "The same, filled."
-    if not maps.numel(): return _empty(maps, connectivity, times_mean, floor, need_gradient)
+    "E and dE/ds, or nothing, by the kernels of the maps' device."
+    options = connectivity, times_mean, floor
+    if not maps.numel(): return _empty(maps, *options, need_gradient)
     fused = _kernels(maps.device.type)
-    if fused: return fused.entropy_and_gradient(maps, connectivity, times_mean, floor, need_gradient)
-    E, g = clear_entropy(maps.flatten(0, 1), connectivity, times_mean, floor)
+    if fused: return fused.entropy_and_gradient(maps, *options, need_gradient)
+    E, g = clear_entropy(maps.flatten(0, 1), *options)
     return E.view(maps.shape[:2]), g.view(maps.shape) if need_gradient else g.new_empty(0)
 
 # %% ../../nbs/24_operators.ipynb #33ffa99a
 @torch.library.custom_op("spatial_entropy::entropy", mutates_args=())
-def _entropy(maps: Tensor, connectivity: int, times_mean: float, floor: float, need_gradient: bool) -> tuple[Tensor, Tensor]:
+def _entropy(maps: Tensor, connectivity: int, times_mean: float, floor: float,
+             need_gradient: bool) -> tuple[Tensor, Tensor]:
     "E (B, H) and dE/ds (B, H, h, w) of maps (B, H, h, w)."
     E, g = _compute(maps, connectivity, times_mean, floor, need_gradient)
     if E.is_cpu and E.isnan().any(): _report_broken_maps()
     return E, g
 
-_entropy.register_fake(_empty)
+@_entropy.register_fake
+def _entropy_fake(maps, connectivity, times_mean, floor, need_gradient):
+    return _empty(maps, connectivity, times_mean, floor, need_gradient)
 
 # %% ../../nbs/24_operators.ipynb #a62ac187
 @torch.library.custom_op("spatial_entropy::scale", mutates_args=())
@@ -74,6 +86,7 @@ def _scale(g: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
 @_scale.register_fake
 def _scale_fake(g, grad, dtype): return g.new_empty(g.shape, dtype=dtype)
 
+# %% ../../nbs/24_operators.ipynb #1cc35db0
 def _scaled(g, grad, dtype):
     if hasattr(_kernels(g.device.type), "scale_gradient"): return _scale(g, grad, dtype)
     return (g*grad[..., None, None]).to(dtype)
@@ -81,15 +94,17 @@ def _scaled(g, grad, dtype):
 # %% ../../nbs/24_operators.ipynb #2cc7b3b5
 def _keep(ctx, inputs, output):
     ctx.dtype = inputs[0].dtype
-    ctx.mark_non_differentiable(output[1]); ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output)
 
-_SECOND = ("spatial_entropy: asked for a second derivative (create_graph=True, a hessian), which it does not have; "
-           "take the first one only")
+_SECOND = ("spatial_entropy: asked for a second derivative (create_graph=True, a hessian), "
+           "which it does not have; take the first one only")
 
 def _refuse_second_derivative():
     if torch.is_grad_enabled(): raise RuntimeError(_SECOND)
 
+# %% ../../nbs/24_operators.ipynb #bab506dc
 def _backward(ctx, grad, _):
     _refuse_second_derivative()
     if grad is None: return (None,)*5
@@ -101,10 +116,12 @@ _entropy.register_autograd(_backward, setup_context=_keep)
 # %% ../../nbs/24_operators.ipynb #d7d36fe3
 @_entropy.register_vmap
 def _entropy_vmap(info, dims, maps, *options):
-    maps = maps.movedim(dims[0], 0)
+    maps, need_gradient = maps.movedim(dims[0], 0), options[-1]
     E, g = _entropy(maps.flatten(0, 1), *options)
-    return (E.unflatten(0, maps.shape[:2]), g.view(maps.shape) if options[-1] else g), (0, 0 if options[-1] else None)
+    E = E.unflatten(0, maps.shape[:2])
+    return ((E, g.view(maps.shape)), (0, 0)) if need_gradient else ((E, g), (0, None))
 
+# %% ../../nbs/24_operators.ipynb #6f907328
 class _Scaled(torch.autograd.Function):
     "g·grad, of which no derivative is taken."
     generate_vmap_rule = True
@@ -116,11 +133,13 @@ class _Scaled(torch.autograd.Function):
 # %% ../../nbs/24_operators.ipynb #8f29b592
 class _Transformed(torch.autograd.Function):
     "The entropy operator as `torch.func` can take it apart."
-    def forward(maps, connectivity, times_mean, floor): return _entropy(maps, connectivity, times_mean, floor, True)
+    def forward(maps, connectivity, times_mean, floor):
+        return _entropy(maps, connectivity, times_mean, floor, True)
 
     def setup_context(ctx, inputs, output):
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(inputs[0], *output); ctx.save_for_forward(inputs[0], *output)
+        ctx.save_for_backward(inputs[0], *output)
+        ctx.save_for_forward(inputs[0], *output)
 
     def backward(ctx, grad, _):
         maps, E, g = ctx.saved_tensors
@@ -135,81 +154,98 @@ class _Transformed(torch.autograd.Function):
         E, g = _Transformed.apply(maps.flatten(0, 1), *options)
         return (E.unflatten(0, maps.shape[:2]), g.unflatten(0, maps.shape[:2])), (0, 0)
 
-def _is_transformed(): return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+# %% ../../nbs/24_operators.ipynb #527bd512
+def _is_transformed():
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 # %% ../../nbs/24_operators.ipynb #b8e92b24
 @torch.library.custom_op("spatial_entropy::label_regions", mutates_args=())
-def _label(mask: Tensor, connectivity: int) -> Tensor:
+def _labels_of(mask: Tensor, connectivity: int) -> Tensor:
     "(B, H, h, w) bool to int32."
     fused = _kernels(mask.device.type) if mask.numel() else None
     return fused.label_regions(mask, connectivity) if fused else clear_labels(mask, connectivity)
 
-@_label.register_fake
-def _label_fake(mask, connectivity): return torch.empty(mask.shape, dtype=torch.int32, device=mask.device)
+@_labels_of.register_fake
+def _labels_fake(mask, connectivity):
+    return torch.empty(mask.shape, dtype=torch.int32, device=mask.device)
 
-@_label.register_vmap
-def _label_vmap(info, dims, mask, connectivity):
+@_labels_of.register_vmap
+def _labels_vmap(info, dims, mask, connectivity):
     mask = mask.movedim(dims[0], 0)
-    return _label(mask.flatten(0, 1), connectivity).view(mask.shape), 0
+    return _labels_of(mask.flatten(0, 1), connectivity).view(mask.shape), 0
 
 # %% ../../nbs/24_operators.ipynb #49d792d1
 def _four(x):
     "(..., h, w) as (B, H, h, w), without a copy where that can be."
     return x[(None,)*(4 - x.ndim)] if x.ndim < 4 else x.flatten(0, x.ndim - 4)
 
+# %% ../../nbs/24_operators.ipynb #b28e6579
 def label_regions(mask: Tensor, # (..., h, w) bool, or numbers of which non-zero is attended
                   connectivity: int = 8, # 8: diagonal steps count; 4: they do not
                  ) -> Tensor: # (..., h, w) int32: 0 background, 1.. regions
     """Name the connected regions of every mask, 1.. in raster order of each region's first cell.
 
-    Exact for every shape, deterministic, without synchronisation, no gradient. Raises TypeError or ValueError for what is
-    not a (..., h, w) tensor, and for another connectivity than 4 or 8.
+    Exact for every shape, deterministic, without synchronisation, no gradient. Raises TypeError or
+    ValueError for what is not a (..., h, w) tensor, and for another connectivity than 4 or 8.
     """
-    check_maps(mask, "mask"); check_connectivity(connectivity)
+    check_maps(mask, "mask")
+    check_connectivity(connectivity)
     on = mask.detach() if mask.dtype == torch.bool else mask.detach() != 0
-    return _label(_four(on), connectivity).view(mask.shape)
+    return _labels_of(_four(on), connectivity).view(mask.shape)
 
 # %% ../../nbs/24_operators.ipynb #a7ee9c8d
-def _check(maps, connectivity, times_mean, mass, floor):
-    check_maps(maps); check_real(maps); check_connectivity(connectivity)
-    if not 0 <= times_mean < float("inf"):
-        raise ValueError(f"times_mean: got {times_mean}, expected a number of at least 0; 1 is the paper's")
-    if not 0 <= floor < float("inf"):
-        raise ValueError(f"floor: got {floor}, expected a number of at least 0; {FLOOR} is the default")
+def _check_options(connectivity, times_mean, mass, floor):
+    check_connectivity(connectivity)
+    for name, value, known in (("times_mean", times_mean, "1 is the paper's"),
+                               ("floor", floor, f"{FLOOR} is the default")):
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{name}: got {value}, expected a number of at least 0; {known}")
     if mass is not None and times_mean != 1:
         raise ValueError(f"got times_mean={times_mean} and mass={mass}; choose one threshold")
 
+# %% ../../nbs/24_operators.ipynb #a2c0c71c
 _READ = (torch.float16, torch.bfloat16, torch.float32, torch.float64) # what kernels read as it is
 
+def _readable(maps, k):
+    "The maps in a dtype that kernels read."
+    if maps.dtype in LONG: return from_first(maps, k)
+    return maps if maps.dtype in _READ else maps.float()
+
 def _prepare(maps, connectivity, times_mean, mass, floor):
-    "The operator's arguments: maps (B, H, h, w), connectivity, k, floor, whether a gradient is needed."
-    _check(maps, connectivity, times_mean, mass, floor)
+    "The operator's arguments: maps (B, H, h, w), connectivity, k, floor, whether to differentiate."
+    check_maps(maps)
+    check_real(maps)
+    _check_options(connectivity, times_mean, mass, floor)
     k = float(times_mean) if mass is None else 0.
-    s = from_first(maps, k) if maps.dtype in LONG else maps if maps.dtype in _READ else maps.float()
+    s = _readable(maps, k)
     if mass is not None: s = torch.where(keep_mass(maps, mass), s, s*0)
     return _four(s), connectivity, k, float(floor), s.requires_grad and torch.is_grad_enabled()
-
-def _like(E, maps): return E if maps.dtype == torch.float64 else E.float()
 
 # %% ../../nbs/24_operators.ipynb #51e782ce
 def _entropies(prepared):
     "E (B, H)."
     return (_Transformed.apply(*prepared[:-1]) if _is_transformed() else _entropy(*prepared))[0]
 
-def spatial_entropy(maps: Tensor, # (..., h, w) similarities before the softmax, any real dtype, any strides
-                    connectivity: int = 8, # 8 as in the paper, or 4
-                    *, times_mean: float = 1., # k: cells above k times the mean count; 1 as in the paper
-                    mass: float | None = None, # instead: the smallest set with this share of the mass, in (0, 1]
-                    floor: float = FLOOR, # of the total above the threshold, relative to max(1, sum |s|), for the gradient
-                   ) -> Tensor: # (...) in nats, from 0 to ln R; float32, or float64 for float64 maps
+def _like(E, maps): return E if maps.dtype == torch.float64 else E.float()
+
+# %% ../../nbs/24_operators.ipynb #47b32383
+def spatial_entropy(
+        maps: Tensor, # (..., h, w) similarities before the softmax, any real dtype, any strides
+        connectivity: int = 8, # 8 as in the paper, or 4
+        *, times_mean: float = 1., # k: cells above k times the mean count; 1 as in the paper
+        mass: float | None = None, # instead: the smallest set with this share of the mass, (0, 1]
+        floor: float = FLOOR, # the gradient's least divisor, relative to max(1, sum |s|)
+        ) -> Tensor: # (...) in nats, 0 to ln R; float32, or float64 for float64 maps
     """Spatial entropy of every map (arXiv 2206.04636), differentiable with its analytic gradient.
 
-    A map with nothing above its threshold gives 0 with gradient 0. A map with a NaN or infinite cell gives NaN with
-    gradient 0 (and on a CPU a warning, once). Half precision is computed in float32. The host does not wait for the
-    device, unless `mass` is given. The first derivative also under `torch.func`, where the second raises RuntimeError.
+    A map with nothing above its threshold gives 0 with gradient 0. A map with a NaN or infinite
+    cell gives NaN with gradient 0 (and on a CPU a warning, once). Half precision is computed in
+    float32. The host does not wait for the device, unless `mass` is given. The first derivative
+    also under `torch.func`, where the second raises RuntimeError.
     Raises TypeError or ValueError for what is not a (..., h, w) tensor of real numbers.
     """
-    return _like(_entropies(_prepare(maps, connectivity, times_mean, mass, floor)), maps).reshape(maps.shape[:-2])
+    prepared = _prepare(maps, connectivity, times_mean, mass, floor)
+    return _like(_entropies(prepared), maps).reshape(maps.shape[:-2])
 
 # %% ../../nbs/24_operators.ipynb #a4919687
 def _average(E):
@@ -220,8 +256,10 @@ def _average(E):
     share = 1/known.clamp_min(1).to(E.dtype)
     return E.nansum()*share, torch.stack([share, E.numel() - known])
 
+# %% ../../nbs/24_operators.ipynb #28373843
 @torch.library.custom_op("spatial_entropy::mean_entropy", mutates_args=())
-def _mean(maps: Tensor, connectivity: int, times_mean: float, floor: float, need_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _mean(maps: Tensor, connectivity: int, times_mean: float, floor: float,
+          need_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
     "Their mean entropy; one over their number and how many have none (2,); dE/ds."
     E, g = _compute(maps, connectivity, times_mean, floor, need_gradient)
     mean, facts = _average(E)
@@ -236,7 +274,8 @@ def _mean_fake(maps, connectivity, times_mean, floor, need_gradient):
 # %% ../../nbs/24_operators.ipynb #2764647f
 def _keep_mean(ctx, inputs, output):
     ctx.dtype = inputs[0].dtype
-    ctx.mark_non_differentiable(*output[1:]); ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:])
 
 def _backward_mean(ctx, grad, *_):
@@ -255,19 +294,30 @@ def _can_count(maps):
 
 def _mean_of(E): return E.nansum()/(~E.isnan()).sum().clamp_min(1)
 
+# %% ../../nbs/24_operators.ipynb #48fc71db
+def _add_to(count, broken):
+    "`count`, moved to where the maps are, and raised in place."
+    if count.device != broken.device:
+        old = 0 if count.is_meta else count
+        count = torch.zeros_like(count, device=broken.device) + old
+    count += broken.to(torch.int64)
+    return count
+
 # %% ../../nbs/24_operators.ipynb #62cc99bb
 class SpatialEntropyLoss(nn.Module):
-    """Mean spatial entropy over all maps: the regulariser of arXiv 2206.04636, to be multiplied by λ = 0.01.
+    """Mean spatial entropy over all maps: the regulariser of arXiv 2206.04636.
 
-    `left_out` counts the maps with NaN or infinite cells seen so far, on the maps' device: read it when you log, not in
-    every step. They enter neither mean nor gradient. Under `torch.func`, where nothing outside may change, they are left
-    out and not counted. Arguments and errors are those of `spatial_entropy`.
+    Multiply it by λ = 0.01. `left_out` counts the maps with NaN or infinite cells seen so far, on
+    the maps' device: read it when you log, not in every step. They enter neither mean nor gradient.
+    Under `torch.func`, where nothing outside may change, they are left out and not counted.
+    Arguments and errors are those of `spatial_entropy`.
     """
     def __init__(self, connectivity: int = 8, # 8 as in the paper, or 4
                  *, times_mean: float = 1., mass: float | None = None, floor: float = FLOOR):
         super().__init__()
-        _check(torch.zeros(1, 1), connectivity, times_mean, mass, floor)
-        self.connectivity, self.threshold = connectivity, dict(times_mean=times_mean, mass=mass, floor=floor)
+        self.connectivity = connectivity
+        self.threshold = dict(times_mean=times_mean, mass=mass, floor=floor)
+        _check_options(connectivity, **self.threshold)
         self.register_buffer("left_out", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def forward(self, maps: Tensor # (..., h, w), usually (B, H, h, w)
@@ -275,13 +325,9 @@ class SpatialEntropyLoss(nn.Module):
         prepared = _prepare(maps, self.connectivity, **self.threshold)
         if _is_transformed(): return _like(_mean_of(_entropies(prepared)), maps)
         mean, facts, _ = _mean(*prepared)
-        if _can_count(maps): self._count(facts[1])
+        if _can_count(maps): self.left_out = _add_to(self.left_out, facts[1])
         return _like(mean, maps)
 
-    def _count(self, broken):
-        if self.left_out.device != broken.device:
-            old = 0 if self.left_out.is_meta else self.left_out
-            self.left_out = torch.zeros_like(self.left_out, device=broken.device) + old
-        self.left_out += broken.to(torch.int64)
-
-    def extra_repr(self): return ", ".join(f"{k}={v}" for k, v in dict(connectivity=self.connectivity, **self.threshold).items())
+    def extra_repr(self):
+        options = dict(connectivity=self.connectivity, **self.threshold)
+        return ", ".join(f"{k}={v}" for k, v in options.items())
