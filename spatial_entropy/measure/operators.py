@@ -33,7 +33,7 @@ def _kernels(device): # "cpu", "cuda", …
         return found
     except (ImportError, OSError) as e: _say_clear(device, e)
 
-# %% ../../nbs/24_operators.ipynb #97a9abb0
+# %% ../../nbs/24_operators.ipynb #1d074780
 def backend(device: torch.device | str # such as "cpu" or "cuda:1"
            ) -> str:
     "Which implementation serves a device: 'numba', 'triton' or 'clear'."
@@ -54,7 +54,7 @@ def _empty(maps, connectivity, times_mean, floor, need_gradient):
     E = maps.new_empty(maps.shape[:2], dtype=dtype)
     return E, E.new_empty(maps.shape if need_gradient else 0)
 
-# %% ../../nbs/24_operators.ipynb #bb54a524
+# %% ../../nbs/24_operators.ipynb #5f6231f7
 def _compute(maps, connectivity, times_mean, floor, need_gradient):
     "E and dE/ds, or nothing, by the kernels of the maps' device."
     options = connectivity, times_mean, floor
@@ -86,7 +86,7 @@ def _scale(g: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
 @_scale.register_fake
 def _scale_fake(g, grad, dtype): return g.new_empty(g.shape, dtype=dtype)
 
-# %% ../../nbs/24_operators.ipynb #1cc35db0
+# %% ../../nbs/24_operators.ipynb #6e28777d
 def _scaled(g, grad, dtype):
     if hasattr(_kernels(g.device.type), "scale_gradient"): return _scale(g, grad, dtype)
     return (g*grad[..., None, None]).to(dtype)
@@ -104,7 +104,7 @@ _SECOND = ("spatial_entropy: asked for a second derivative (create_graph=True, a
 def _refuse_second_derivative():
     if torch.is_grad_enabled(): raise RuntimeError(_SECOND)
 
-# %% ../../nbs/24_operators.ipynb #bab506dc
+# %% ../../nbs/24_operators.ipynb #852d5cb4
 def _backward(ctx, grad, _):
     _refuse_second_derivative()
     if grad is None: return (None,)*5
@@ -121,7 +121,7 @@ def _entropy_vmap(info, dims, maps, *options):
     E = E.unflatten(0, maps.shape[:2])
     return ((E, g.view(maps.shape)), (0, 0)) if need_gradient else ((E, g), (0, None))
 
-# %% ../../nbs/24_operators.ipynb #6f907328
+# %% ../../nbs/24_operators.ipynb #2ac73db6
 class _Scaled(torch.autograd.Function):
     "g·grad, of which no derivative is taken."
     generate_vmap_rule = True
@@ -154,7 +154,7 @@ class _Transformed(torch.autograd.Function):
         E, g = _Transformed.apply(maps.flatten(0, 1), *options)
         return (E.unflatten(0, maps.shape[:2]), g.unflatten(0, maps.shape[:2])), (0, 0)
 
-# %% ../../nbs/24_operators.ipynb #527bd512
+# %% ../../nbs/24_operators.ipynb #fb8931a8
 def _is_transformed():
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
@@ -179,7 +179,7 @@ def _four(x):
     "(..., h, w) as (B, H, h, w), without a copy where that can be."
     return x[(None,)*(4 - x.ndim)] if x.ndim < 4 else x.flatten(0, x.ndim - 4)
 
-# %% ../../nbs/24_operators.ipynb #b28e6579
+# %% ../../nbs/24_operators.ipynb #531960c2
 def label_regions(mask: Tensor, # (..., h, w) bool, or numbers of which non-zero is attended
                   connectivity: int = 8, # 8: diagonal steps count; 4: they do not
                  ) -> Tensor: # (..., h, w) int32: 0 background, 1.. regions
@@ -203,7 +203,7 @@ def _check_options(connectivity, times_mean, mass, floor):
     if mass is not None and times_mean != 1:
         raise ValueError(f"got times_mean={times_mean} and mass={mass}; choose one threshold")
 
-# %% ../../nbs/24_operators.ipynb #a2c0c71c
+# %% ../../nbs/24_operators.ipynb #750c0146
 _READ = (torch.float16, torch.bfloat16, torch.float32, torch.float64) # what kernels read as it is
 
 def _readable(maps, k):
@@ -228,7 +228,7 @@ def _entropies(prepared):
 
 def _like(E, maps): return E if maps.dtype == torch.float64 else E.float()
 
-# %% ../../nbs/24_operators.ipynb #47b32383
+# %% ../../nbs/24_operators.ipynb #95f46a30
 def spatial_entropy(
         maps: Tensor, # (..., h, w) similarities before the softmax, any real dtype, any strides
         connectivity: int = 8, # 8 as in the paper, or 4
@@ -256,7 +256,7 @@ def _average(E):
     share = 1/known.clamp_min(1).to(E.dtype)
     return E.nansum()*share, torch.stack([share, E.numel() - known])
 
-# %% ../../nbs/24_operators.ipynb #28373843
+# %% ../../nbs/24_operators.ipynb #0c7ae4a7
 @torch.library.custom_op("spatial_entropy::mean_entropy", mutates_args=())
 def _mean(maps: Tensor, connectivity: int, times_mean: float, floor: float,
           need_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -294,7 +294,7 @@ def _can_count(maps):
 
 def _mean_of(E): return E.nansum()/(~E.isnan()).sum().clamp_min(1)
 
-# %% ../../nbs/24_operators.ipynb #48fc71db
+# %% ../../nbs/24_operators.ipynb #5f2b45de
 def _add_to(count, broken):
     "`count`, moved to where the maps are, and raised in place."
     if count.device != broken.device:
