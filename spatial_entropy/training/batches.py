@@ -44,7 +44,7 @@ def _set_states(states):
     np.random.set_state(states[1])
     torch.set_rng_state(states[2])
 
-# %% ../../nbs/54_batches.ipynb #9187428b
+# %% ../../nbs/54_batches.ipynb #eb312690
 @contextmanager
 def randomness(*place: int):
     "Inside, the three depend on the place alone; outside, nothing has happened."
@@ -106,7 +106,7 @@ def _collate(items):
     if not good: return torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.long)
     return torch.stack([x for x, _ in good]), torch.tensor([label for _, label in good])
 
-# %% ../../nbs/54_batches.ipynb #ebf08b1b
+# %% ../../nbs/54_batches.ipynb #a2af14c3
 _waits = hasattr(signal, "sigtimedwait") # not on macOS and Windows: any SIGTERM ends the process
 
 def _obey(main, starter):
@@ -187,7 +187,7 @@ class Batches:
 
     def __iter__(self): return _prepared(self)
 
-# %% ../../nbs/54_batches.ipynb #de30b6f2
+# %% ../../nbs/54_batches.ipynb #e5b13ca3
 def _prepared(batches):
     "The batches of the loading processes, normalised and augmented where the model is."
     mean, std = batches.scale
@@ -240,7 +240,7 @@ def _mixer(classes, batch_size, mixup=0., cutmix=0., prob=1., switch_prob=.5, sm
     return Mixup(mixup, cutmix, prob=prob, switch_prob=switch_prob, label_smoothing=smoothing,
                  num_classes=classes)
 
-# %% ../../nbs/54_batches.ipynb #8cfd6446
+# %% ../../nbs/54_batches.ipynb #f46a5739
 def _transforms(size, mean, std, interpolation, crop_pct, augmentation):
     "timm's transforms of a training and a validation picture, to uint8."
     look = dict(mean=mean, std=std, use_prefetcher=True)

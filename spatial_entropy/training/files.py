@@ -19,8 +19,8 @@ try: import fcntl
 except ImportError: fcntl = None                            # Windows
 
 # %% ../../nbs/50_files.ipynb #bbbc424d
-_kinds = "EINVAL EBADF ENOTSUP EOPNOTSUPP ENOSYS ENOLCK EPERM EACCES EISDIR".split()
-_unsupported = {getattr(errno, name) for name in _kinds if hasattr(errno, name)}
+_names = "EINVAL EBADF ENOTSUP EOPNOTSUPP ENOSYS ENOLCK EPERM EACCES EISDIR".split()
+_unsupported = {getattr(errno, name) for name in _names if hasattr(errno, name)}
 
 def _push(path, flags):
     "Push what lies at a path to the disk."
@@ -31,12 +31,12 @@ def _push(path, flags):
         os.fsync(handle)
     finally: os.close(handle)
 
-# %% ../../nbs/50_files.ipynb #28809f47
+# %% ../../nbs/50_files.ipynb #7c690432
 def _sync(path):
     "Push a file's bytes to the disk."
     _push(path, os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY)
 
-# %% ../../nbs/50_files.ipynb #2a1b75bf
+# %% ../../nbs/50_files.ipynb #ca882215
 def sync_folder(path):
     "Push a folder's entries to the disk, where there is such a thing."
     try: _push(path, os.O_RDONLY)
@@ -52,7 +52,7 @@ def _beside(path, token):
     name = f".{path.stem[:32]}.{_host}-{os.getpid()}-{token}.tmp{path.suffix}"
     return path.with_name(name)
 
-# %% ../../nbs/50_files.ipynb #e3b08479
+# %% ../../nbs/50_files.ipynb #2b1be327
 @contextmanager
 def new_name(path, # a file or folder to come
             ): # gives a Path beside it, of the same suffix, that nothing has
@@ -67,7 +67,7 @@ def new_name(path, # a file or folder to come
             shutil.rmtree(new) if folder else new.unlink(missing_ok=True)
         _live.discard(token)
 
-# %% ../../nbs/50_files.ipynb #058052b7
+# %% ../../nbs/50_files.ipynb #57c6fa15
 def create(path):
     "An empty file that was not there. Raises FileExistsError, also for a link."
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
@@ -81,7 +81,7 @@ def _dead(path, host, pid, token):
     if host != _host: return time.time() - path.lstat().st_mtime > 86400
     return token not in _live if int(pid) == os.getpid() else not psutil.pid_exists(int(pid))
 
-# %% ../../nbs/50_files.ipynb #b73a7c2f
+# %% ../../nbs/50_files.ipynb #686a6a88
 def sweep(folder):
     "Remove what writers that died have left in a folder, and nothing else."
     for path in Path(folder).iterdir() if Path(folder).is_dir() else ():
@@ -109,7 +109,7 @@ def _disk_says(path, full):
     quota = ", or a quota is used up" if full and free > 100 else ""
     return f"{free:,.1f} MiB free there{quota}"
 
-# %% ../../nbs/50_files.ipynb #a70e52c9
+# %% ../../nbs/50_files.ipynb #21100ee6
 _disk = ("No space left", "File too large", "Read-only file system", "Permission denied",
          "Input/output error", "Disk quota")
 _libraries = ("file write failed", "failed writing file", "unexpected pos",
@@ -119,7 +119,7 @@ _full = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 class Held(OSError):
     "A folder that another process has; the message says which, and since when."
 
-# %% ../../nbs/50_files.ipynb #d90cf70d
+# %% ../../nbs/50_files.ipynb #a7889803
 def _about_writing(path, e, system):
     "Whether an error is about writing a path; `system`: it has a number and a file's name."
     where = str(e.filename) if system and e.filename is not None else str(path)
@@ -136,14 +136,14 @@ def _unwritten(path, e):
     said = "; ".join(dict.fromkeys(filter(None, [why, known])))
     return OSError(f"{path}: cannot be written ({said})")
 
-# %% ../../nbs/50_files.ipynb #ee0cd1c4
+# %% ../../nbs/50_files.ipynb #94b12175
 @contextmanager
 def writing(path):
     "Inside, a failure to write becomes an OSError in one sentence that names `path`."
     try: yield
     except Exception as e: raise _unwritten(Path(path), e) from None
 
-# %% ../../nbs/50_files.ipynb #1bb4a543
+# %% ../../nbs/50_files.ipynb #fcf874c3
 def write_whole(path, # where
                 write, # called with a temporary path beside it, of the same suffix
                ) -> Path: # path
@@ -168,19 +168,19 @@ def _sum(path):
     "SHA-256 of a file."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
-# %% ../../nbs/50_files.ipynb #f956337b
+# %% ../../nbs/50_files.ipynb #cab75081
 def _sealed(content):
     "A list with a sum of its own."
     text = json.dumps(content, sort_keys=True)
     return {**content, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
-# %% ../../nbs/50_files.ipynb #ceb97146
+# %% ../../nbs/50_files.ipynb #c66e31d6
 def remove(path):
     "Take a folder, or a link to one, away; it loses its name first, so it is whole or gone."
     with new_name(path) as aside: os.rename(path, aside)
 
-# %% ../../nbs/50_files.ipynb #310d11f7
-def _list(folder, facts):
+# %% ../../nbs/50_files.ipynb #76a36f7b
+def _write_list(folder, facts):
     "Write the list of a folder's files. Gives all of them, with the list."
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     listed = {str(p.relative_to(folder)): dict(bytes=p.stat().st_size, sha256=_sum(p))
@@ -189,14 +189,14 @@ def _list(folder, facts):
     (folder/_manifest).write_text(listing, encoding="utf-8")
     return [*files, folder/_manifest]
 
-# %% ../../nbs/50_files.ipynb #830f581f
+# %% ../../nbs/50_files.ipynb #a489c378
 def seal(temporary, # a folder with all its files
          path, # the name that it gets; a folder of that name is replaced
          **facts, # anything JSON can hold, to be read back by `check`
         ) -> Path: # path
     "List the files of a folder with size and SHA-256, push them to the disk, give it its name."
     temporary, path = Path(temporary), Path(path)
-    for p in _list(temporary, facts): _sync(p)
+    for p in _write_list(temporary, facts): _sync(p)
     sync_folder(temporary)
     if os.path.lexists(path): remove(path)
     os.rename(temporary, path)
@@ -220,7 +220,7 @@ def contents(path) -> dict: # files: name to size and sum; facts: what `seal` wa
         raise Damaged(f"{path/_manifest}: has changed since it was written")
     return found
 
-# %% ../../nbs/50_files.ipynb #8c02a863
+# %% ../../nbs/50_files.ipynb #ecf2cbbb
 def _check_file(path, said):
     "Compare a file with what the list says of it."
     if not path.is_file(): raise Damaged(f"{path}: missing")
@@ -229,7 +229,7 @@ def _check_file(path, said):
     if _sum(path) != said["sha256"]:
         raise Damaged(f"{path}: has changed since it was written (its SHA-256 differs)")
 
-# %% ../../nbs/50_files.ipynb #568f7c87
+# %% ../../nbs/50_files.ipynb #4c7b4973
 def check(path) -> dict: # the facts that `seal` was given
     "Compare a sealed folder with its list. Raises Damaged that names the first file that differs."
     path = Path(path)
@@ -260,13 +260,13 @@ def write_rows(path, rows):
             for row in rows: table.writerow({k: _rounded(v) for k, v in row.items()})
     return write_whole(path, write)
 
-# %% ../../nbs/50_files.ipynb #e7fbfa7f
+# %% ../../nbs/50_files.ipynb #16c79d43
 def write_json(path, value):
     "Write JSON, whole."
     text = json.dumps(value, indent=2) + "\n"
     return write_whole(path, lambda p: p.write_text(text, encoding="utf-8"))
 
-# %% ../../nbs/50_files.ipynb #a60dbca8
+# %% ../../nbs/50_files.ipynb #f2df6663
 def _version(package):
     try: return version(package)
     except PackageNotFoundError: return "not installed"
@@ -315,7 +315,7 @@ def _let_go(stream):
             os.close(nothing)
             stream.flush()
 
-# %% ../../nbs/50_files.ipynb #1e0d1540
+# %% ../../nbs/50_files.ipynb #7f77daac
 @contextmanager
 def lenient_output():
     """Inside, whatever is printed to stdout and stderr never fails.
@@ -339,7 +339,7 @@ def _record():
     since = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
     return dict(host=platform.node(), pid=me.pid, began=me.create_time(), since=since)
 
-# %% ../../nbs/50_files.ipynb #e6805b85
+# %% ../../nbs/50_files.ipynb #d07762dc
 def _recorded(path):
     "Who holds a folder, or None if that cannot be read."
     try:
@@ -347,7 +347,7 @@ def _recorded(path):
         return found if set(found) >= {"host", "pid", "began", "since"} else None
     except (OSError, ValueError, TypeError): return None
 
-# %% ../../nbs/50_files.ipynb #cdc1c73c
+# %% ../../nbs/50_files.ipynb #e83acd13
 def _lives(path, record):
     "Whether a recorded process lives. What is being written counts, and so does another machine."
     if record is None: return time.time() - path.stat().st_mtime < 10
@@ -373,7 +373,7 @@ def _system_lock(path, mode=os.O_RDONLY): # nothing stays open for writing: a di
     os.close(handle)
     return _system_lock(path, mode)                         # its holder has just removed it
 
-# %% ../../nbs/50_files.ipynb #43b15a45
+# %% ../../nbs/50_files.ipynb #ee79bc4b
 def _record_lock(path):
     "Write the record, unless there is one of a living process: raises BlockingIOError."
     try:
@@ -395,7 +395,7 @@ def _lock(folder):
     else: (folder/".lock").write_text(json.dumps(_record()), encoding="utf-8")
     return handle
 
-# %% ../../nbs/50_files.ipynb #64fb2d58
+# %% ../../nbs/50_files.ipynb #78e3ed8b
 def _held(folder):
     "The sentence about a folder that another process has."
     other = folder/".held"
@@ -450,7 +450,7 @@ def use(held: Hold):
         held.busy = False
         held.release()
 
-# %% ../../nbs/50_files.ipynb #1e947397
+# %% ../../nbs/50_files.ipynb #f3f9a7eb
 _holds = WeakValueDictionary() # one for each folder
 
 def hold(folder) -> Hold:
@@ -460,7 +460,7 @@ def hold(folder) -> Hold:
     held.take()
     return held
 
-# %% ../../nbs/50_files.ipynb #fd97c081
+# %% ../../nbs/50_files.ipynb #0d5d906e
 def _hold_nothing():
     "A forked child holds nothing."
     for held in list(_holds.values()): held.forget()
