@@ -241,6 +241,8 @@ def _mixer(classes, batch_size, mixup=0., cutmix=0., prob=1., switch_prob=.5, sm
                  num_classes=classes)
 
 # %% ../../nbs/54_batches.ipynb #f46a5739
+def _eraser(reprob): return RandomErasing(reprob, mode="pixel", device="cpu") if reprob else None
+
 def _transforms(size, mean, std, interpolation, crop_pct, augmentation):
     "timm's transforms of a training and a validation picture, to uint8."
     look = dict(mean=mean, std=std, use_prefetcher=True)
@@ -274,6 +276,5 @@ def loaders(data: str = "shapes", # what `sources` takes: a folder, a .tar, torc
     order = Order(len(train), update or batch_size, seed, repeats)
     shown = _loader(Pictures(train, drawn, seed, True, repeats), batch_size, workers, sampler=order)
     kept = _loader(Pictures(val, plain), batch_size, workers)
-    erase = RandomErasing(reprob, mode="pixel", device="cpu") if reprob else None
-    return Loaders(Batches(shown, mean, std, erase, mix), Batches(kept, mean, std),
+    return Loaders(Batches(shown, mean, std, _eraser(reprob), mix), Batches(kept, mean, std),
                    tuple(train.classes), mean, std)

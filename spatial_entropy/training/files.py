@@ -433,8 +433,7 @@ class Hold:
     def __del__(self):
         with suppress(Exception): self.release()
 
-    def forget(self):
-        "Hold nothing, and leave the files: a forked child's way."
+    def forget(self): # a forked child's way: the files stay
         if self.handle is not None: os.close(self.handle)
         self.handle = self.pid = None
 
