@@ -38,9 +38,13 @@ def _checked_query(query):
     return tuple(query) if isinstance(query, list) else query
 
 # %% ../../nbs/12_tap.ipynb #9943f2b7
+def _prefix(adapter, model, kind):
+    "How many tokens stand before the patches."
+    return value_for(adapter.prefix if kind.prefix is None else kind.prefix, model)
+
 def _special_tokens(adapter, model, kind):
-    "How many tokens stand before the patches, and how many of these are [CLS]."
-    prefix = value_for(adapter.prefix if kind.prefix is None else kind.prefix, model)
+    "The same, and how many of them are [CLS]."
+    prefix = _prefix(adapter, model, kind)
     return prefix, min(value_for(adapter.cls, model), prefix)
 
 # %% ../../nbs/12_tap.ipynb #12aa0101
@@ -122,7 +126,7 @@ class _Ear:
 
     def prefix(self):
         "How many tokens stand before the patches."
-        return _special_tokens(self.tap.found.adapter, self.tap.found.model, self.kind)[0]
+        return _prefix(self.tap.found.adapter, self.tap.found.model, self.kind)
 
     def suffix(self):
         "How many tokens stand after them."
