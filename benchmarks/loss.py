@@ -40,11 +40,11 @@ from spatial_entropy.measure.operators import SpatialEntropyLoss, backend
 from spatial_entropy.pictures import Drawing
 from spatial_entropy.training.files import write_whole
 
-_LOADS = ((64, 6, 14, 14), (256, 6, 14, 14), (256, 12, 14, 14), (64, 12, 37, 37), (8, 16, 64, 64), (2, 16, 128, 128)) # (B, H, h, w)
-_CLASSIC = _LOADS[1]
+LOADS = ((64, 6, 14, 14), (256, 6, 14, 14), (256, 12, 14, 14), (64, 12, 37, 37), (8, 16, 64, 64), (2, 16, 128, 128)) # (B, H, h, w)
+CLASSIC = LOADS[1]
 
 
-def _load(text):
+def load_from(text):
     "'256x6x14' or '256x6x14x20' as (B, H, h, w)."
     try: sizes = [int(n) for n in re.split("[x×·*]", str(text).replace("²", ""))]
     except ValueError: sizes = []
@@ -55,7 +55,8 @@ def _load(text):
     return tuple(sizes)
 
 
-def _load_name(shape):
+def load_name(shape):
+    "The load as tables name it: 256·6·14²."
     B, H, h, w = shape
     return f"{B}·{H}·" + (f"{h}²" if h == w else f"{h}×{w}")
 
@@ -111,14 +112,14 @@ def _mix(M, h, w, rng):
 
 def _drawn(mask): return lambda M, h, w, rng: mask(h, w) + torch.rand(M, h, w, generator=rng)/4
 
-_KINDS = dict(mix=_mix, white=lambda M, h, w, rng: torch.randn(M, h, w, generator=rng),
+KINDS = dict(mix=_mix, white=lambda M, h, w, rng: torch.randn(M, h, w, generator=rng),
               s1=lambda M, h, w, rng: _smooth(torch.randn(M, h, w, generator=rng), 1),
               s2=lambda M, h, w, rng: _smooth(torch.randn(M, h, w, generator=rng), 2), blob=_blob,
               dots=_drawn(_dots), spiral=_drawn(_spiral), serpentine=_drawn(_serpentine),
               constant=lambda M, h, w, rng: torch.rand(M, 1, 1, generator=rng).expand(M, h, w), broken=_mix)
 
 
-def make_maps(kind: str, # one of _KINDS
+def make_maps(kind: str, # one of KINDS
               shape: tuple, # (B, H, h, w)
               seed: int = 0,
               dtype=torch.float32,
@@ -126,7 +127,7 @@ def make_maps(kind: str, # one of _KINDS
     "Seeded maps of one kind, centred, with no cell within rounding of its map's mean."
     B, H, h, w = shape
     rng = torch.Generator().manual_seed(seed)
-    x = _KINDS[kind](B*H, h, w, rng).contiguous()
+    x = KINDS[kind](B*H, h, w, rng).contiguous()
     if kind != "constant":
         x = x - x.mean((-2, -1), keepdim=True)
         margin = 1e-3*x.std((-2, -1), keepdim=True, correction=0)
@@ -136,8 +137,8 @@ def make_maps(kind: str, # one of _KINDS
     return x.view(shape).to(dtype)
 
 
-def _labelled_loss(maps, # (B, H, h, w)
-                   label): # (M, h, w) bool -> labels (M, h, w) int64, different from map to map, and their number of slots
+def labelled_loss(maps, # (B, H, h, w)
+                  label): # (M, h, w) bool -> labels (M, h, w) int64, different from map to map, and their number of slots
     "Mean entropy in nats, with labels from a peer and the gradient from autograd."
     s = maps.flatten(0, -3).float()
     a = (s - s.mean((-2, -1), keepdim=True)).relu()
@@ -148,8 +149,8 @@ def _labelled_loss(maps, # (B, H, h, w)
     return -(P*P.clamp_min(torch.finfo(P.dtype).tiny).log()).sum()/len(s)
 
 
-def _loop(label_picture): # (h, w) uint8 -> labels (h, w), number of regions
-    "A labeller of batches that calls once a map."
+def map_by_map(label_picture): # (h, w) uint8 -> labels (h, w), number of regions
+    "A labeller of batches that calls once per map."
     def label(mask):
         on = mask.cpu().numpy().view(np.uint8)
         labels, last = np.empty(on.shape, np.int64), 0
@@ -160,7 +161,7 @@ def _loop(label_picture): # (h, w) uint8 -> labels (h, w), number of regions
     return label
 
 
-def _strip(label_picture):
+def in_one_strip(label_picture):
     "A labeller of batches that calls once, on all maps in one strip."
     def label(mask):
         M, h, w = mask.shape
@@ -171,7 +172,9 @@ def _strip(label_picture):
     return label
 
 
-def _scipy(ndimage): return lambda x: ndimage.label(x, np.ones((3, 3)), np.int32)
+def scipy_labeller(ndimage):
+    "SciPy's way to label one picture."
+    return lambda x: ndimage.label(x, np.ones((3, 3)), np.int32)
 def _skimage(measure): return lambda x: measure.label(x, return_num=True, connectivity=2)
 def _cc3d(cc3d): return lambda x: cc3d.connected_components(x, connectivity=8, return_N=True)
 
@@ -186,15 +189,15 @@ def _opencv(cv2):
 def _pooling(contrib): return lambda mask: (contrib.connected_components(mask[:, None].float())[:, 0], mask.numel() + 1)
 def _union_find(contrib): return lambda mask: (contrib.connected_components_union_find(mask[:, None])[:, 0], mask.numel() + 1)
 
-_PEERS = {"scipy loop": ("scipy.ndimage", lambda m: _loop(_scipy(m))), "scipy strip": ("scipy.ndimage", lambda m: _strip(_scipy(m))),
-          "opencv loop": ("cv2", lambda m: _loop(_opencv(m))), "opencv strip": ("cv2", lambda m: _strip(_opencv(m))),
-          "cc3d loop": ("cc3d", lambda m: _loop(_cc3d(m))), "cc3d strip": ("cc3d", lambda m: _strip(_cc3d(m))),
-          "skimage loop": ("skimage.measure", lambda m: _loop(_skimage(m))), "skimage strip": ("skimage.measure", lambda m: _strip(_skimage(m))),
+_PEERS = {"scipy loop": ("scipy.ndimage", lambda m: map_by_map(scipy_labeller(m))), "scipy strip": ("scipy.ndimage", lambda m: in_one_strip(scipy_labeller(m))),
+          "opencv loop": ("cv2", lambda m: map_by_map(_opencv(m))), "opencv strip": ("cv2", lambda m: in_one_strip(_opencv(m))),
+          "cc3d loop": ("cc3d", lambda m: map_by_map(_cc3d(m))), "cc3d strip": ("cc3d", lambda m: in_one_strip(_cc3d(m))),
+          "skimage loop": ("skimage.measure", lambda m: map_by_map(_skimage(m))), "skimage strip": ("skimage.measure", lambda m: in_one_strip(_skimage(m))),
           "kornia pooling": ("kornia.contrib", _pooling), "kornia union-find": ("kornia.contrib", _union_find)}
-_NAMES = ("ours", "clear", "authors", *_PEERS)
+CONTENDERS = ("ours", "clear", "authors", *_PEERS)
 
 
-def _import(module):
+def import_peer(module):
     "The module; ImportError says in a few words why not."
     if importlib.util.find_spec(module.split(".")[0]) is None: raise ImportError(module.split(".")[0])
     return importlib.import_module(module)
@@ -202,7 +205,7 @@ def _import(module):
 _SQUARE = re.compile(r"reshape\(\s*14\s*,\s*14\s*\)")
 
 
-def _read_authors(path: str # their checkout, or attention_losses.py itself
+def read_authors(path: str # their checkout, or attention_losses.py itself
                 ) -> str: # the source
     "Their loss as text. Raises FileNotFoundError or ValueError that say what was expected."
     file = Path(path)/"attention_losses.py" if Path(path).is_dir() else Path(path)
@@ -216,7 +219,7 @@ def _read_authors(path: str # their checkout, or attention_losses.py itself
 
 def _authors(source, shape):
     "Their BlobLoss for h×w grids."
-    for needed in ("cv2", "timm"): _import(needed)
+    for needed in ("cv2", "timm"): import_peer(needed)
     module = types.ModuleType("authors_losses")
     exec(compile(_SQUARE.sub("reshape({}, {})".format(*shape[-2:]), source), "attention_losses.py", "exec"), module.__dict__)
     return module.BlobLoss()
@@ -229,7 +232,8 @@ class _Contender:
     grad: Callable = lambda g: g # the gradient in the shape of the maps
 
 
-def _differentiated(loss, maps_of=lambda leaf: leaf.shape[0]*leaf.shape[1]):
+def differentiated(loss, maps_of=lambda leaf: leaf.shape[0]*leaf.shape[1]):
+    "The loss as a call that gives its value and its gradient."
     def call(leaf):
         value = loss(leaf)
         if value is None: raise FloatingPointError("the loss returned None")
@@ -242,23 +246,23 @@ def _clear(leaf):
     return E.nanmean(), (g*(len(E)/E.isfinite().sum())).view_as(leaf)
 
 
-def _contender(name, shape, source=None, device="cpu"): # source: the authors' code
+def make_contender(name, shape, source=None, device="cpu"): # source: the authors' code
     "What `name` does to maps of this shape. Raises ImportError when it is not there."
-    if name == "ours": return _Contender(_differentiated(SpatialEntropyLoss().to(device)))
+    if name == "ours": return _Contender(differentiated(SpatialEntropyLoss().to(device)))
     if name == "clear": return _Contender(_clear)
     if name == "authors":
         if source is None: raise ImportError("pass --authors-code PATH, a checkout of github.com/helia95/SAR")
         loss = _authors(source, shape)
-        return _Contender(_differentiated(lambda row: loss({"dot_qk": row})),
+        return _Contender(differentiated(lambda row: loss({"dot_qk": row})),
                           lambda maps: F.pad(maps.detach().flatten(2)[:, :, None], (1, 0)).requires_grad_(), lambda g: g[:, :, 0, 1:].reshape(shape))
     module, make = _PEERS[name]
-    label = make(_import(module))
-    return _Contender(_differentiated(lambda maps: _labelled_loss(maps, label)))
+    label = make(import_peer(module))
+    return _Contender(differentiated(lambda maps: labelled_loss(maps, label)))
 
 
-def _differs(value, gradient, # of the contender
-             expected, slope, # ours
-             dtype): # of the maps
+def difference_said(value, gradient, # of the contender
+                    expected, slope, # ours
+                    dtype): # of the maps
     "What is wrong, in a few words; None when they agree."
     allowed = max(1e-3, 4*torch.finfo(dtype).eps)
     off = abs(value.item() - expected.item())
@@ -268,19 +272,19 @@ def _differs(value, gradient, # of the contender
     if not bend <= allowed: return f"gradient off by {100*bend:.2g} %" if norm else f"gradient of norm {bend:.2g} instead of 0"
 
 
-def _check(name, maps, ours, source):
+def check_contender(name, maps, ours, source):
     "(contender or None, facts): facts says 'ok', 'wrong', 'failed' or 'not installed', with a note on why."
-    try: contender = _contender(name, tuple(maps.shape), source, maps.device)
+    try: contender = make_contender(name, tuple(maps.shape), source, maps.device)
     except ImportError as e: return None, dict(status="not installed", note=str(e))
     try: leaf = contender.leaf(maps); value, g = contender.call(leaf)
     except Exception as e: return None, dict(status="failed", note=f"{type(e).__name__}: {' '.join(str(e).split())[:90]}")
-    wrong = _differs(value.float(), contender.grad(g), *ours, maps.dtype)
+    wrong = difference_said(value.float(), contender.grad(g), *ours, maps.dtype)
     return (None, dict(status="wrong", note=wrong)) if wrong else (lambda: contender.call(leaf), dict(status="ok"))
 
 _SLOW = .3 # seconds a call, from which one repeat must do
 
 
-def _interleave(calls: dict, # name -> function of nothing
+def interleave(calls: dict, # name -> function of nothing
                timed: Callable, # function -> seconds that it took
                budget: float, # seconds, shared equally
                repeats: int = 31, # at most
@@ -299,13 +303,17 @@ def _interleave(calls: dict, # name -> function of nothing
     return times
 
 
-def _cpu_time(call):
-    began = time.process_time(); call()
+def cpu_time(call):
+    "Seconds of this process's processor time."
+    began = time.process_time()
+    call()
     return time.process_time() - began
 
 
-def _wall_time(call):
-    began = time.perf_counter(); call()
+def wall_time(call):
+    "Seconds on the clock."
+    began = time.perf_counter()
+    call()
     return time.perf_counter() - began
 
 
@@ -336,9 +344,9 @@ def _rise(call): # bytes
     return _high_water() - before
 
 
-def _peak_extra(call): # bytes
+def peak_extra(call): # bytes
     "The most of three calls, of one where a call is slow. The very first loads what is loaded once."
-    slow = _wall_time(call) > _SLOW
+    slow = wall_time(call) > _SLOW
     return max(_rise(call) for _ in range(1 if slow else 3))
 
 
@@ -362,12 +370,12 @@ def _in_fork(measure, *arguments):
 
 
 def _peak_of(name, maps, source):
-    contender = _contender(name, tuple(maps.shape), source)
+    contender = make_contender(name, tuple(maps.shape), source)
     leaf = contender.leaf(maps)
-    return _peak_extra(lambda: contender.call(leaf))
+    return peak_extra(lambda: contender.call(leaf))
 
 
-def _give_back_at_once():
+def give_back_at_once():
     "This process hands freed memory back, and counts no more than it uses. For its whole life."
     libc = ctypes.CDLL(None)
     libc.mallopt(-3, 1 << 16)              # M_MMAP_THRESHOLD: freed blocks go back at once
@@ -379,9 +387,9 @@ def _memory_child():
     "Read a request from stdin, write [{name: bytes}], one for each case, as the last line of stdout."
     asked = json.load(sys.stdin)
     warnings.simplefilter("ignore")
-    _give_back_at_once()
+    give_back_at_once()
     for shape, _, names in asked["cases"]:
-        for name in names: _contender(name, tuple(shape), asked["source"])          # loads what the forks will share
+        for name in names: make_contender(name, tuple(shape), asked["source"])          # loads what the forks will share
     _set_threads(1)                        # of what has been loaded since, too
     SpatialEntropyLoss()(torch.rand(1, 1, 4, 4, requires_grad=True))    # compiled once; a backward pass here would forbid forks
     gc.collect(); gc.freeze()
@@ -392,7 +400,7 @@ def _memory_child():
     print(json.dumps(peaks))
 
 
-def _measure_memory(cases, dtype, source): # cases: (shape, kind, names)
+def measure_memory(cases, dtype, source): # cases: (shape, kind, names)
     "([{name: bytes}], why not) of the cases, from a child process."
     if not Path("/proc/self/clear_refs").exists(): return [{} for _ in cases], "needs Linux"
     child = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); "
@@ -424,7 +432,7 @@ def _synchronisations(call):
     return sum("synchroniz" in str(w.message) for w in said)
 
 
-def _gpu_facts(call): # of our loss
+def gpu_facts(call): # of our loss
     "Replay time and synchronisations; a call that cannot be recorded says why."
     facts = dict(synchronisations=_synchronisations(call))
     try: return facts | dict(replay_ms=1000*_replay_seconds(call))
@@ -448,20 +456,20 @@ def _stepper(kind, device, batch, model): # "without", "tap" or "with" the regul
     return step
 
 
-def _measure_step(device: torch.device,
+def measure_step(device: torch.device,
                  batch: int | None = None, # 256 on a GPU, 2 elsewhere
                  model="deit_small_patch16_224",
                  rounds=15, steps=None, # steps in a round: 10 on a GPU, 1 elsewhere
                 ) -> dict: # ms a step without, with the tap, and with the regulariser, and what they add in %
     "What tap and regulariser add to a training step, measured in pairs; on a CPU in one thread's time."
     cuda = device.type == "cuda"
-    batch, steps, timed = batch or (256 if cuda else 2), steps or (10 if cuda else 1), _cuda_time if cuda else _cpu_time
+    batch, steps, timed = batch or (256 if cuda else 2), steps or (10 if cuda else 1), _cuda_time if cuda else cpu_time
     threads = torch.get_num_threads()
     try:
         if not cuda: _set_threads(1)
         calls = {kind: _stepper(kind, device, batch, model) for kind in ("without", "tap", "with")}
         for _ in range(3 if cuda else 1): [step() for step in calls.values()]
-        times = _interleave(calls, lambda step: timed(lambda: [step() for _ in range(steps)])/steps, 1e9, rounds)
+        times = interleave(calls, lambda step: timed(lambda: [step() for _ in range(steps)])/steps, 1e9, rounds)
     finally: _set_threads(threads)
     facts = {f"{name}_ms": 1000*median(t) for name, t in times.items()}
     for name in ("tap", "with"): facts[f"{name}_adds_percent"] = 100*(median(b/a for a, b in zip(times["without"], times[name])) - 1)
@@ -472,7 +480,8 @@ def _measure_step(device: torch.device,
 _PACKAGES = ("torch", "numba", "triton", "numpy", "timm", "scipy", "scikit-image", "connected-components-3d", "kornia", "opencv-python-headless")
 
 
-def _version(package):
+def version_of(package):
+    "Its version, or None where it is not installed."
     for name in (package, package.removesuffix("-headless")):
         try: return version(name)
         except PackageNotFoundError: pass
@@ -498,7 +507,7 @@ def _cpu_model():
 def machine_facts(device):
     commit, dirty = _commit()
     return dict(device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", cpu=_cpu_model(), cores=_cores(), system=platform.system(),
-                backend=backend(device), python=platform.python_version(), versions={name: _version(name) for name in _PACKAGES},
+                backend=backend(device), python=platform.python_version(), versions={name: version_of(name) for name in _PACKAGES},
                 commit=commit, dirty=dirty)
 
 
@@ -527,9 +536,9 @@ def _one_of(argument, got, known):
     return list(got)
 
 
-def _chosen_peers(peers):
+def chosen_peers(peers):
     "'scipy' means both of its ways, 'scipy-loop' one of them."
-    rest = [n for n in _NAMES if n not in ("ours", "clear")]
+    rest = [n for n in CONTENDERS if n not in ("ours", "clear")]
     if peers is None: return ["ours", "clear", *rest]
     known = {w: [n for n in rest if n.replace(" ", "-") == w or n.split()[0] == w] for n in rest for w in (n.split()[0], n.replace(" ", "-"))}
     asked = sum((known[p] for p in _one_of("peers", [str(p).replace(" ", "-") for p in peers], known)), [])
@@ -538,13 +547,13 @@ def _chosen_peers(peers):
 
 def _cases(shapes, kinds, threads, quick):
     "((B, H, h, w), kind, threads): what is named, or the default set; several threads only on mix, by default on two loads."
-    loads = [_load(s) for s in shapes] if shapes else None
-    kinds = _one_of("kinds", kinds, list(_KINDS)) if kinds else None
-    if loads or kinds: pairs = [(load, kind) for kind in kinds or ["mix"] for load in loads or [_CLASSIC]]
-    elif quick: pairs = [(_LOADS[0], kind) for kind in ("mix", "dots", "spiral")]
-    else: pairs = [(load, "mix") for load in _LOADS] + [(_CLASSIC, kind) for kind in _KINDS if kind != "mix"]
+    loads = [load_from(s) for s in shapes] if shapes else None
+    kinds = _one_of("kinds", kinds, list(KINDS)) if kinds else None
+    if loads or kinds: pairs = [(load, kind) for kind in kinds or ["mix"] for load in loads or [CLASSIC]]
+    elif quick: pairs = [(LOADS[0], kind) for kind in ("mix", "dots", "spiral")]
+    else: pairs = [(load, "mix") for load in LOADS] + [(CLASSIC, kind) for kind in KINDS if kind != "mix"]
     pairs = list(dict.fromkeys(pairs))
-    wide = [p for p in pairs if p[1] == "mix" and (shapes or p[0] in (_CLASSIC, _LOADS[3]))]
+    wide = [p for p in pairs if p[1] == "mix" and (shapes or p[0] in (CLASSIC, LOADS[3]))]
     return [(*p, 1) for p in pairs] + [(*p, n) for n in threads if n > 1 for p in wide]
 
 
@@ -579,8 +588,8 @@ def prepare_benchmark(shapes: list[str] | None = None, # such as 256x6x14; defau
     if not 0 <= budget < float("inf"): raise ValueError(f"budget: got {budget!r}, expected seconds")
     arguments = dict(shapes=shapes, kinds=kinds, peers=peers, repeats=repeats, threads=threads, device=device, dtype=dtype,
                      authors_code=bool(authors_code), quick=quick, step=step, budget=budget)
-    return _Job(_cases(shapes, kinds, many, quick), _chosen_peers(peers), place, getattr(torch, dtype), _whole("repeats", repeats), budget,
-                        _read_authors(authors_code) if authors_code else None, not quick, place.type == "cuda" if step is None else step,
+    return _Job(_cases(shapes, kinds, many, quick), chosen_peers(peers), place, getattr(torch, dtype), _whole("repeats", repeats), budget,
+                        read_authors(authors_code) if authors_code else None, not quick, place.type == "cuda" if step is None else step,
                         checked_output(output), arguments)
 
 
@@ -601,27 +610,27 @@ def fresh_folder(folder):
         except FileExistsError: continue
 
 
-def _weight(shape, kind, threads): return 4 if (shape, kind, threads) == (_CLASSIC, "mix", 1) else 1
+def _weight(shape, kind, threads): return 4 if (shape, kind, threads) == (CLASSIC, "mix", 1) else 1
 
 
 def _measure_case(job, shape, kind, threads):
     "Facts of every contender on one load and kind."
     _set_threads(threads)
     maps = make_maps(kind, shape, dtype=job.dtype).to(job.device)
-    ours = _contender("ours", shape, None, job.device)
+    ours = make_contender("ours", shape, None, job.device)
     value, g = ours.call(ours.leaf(maps))
     _set_threads(threads)                                               # again, for what the first call has loaded
-    checked = {name: _check(name, maps, (value.float(), g), job.source) for name in job.names}
+    checked = {name: check_contender(name, maps, (value.float(), g), job.source) for name in job.names}
     _set_threads(threads)
-    timed = _cuda_time if job.device.type == "cuda" else _cpu_time if threads == 1 else _wall_time
+    timed = _cuda_time if job.device.type == "cuda" else cpu_time if threads == 1 else wall_time
     calls = {name: call for name, (call, _) in checked.items() if call}
-    times = _interleave(calls, timed, job.budget*_weight(shape, kind, threads)/sum(_weight(*case) for case in job.cases), job.repeats)
+    times = interleave(calls, timed, job.budget*_weight(shape, kind, threads)/sum(_weight(*case) for case in job.cases), job.repeats)
     facts = {name: dict(known) for name, (_, known) in checked.items()}
     for name, t in times.items():
         facts[name] |= dict(ms=1000*median(t), lowest=1000*min(t), highest=1000*max(t), repeats=len(t), ratio=median(t)/median(times["ours"]))
     if job.device.type == "cuda":
         for name, call in calls.items(): facts[name]["memory"] = _cuda_peak_extra(call)/(maps.numel()*maps.element_size())
-        facts["ours"] |= _gpu_facts(calls["ours"])
+        facts["ours"] |= gpu_facts(calls["ours"])
     if "ms" in facts.get("authors", {}) and shape[-2:] != (14, 14): facts["authors"]["note"] = "measured with its 14×14 replaced in memory"
     return facts
 
@@ -632,7 +641,7 @@ def _add_memory(job, results):
     wanted = list(each_grid.values())
     names = [[n for n, f in r["contenders"].items() if f.get("ms", 1e9) < 4000] for r in wanted]
     dtype = str(job.dtype).removeprefix("torch.")
-    peaks, trouble = _measure_memory([(r["shape"], r["kind"], n) for r, n in zip(wanted, names)], dtype, job.source)
+    peaks, trouble = measure_memory([(r["shape"], r["kind"], n) for r, n in zip(wanted, names)], dtype, job.source)
     for r, peak in zip(wanted, peaks):
         for name, extra in peak.items():
             if extra is not None: r["contenders"][name]["memory"] = extra/(np.prod(r["shape"])*job.dtype.itemsize)
@@ -642,7 +651,7 @@ def _add_memory(job, results):
 def _growth(results):
     "{contender: how much dearer a cell of the largest grid is than one of the smallest}, on mix, one thread."
     mix = sorted((r for r in results if r["kind"] == "mix" and r["threads"] == 1), key=lambda r: (np.prod(r["shape"][-2:]), np.prod(r["shape"])))
-    small = next((r for r in mix if tuple(r["shape"]) == _CLASSIC), mix[0] if mix else None)
+    small = next((r for r in mix if tuple(r["shape"]) == CLASSIC), mix[0] if mix else None)
     if not mix or small["shape"][-2:] == mix[-1]["shape"][-2:]: return {}
     cost = [{n: f["ms"]/np.prod(r["shape"]) for n, f in r["contenders"].items() if "ms" in f} for r in (small, mix[-1])]
     return {n: float(cost[1][n]/cost[0][n]) for n in cost[0] if n in cost[1]} | dict(grids=[small["shape"][-2:], mix[-1]["shape"][-2:]])
@@ -661,8 +670,8 @@ def _measure_all(job, say):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                             # of broken maps, and of what the authors' code uses
             for shape, kind, n in job.cases:
-                say(f"{_load_name(shape)} {kind}, {n} thread{'s'*(n > 1)} …")
-                results.append(dict(load=_load_name(shape), shape=list(shape), kind=kind, threads=n, contenders=_measure_case(job, shape, kind, n)))
+                say(f"{load_name(shape)} {kind}, {n} thread{'s'*(n > 1)} …")
+                results.append(dict(load=load_name(shape), shape=list(shape), kind=kind, threads=n, contenders=_measure_case(job, shape, kind, n)))
     finally: _set_threads(threads)
     return results
 
@@ -675,7 +684,7 @@ def _measure_report(job, say):
     results = _measure_all(job, say)
     if job.memory and job.device.type == "cpu": say("memory …"); report["memory_not_measured"] = _add_memory(job, results)
     report |= dict(growth=_growth(results), results=results)
-    if job.step: say("training step …"); report["step"] = _measure_step(job.device)
+    if job.step: say("training step …"); report["step"] = measure_step(job.device)
     return _tidy(report | dict(took_seconds=time.perf_counter() - began))
 
 
@@ -687,7 +696,7 @@ def run_benchmark(job: _Job,
     folder = fresh_folder(job.output)
     write_whole(folder/"benchmark.json", lambda path: path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"))
     write_whole(folder/"benchmark.png", lambda path: draw_benchmark(report).savefig(path, format="png", dpi=150))
-    _print_report(report)
+    print_report(report)
     print(f"report: {folder/'benchmark.json'}   picture: {folder/'benchmark.png'}")
     return folder
 
@@ -713,7 +722,7 @@ def _table(results, title, show): # show(facts, name) -> text
 def _memory_cell(facts, name): return f"{facts['memory']:.1f}" if "memory" in facts else facts["status"] if facts["status"] != "ok" else "–"
 
 
-def _notes(results):
+def notes_of(results):
     "Lines such as 'scipy loop, cc3d loop wrong: gradient off by 3 % (256·6·14² spiral)': every reason once."
     names, cases = {}, {}
     for r in results:
@@ -724,7 +733,7 @@ def _notes(results):
     return [line + (f" ({', '.join(where)})" if len(where) < 6 else "") for line, where in lines]
 
 
-def _print_report(report: dict, # as benchmark.json holds it
+def print_report(report: dict, # as benchmark.json holds it
                  ):
     "Print the tables, the notes and the machine."
     from rich.console import Console
@@ -741,7 +750,7 @@ def _print_report(report: dict, # as benchmark.json holds it
 
 def _lines(report):
     "What does not fit into a table."
-    for note in _notes(report["results"]): yield f"• {note}"
+    for note in notes_of(report["results"]): yield f"• {note}"
     growth, machine = dict(report["growth"]), report["machine"]
     if growth:
         (h, w), (H, W) = growth.pop("grids")

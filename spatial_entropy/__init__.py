@@ -43,23 +43,29 @@ _optional = {name: module for module, (names, _) in _frameworks.items() for name
 _rooms = {module.partition(".")[0] for module in (*_modules, *_frameworks)}
 
 # %% ../nbs/69_names.ipynb #384dd819
+def _framework(module):
+    "A module that needs a framework. Raises ImportError that names the extra."
+    extra = _frameworks[module][1]
+    try: return import_module(f"{__name__}.{module}")
+    except ModuleNotFoundError as e:
+        if (e.name or "").split(".")[0] != extra: raise
+        said = (f"{__name__}.{module} needs {extra}, which is not installed; "
+                f"pip install 'spatial_entropy[{extra}]'")
+        raise ImportError(said, name=e.name) from None
+
+# %% ../nbs/69_names.ipynb #33683123
 def __getattr__(name):
     "Load the module that defines a public name."
     if name in _home: value = getattr(import_module(f"{__name__}.{_home[name]}"), name)
     elif name in _optional: value = getattr(_framework(_optional[name]), name)
     elif name in _rooms: value = import_module(f"{__name__}.{name}")
-    else: raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(sorted(_home))}")
+    else:
+        offered = ", ".join(sorted(_home))
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {offered}")
     globals()[name] = value
     return value
 
 def __dir__(): return sorted([*globals(), *_home, *_optional, *_rooms])
-
-def _framework(module):
-    extra = _frameworks[module][1]
-    try: return import_module(f"{__name__}.{module}")
-    except ModuleNotFoundError as e:
-        if (e.name or "").split(".")[0] != extra: raise
-        raise ImportError(f"{__name__}.{module} needs {extra}, which is not installed; pip install 'spatial_entropy[{extra}]'", name=e.name) from None
 
 # %% ../nbs/69_names.ipynb #70b19714
 __all__ = list(_home)

@@ -13,18 +13,22 @@ import os
 import sys
 import unicodedata
 from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 from typing import get_type_hints
-from .training.config import Names, Range, TrainConfig, recipes, configure, load_config, plain_type
-from .training.files import lenient_output, write_json
+from .training.config import (Names, Range, TrainConfig, recipes, configure,
+                                             load_config, plain_type)
+from .training.files import lenient_output, write_json, write_whole
 
 # %% ../nbs/60_commands.ipynb #99d4c9e4
 def pair(text):
-    "'patch_size=8' as ('patch_size', 8); values are read as JSON where they can be."
+    "'patch_size=8' as ('patch_size', 8)."
     key, equals, value = text.partition("=")
-    if not (key and equals): raise argparse.ArgumentTypeError(f"got {text!r}, expected key=value, such as patch_size=8")
+    if not (key and equals):
+        said = f"got {text!r}, expected key=value, such as patch_size=8"
+        raise argparse.ArgumentTypeError(said)
     try: return key, json.loads(value.lower() if value in ("True", "False") else value)
-    except (ValueError, RecursionError): return key, value    # a number or a nest too long for JSON
+    except (ValueError, RecursionError): return key, value  # a number or a nest too long for JSON
 
 # %% ../nbs/60_commands.ipynb #b7bbfe6e
 def _sentence(e, most=600):
@@ -34,18 +38,20 @@ def _sentence(e, most=600):
     unseen = lambda c: unicodedata.category(c) in ("Cc", "Cs")
     return "".join(c.encode("unicode_escape").decode() if unseen(c) else c for c in said)
 
+# %% ../nbs/60_commands.ipynb #3aef7e78
 def _dashed(word):
     "--batch_size=3 as --batch-size=3."
     flag, equals, value = word.partition("=")
     return flag.replace("_", "-") + equals + value if word.startswith("--") else word
 
 class Parser(argparse.ArgumentParser):
-    "Takes flags with _ for -, and says a typing mistake in one sentence, not in sixty lines of usage."
+    "Takes flags with _ for -, and says a typing mistake in one sentence, not in sixty lines."
     def parse_known_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else args
         return super().parse_known_args([_dashed(w) for w in words], namespace)
 
     def error(self, message):
+        "End with exit code 2."
         self.exit(2, f"{self.prog}: {_sentence(message)}; see {self.prog} --help\n")
 
 # %% ../nbs/60_commands.ipynb #b1726f12
@@ -60,7 +66,8 @@ def _refuse_empty(args):
     "An empty text is a mistake everywhere but in --aa."
     for name, value in vars(args).items():
         if name != "aa" and "" in (value if isinstance(value, list) else [value]):
-            raise ValueError(f"{name}: got an empty text; give a value, or leave it out (--{name.replace('_', '-')})")
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{name}: got an empty text; give a value, or leave it out ({flag})")
 
 # %% ../nbs/60_commands.ipynb #6811ff6c
 def _help_of(f):
@@ -68,128 +75,120 @@ def _help_of(f):
     known, kind = [], f.metadata["range"]
     if f.default is not None and not isinstance(f.default, bool): known.append(str(f.default))
     if isinstance(kind, (Range, Names)): known.append(str(kind))
-    return (f.metadata["help"] + (f" ({'; '.join(known)})" if known else "")).replace("%", "%%")
+    about = f" ({'; '.join(known)})" if known else ""
+    return (f.metadata["help"] + about).replace("%", "%%")
 
+def _options_of(f, kind):
+    "What else argparse has to know of a field of this plain type."
+    if kind is bool: return dict(action=argparse.BooleanOptionalAction)
+    if kind is dict: return dict(nargs="+", type=pair, metavar="KEY=VALUE")
+    if kind is list: return dict(nargs="+", metavar="NAME")
+    if const := f.metadata["const"]: return dict(nargs="?", const=const, metavar="NAME")
+    return dict(type=kind, metavar=kind.__name__.upper())
+
+# %% ../nbs/60_commands.ipynb #c373da72
 def _add_settings(parser):
     "A flag for every field of TrainConfig."
     hints = get_type_hints(TrainConfig)
     for f in fields(TrainConfig):
-        kind, const = plain_type(hints[f.name]), f.metadata["const"]
         names = [n for n in (f.metadata["flag"], "--" + f.name.replace("_", "-")) if n]
-        options = dict(dest=f.name, default=argparse.SUPPRESS, help=_help_of(f))
-        if kind is bool: parser.add_argument(*names, action=argparse.BooleanOptionalAction, **options)
-        elif kind is dict: parser.add_argument(*names, nargs="+", type=pair, metavar="KEY=VALUE", **options)
-        elif kind is list: parser.add_argument(*names, nargs="+", metavar="NAME", **options)
-        elif const: parser.add_argument(*names, nargs="?", const=const, metavar="NAME", **options)
-        else: parser.add_argument(*names, type=kind, metavar=kind.__name__.upper(), **options)
+        parser.add_argument(*names, dest=f.name, default=argparse.SUPPRESS, help=_help_of(f),
+                            **_options_of(f, plain_type(hints[f.name])))
 
-# %% ../nbs/60_commands.ipynb #24b6958d
-def _parser():
-    p = Parser("spatial-entropy",
-                description="Vision Transformers whose attention falls on connected objects.")
-    commands = p.add_subparsers(dest="command", required=True, metavar="{train,evaluate,draw}")
-    train = commands.add_parser("train", help="train a ViT with the spatial-entropy regulariser", description="Train a ViT with the spatial-entropy "
-        "regulariser. With no flags: a small one on the embedded pictures.")
-    _add_where_from(train); _add_settings(train)
-    _add_evaluate(commands.add_parser("evaluate", help="measure a run: accuracy, entropy, regions, mask Jaccard", description="Measure a run."))
-    _add_draw(commands.add_parser("draw", help="draw the maps and regions of pictures", description="Draw maps and regions."))
-    return p
+# %% ../nbs/60_commands.ipynb #abbeb33e
+def _default_of(function, name):
+    "What a function takes where nothing is given."
+    return signature(function).parameters[name].default
 
 def _add_where_from(p):
-    p.add_argument("--resume", metavar="RUN", help="go on with a run's folder, from its newest whole checkpoint; from scratch if it has none")
+    "What a run starts from."
+    recipe = _default_of(configure, "recipe")
+    p.add_argument("--resume", metavar="RUN", help="go on with a run's folder, from its newest "
+                   "whole checkpoint; from scratch if it has none")
     p.add_argument("--allow-changes", action="store_true",
                    help="go on though the run's config.yaml was edited since its checkpoint")
-    p.add_argument("--recipe", default="small", choices=list(recipes), help="the settings to start from (small)")
-    p.add_argument("--config", metavar="FILE", help="a YAML file of settings, or a run folder; wins over the recipe, and flags win over it")
+    p.add_argument("--recipe", default=recipe, choices=list(recipes),
+                   help=f"the settings to start from ({recipe})")
+    p.add_argument("--config", metavar="FILE", help="a YAML file of settings, or a run folder; "
+                   "wins over the recipe, and flags win over it")
 
 # %% ../nbs/60_commands.ipynb #c92a660a
 def _add_evaluate(p):
+    "What `evaluate` takes."
+    own = dict(default=argparse.SUPPRESS)
     p.add_argument("run", help="a run folder")
-    p.add_argument("--weights", default="model", choices=("model", "best"), help="those of the last epoch, or of the best (model)")
-    p.add_argument("--data", help="an image folder with the run's classes (the run's own data)")
-    p.add_argument("--split", choices=("val", "train", "all"), help="which of its pictures (of --data: all, or the validation part "
-                   "where there are parts; of the run's own data: val)")
-    p.add_argument("--masks", help="a folder with images/ and masks/, paired by file name")
-    p.add_argument("--device", default="cpu", help="such as cuda (cpu)")
+    p.add_argument("--weights", **own, choices=("model", "best"),
+                   help="those of the last epoch, or of the best (model)")
+    p.add_argument("--data", **own,
+                   help="an image folder with the run's classes (the run's own data)")
+    p.add_argument("--split", **own, choices=("val", "train", "all"),
+                   help="which of its pictures (of --data: all, or the validation part where there "
+                        "are parts; of the run's own data: val)")
+    p.add_argument("--masks", **own, help="a folder with images/ and masks/, paired by file name")
+    p.add_argument("--device", **own, help="such as cuda (cpu)")
     p.add_argument("-o", "--output", help="the JSON file to write (RUN/evaluation.json)")
 
 # %% ../nbs/60_commands.ipynb #631f5d1c
 def _add_draw(p):
-    p.add_argument("model", metavar="run_or_model", help="a run folder, or a name that timm.create_model takes")
+    "What `draw` takes."
+    own = dict(default=argparse.SUPPRESS)
+    p.add_argument("model", metavar="run_or_model",
+                   help="a run folder, or a name that timm.create_model takes")
     p.add_argument("images", nargs="+", help="picture files")
     p.add_argument("-o", "--output", required=True, help="the picture to write: .png, .pdf or .svg")
-    p.add_argument("--block", type=int, default=-1, help="which block; negative counts from the last (-1)")
-    p.add_argument("--query", default="auto", choices=("auto", "cls", "mean"), help="whose attention (auto: what the classifier reads)")
-    p.add_argument("--img-size", type=int, help="pixels a side, for a timm model (what it was trained with)")
-    p.add_argument("--no-pretrained", action="store_true", help="a timm model with random weights, without a download")
-    p.add_argument("--checkpoint", help="a file of weights for the timm model, .safetensors or .pth")
+    p.add_argument("--block", **own, type=int,
+                   help="which block; negative counts from the last (-1)")
+    p.add_argument("--query", **own, choices=("auto", "cls", "mean"),
+                   help="whose attention (auto: what the classifier reads)")
+    p.add_argument("--img-size", type=int,
+                   help="pixels a side, for a timm model (what it was trained with)")
+    p.add_argument("--no-pretrained", action="store_true",
+                   help="a timm model with random weights, without a download")
+    p.add_argument("--checkpoint",
+                   help="a file of weights for the timm model, .safetensors or .pth")
 
-# %% ../nbs/60_commands.ipynb #6b49129d
-def _train(args):
-    ours = ("command", "resume", "recipe", "config", "allow_changes")
-    settings = {k: v for k, v in vars(args).items() if k not in ours}
-    if "model_kwargs" in settings: settings["model_kwargs"] = once(settings["model_kwargs"])
-    if args.resume is not None:
-        if args.config is not None: raise ValueError("--resume and --config: got both; a run goes on with its own configuration")
-        if not (Path(args.resume)/"checkpoints").is_dir(): load_config(args.resume)
-    else: config = configure(args.recipe, args.config, **settings)
-    from spatial_entropy.training.loop import prepare, prepare_resume
-    if args.resume is None: job = prepare(config)
-    else: job = prepare_resume(args.resume, None, args.allow_changes, **settings)
-    return lambda: _work(job)
+# %% ../nbs/60_commands.ipynb #24b6958d
+def _parser():
+    "The parser of the console script."
+    p = Parser("spatial-entropy",
+               description="Vision Transformers whose attention falls on connected objects.")
+    commands = p.add_subparsers(dest="command", required=True, metavar="{train,evaluate,draw}")
+    train = commands.add_parser(
+        "train", help="train a ViT with the spatial-entropy regulariser",
+        description="Train a ViT with the spatial-entropy regulariser. With no flags: a small one "
+                    "on the embedded pictures.")
+    _add_where_from(train)
+    _add_settings(train)
+    _add_evaluate(commands.add_parser(
+        "evaluate", help="measure a run: accuracy, entropy, regions, mask Jaccard",
+        description="Measure a run."))
+    _add_draw(commands.add_parser(
+        "draw", help="draw the maps and regions of pictures", description="Draw maps and regions."))
+    return p
 
-def _work(job):
-    from spatial_entropy.training.loop import Stopped, fit
-    say = print if job.main else lambda *a, **k: None
-    say(f"run folder: {job.folder}   ({sum(p.numel() for p in job.model.parameters())/1e6:.2f} M parameters, "
-        f"{len(job.loaders.train.dataset)} training pictures, {job.accelerator.num_processes} × {job.accelerator.device.type})", flush=True)
-    go_on = f"go on with: spatial-entropy train --resume {job.folder}"
-    try: fit(job)
-    except Stopped as e:
-        say(f"stopped by {e} after update {job.place.updates} of {job.config.epochs*job.updates}, saved; {go_on}", file=sys.stderr)
-        return 128 + e.signal
-    except (FloatingPointError, OSError) as e: raise type(e)(f"{e}; what was saved stays; {go_on}") from None
-    if job.main: _measure(job.folder); print(f"pictures: {job.folder/'before_after.png'}, curves.png, attention.gif")
-    return 0
+# %% ../nbs/60_commands.ipynb #1deb9ca1
+def _checked_then_done(prepare, args):
+    "0 and what the work gives, or 2 and what was wrong."
+    try:
+        _refuse_empty(args)
+        return 0, prepare(args)
+    except (ValueError, TypeError, OSError, ImportError, MemoryError) as e: return 2, _sentence(e)
 
-# %% ../nbs/60_commands.ipynb #1dcbfec8
-def _measure(run, output=None, **options):
-    "Evaluate a run, print the table, write the JSON."
-    from spatial_entropy.training.evaluating import evaluate
-    from spatial_entropy.training.models import digest_in
-    scores = evaluate(str(run), **options)
-    digest = digest_in(Path(run)/f"{options.get('weights', 'model')}.safetensors")
-    found = {"run": Path(run).name, **scores, "weights_sha256": digest}
-    path = write_json(Path(output or Path(run)/"evaluation.json"), found)
-    _table(scores)
-    print(f"as JSON: {path}")
-
-def _evaluate(args):
-    load_config(args.run)
-    _writable(args.output or Path(args.run)/"evaluation.json")
-    _measure(args.run, args.output, data=args.data, masks=args.masks, device=args.device, weights=args.weights, split=args.split)
-    return lambda: 0
-
-# %% ../nbs/60_commands.ipynb #d76542b4
-_rows = [("top1", "top-1 accuracy, %", "{:.1f}"), ("loss", "cross-entropy", "{:.3f}"), ("entropy", "spatial entropy, nats", "{:.3f}"),
-         ("regions", "regions a map", "{:.2f}"), ("pictures", "pictures", "{}"),
-         ("jaccard_best_head", "mask Jaccard, best head", "{:.3f}"), ("jaccard_mean_head", "mask Jaccard, mean head", "{:.3f}"),
-         ("mask_pairs", "pictures with masks", "{}")]
-
-def _table(scores):
-    "Print the measures that there are."
-    from spatial_entropy.pictures import one_line
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text                                    # a folder may be called [bold]
-    part = {"val": "validation pictures", "train": "training pictures", "all": "all pictures"}[scores["split"]]
-    named = f"{scores['data']} ({part})" + (f", masks: {scores['masks']}" if "masks" in scores else "")
-    t = Table("measure", "value", title=Text(one_line(named, 200)))
-    for key, label, form in _rows:
-        if key in scores: t.add_row(label, form.format(scores[key]))
-    Console(force_jupyter=False).print(t)                         # as in a terminal, wherever it is called
-    for said in scores["notes"]: print(said)
-    if scores["skipped"]: print(f"{len(scores['skipped'])} picture(s) could not be read and were left out: {', '.join(scores['skipped'][:5])}")
+def outcome(program, # the name that stands before what is said
+            prepare, # of args: checks, and returns the work, a function that gives None or a code
+            args: argparse.Namespace) -> int: # the exit code
+    "Check, then work; what is wrong, an empty text above all, is one sentence on stderr."
+    try:
+        code, found = _checked_then_done(prepare, args)
+        if code == 0: return found() or 0
+        print(f"{program}: {found}", file=sys.stderr)
+        return code
+    except (FloatingPointError, OSError, MemoryError) as e:
+        print(f"{program}: stopped: {_sentence(e)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted; what was saved before, if anything, stays", file=sys.stderr)
+        return 130
 
 # %% ../nbs/60_commands.ipynb #960ec768
 def _writable(path):
@@ -204,6 +203,130 @@ def _writable(path):
     except FileNotFoundError: return
     if not path.is_file(): raise IsADirectoryError(f"{path}: not a file; choose another --output")
 
+# %% ../nbs/60_commands.ipynb #d76542b4
+_measures = { # of `evaluate`: what it is called, and how it is written
+    "top1": ("top-1 accuracy, %", "{:.1f}"), "loss": ("cross-entropy", "{:.3f}"),
+    "entropy": ("spatial entropy, nats", "{:.3f}"), "regions": ("regions per map", "{:.2f}"),
+    "pictures": ("pictures", "{}"), "jaccard_best_head": ("mask Jaccard, best head", "{:.3f}"),
+    "jaccard_mean_head": ("mask Jaccard, mean head", "{:.3f}"),
+    "mask_pairs": ("pictures with masks", "{}")}
+_part_names = {"val": "validation pictures", "train": "training pictures", "all": "all pictures"}
+
+def _title_of(scores):
+    "Which pictures, and which masks."
+    masks = f", masks: {scores['masks']}" if "masks" in scores else ""
+    return f"{scores['data']} ({_part_names[scores['split']]}){masks}"
+
+# %% ../nbs/60_commands.ipynb #e536be21
+def _print_scores(scores):
+    "Print the measures that there are, as a table."
+    from spatial_entropy.pictures import one_line
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text                                  # a folder may be called [bold]
+    t = Table("measure", "value", title=Text(one_line(_title_of(scores), 200)))
+    for key, (label, form) in _measures.items():
+        if key in scores: t.add_row(label, form.format(scores[key]))
+    Console(force_jupyter=False).print(t)               # as in a terminal, wherever it is called
+    for said in scores["notes"]: print(said)
+    if skipped := scores["skipped"]:
+        first = ", ".join(skipped[:5])
+        print(f"{len(skipped)} picture(s) could not be read and were left out: {first}")
+
+# %% ../nbs/60_commands.ipynb #1dcbfec8
+def _measure(run, output=None, **options):
+    "Evaluate a run, print the table, write the JSON."
+    from spatial_entropy.training.evaluating import evaluate
+    from spatial_entropy.training.models import digest_in
+    run = Path(run)
+    scores = evaluate(str(run), **options)
+    weights = options.get("weights", _default_of(evaluate, "weights"))
+    digest = digest_in(run/f"{weights}.safetensors")
+    found = {"run": run.name, **scores, "weights_sha256": digest}
+    path = write_json(Path(output or run/"evaluation.json"), found)
+    _print_scores(scores)
+    print(f"as JSON: {path}")
+
+def _prepare_evaluation(args):
+    "The command `evaluate`."
+    given = {k: v for k, v in vars(args).items() if k not in ("command", "run", "output")}
+    load_config(args.run)
+    _writable(args.output or Path(args.run)/"evaluation.json")
+    _measure(args.run, args.output, **given)
+    return lambda: 0
+
+# %% ../nbs/60_commands.ipynb #a29d6b87
+def _work(job):
+    "Run a job, then measure it."
+    from spatial_entropy.training.loop import Stopped, fit
+    say = print if job.main else lambda *a, **k: None
+    size = sum(p.numel() for p in job.model.parameters())/1e6
+    a, pictures = job.accelerator, len(job.loaders.train.dataset)
+    say(f"run folder: {job.folder}   ({size:.2f} M parameters, {pictures} training pictures, "
+        f"{a.num_processes} × {a.device.type})", flush=True)
+    go_on = f"go on with: spatial-entropy train --resume {job.folder}"
+    try: fit(job)
+    except Stopped as e:
+        say(f"stopped by {e} after update {job.place.updates} of {job.config.epochs*job.updates}, "
+            f"saved; {go_on}", file=sys.stderr)
+        return 128 + e.signal
+    except (FloatingPointError, OSError) as e:
+        raise type(e)(f"{e}; what was saved stays; {go_on}") from None
+    if job.main:
+        _measure(job.folder)
+        print(f"pictures: {job.folder/'before_after.png'}, curves.png, attention.gif")
+    return 0
+
+# %% ../nbs/60_commands.ipynb #6b49129d
+def _check_resume(args):
+    "Raise ValueError or FileNotFoundError where there is nothing to go on with."
+    if args.config is not None:
+        raise ValueError("--resume and --config: got both; "
+                         "a run goes on with its own configuration")
+    if not (Path(args.resume)/"checkpoints").is_dir(): load_config(args.resume)
+
+def _prepare_training(args):
+    "The command `train`."
+    ours = ("command", "resume", "recipe", "config", "allow_changes")
+    settings = {k: v for k, v in vars(args).items() if k not in ours}
+    if "model_kwargs" in settings: settings["model_kwargs"] = once(settings["model_kwargs"])
+    if args.resume is None: config = configure(args.recipe, args.config, **settings)
+    else: _check_resume(args)
+    from spatial_entropy.training.loop import prepare, prepare_resume
+    if args.resume is None: job = prepare(config)
+    else: job = prepare_resume(args.resume, allow_changes=args.allow_changes, **settings)
+    return lambda: _work(job)
+
+# %% ../nbs/60_commands.ipynb #53d67e80
+def _open_picture(path):
+    "A picture to draw. Raises FileNotFoundError or ValueError that name it."
+    from warnings import catch_warnings, simplefilter
+    from spatial_entropy.data import open_picture
+    try:
+        with catch_warnings():
+            simplefilter("ignore")
+            return open_picture(path, "it")
+    except FileNotFoundError: raise FileNotFoundError(f"{path}: no such file") from None
+    except OSError as e:
+        raise ValueError(f"{path}: not a picture that can be read; {e}") from None
+    except MemoryError:
+        said = f"{path}: too large for this machine's memory; make it smaller"
+        raise ValueError(said) from None
+
+# %% ../nbs/60_commands.ipynb #2ef40537
+def _load_into(model, args):
+    "Give a timm model its weights. Raises FileNotFoundError or ValueError."
+    from timm.models import load_checkpoint, load_pretrained
+    if args.checkpoint and not Path(args.checkpoint).is_file():
+        raise FileNotFoundError(f"{args.checkpoint}: no such file of weights")
+    try:
+        if args.checkpoint: load_checkpoint(model, args.checkpoint)
+        elif not args.no_pretrained: load_pretrained(model, num_classes=model.num_classes)
+    except Exception as e:
+        why = " ".join((str(e) or type(e).__name__).split())[:150]
+        raise ValueError(f"{args.model}: no weights ({why}); "
+                         "pass --checkpoint FILE or --no-pretrained") from None
+
 # %% ../nbs/60_commands.ipynb #6b846537
 def _model_to_draw(args):
     "Model, image size, mean and std of a run or a timm name."
@@ -213,103 +336,76 @@ def _model_to_draw(args):
         return model, config.img_size, tuple(facts["mean"]), tuple(facts["std"])
     from timm.data import resolve_data_config
     facts = known_of(args.model)
-    config = TrainConfig(model=args.model, img_size=args.img_size or facts.get("input_size", (224,))[-1])
+    size = args.img_size or facts.get("input_size", (224,))[-1]
+    config = TrainConfig(model=args.model, img_size=size)
     model = build_model(config, facts.get("num_classes", 0))
-    _load(model, args)
+    _load_into(model, args)
     known = resolve_data_config({}, model=model)
     return model.eval(), config.img_size, known["mean"], known["std"]
 
-def _load(model, args):
-    from timm.models import load_checkpoint, load_pretrained
-    if args.checkpoint and not Path(args.checkpoint).is_file(): raise FileNotFoundError(f"{args.checkpoint}: no such file of weights")
-    try:
-        if args.checkpoint: load_checkpoint(model, args.checkpoint)
-        elif not args.no_pretrained: load_pretrained(model, num_classes=model.num_classes)
-    except Exception as e:
-        said = " ".join((str(e) or type(e).__name__).split())[:150]
-        raise ValueError(f"{args.model}: no weights ({said}); pass --checkpoint FILE or --no-pretrained") from None
-
-# %% ../nbs/60_commands.ipynb #b7cb8b50
-def _draw(args):
-    import torch
-    from spatial_entropy.attention.tap import AttentionTap
-    from spatial_entropy.training.loop import picture_of_maps
-    from timm.data import create_transform
-    _writable(args.output)
-    if Path(args.output).suffix not in (".png", ".pdf", ".svg"): raise ValueError(f"output: got {args.output}, expected .png, .pdf or .svg")
-    if (n := len(args.images)) > 330: raise ValueError(f"images: got {n}, expected at most 330, the rows that a file can hold; draw them in several")
-    pictures = [_open(p) for p in args.images]
-    model, size, mean, std = _model_to_draw(args)
-    to_tensor = create_transform(size, mean=mean, std=std, crop_pct=1., crop_mode="squash")
-    x = torch.stack([to_tensor(p) for p in pictures])
-    with AttentionTap(model, args.block, args.query) as tap, torch.no_grad(): model(x); maps = tap.maps()
-    pixels = [torch.tensor(_array(p.resize((size, size)))) for p in pictures]
-    file = _drawn(lambda names: picture_of_maps(torch.stack(pixels), maps, names), args)
-
-    def work():
-        Path(args.output).write_bytes(file)
-        print(f"{args.output}: {len(pictures)} picture(s), {maps.shape[1]} heads, {maps.shape[2]}×{maps.shape[3]} patches")
-    return work
-
-# %% ../nbs/60_commands.ipynb #53d67e80
-def _array(image):
-    "A PIL picture as an array (S, S, 3) uint8."
-    import numpy
-    return numpy.array(image)
-
-def _open(path):
-    "A picture to draw; the letters of an error are Pillow's, the name is said once."
-    from warnings import catch_warnings, simplefilter
-    from spatial_entropy.data import open_picture
-    try:
-        with catch_warnings(): simplefilter("ignore"); return open_picture(path, "it")
-    except FileNotFoundError: raise FileNotFoundError(f"{path}: no such file") from None
-    except OSError as e: raise ValueError(f"{path}: not a picture that can be read; {e}") from None
-    except MemoryError: raise ValueError(f"{path}: too large for this machine's memory; make it smaller") from None
-
 # %% ../nbs/60_commands.ipynb #58b06d00
-def _drawn(figure, args):
-    "The bytes of the file to write."
+def _drawn_file(figure, args):
+    "The bytes of the file to write; `figure`: of names, gives what is drawn."
     from io import BytesIO
     from warnings import catch_warnings, simplefilter
     from spatial_entropy.pictures import one_line
     file, kind = BytesIO(), Path(args.output).suffix[1:]
+    names = [one_line(Path(p).stem, 20) for p in args.images]
     try:
         with catch_warnings():
             simplefilter("ignore")                                # letters that the font lacks
-            figure([one_line(Path(p).stem, 20) for p in args.images]).savefig(file, format=kind, dpi=150)
+            figure(names).savefig(file, format=kind, dpi=150)
     except (ValueError, MemoryError) as e:
-        raise ValueError(f"{args.output}: {len(args.images)} picture(s) cannot be drawn at once ({e}); draw fewer") from None
+        said = f"{args.output}: {len(names)} picture(s) cannot be drawn at once ({e}); draw fewer"
+        raise ValueError(said) from None
     return file.getvalue()
 
-# %% ../nbs/60_commands.ipynb #1deb9ca1
-def outcome(program, # the name that stands before what is said
-            prepare, # of args: checks, and returns the work, a function of nothing that gives None or a code
-            args: argparse.Namespace) -> int: # the exit code
-    "Check, then work; what is wrong, an empty text above all, is one sentence on stderr."
-    try:
-        try:
-            _refuse_empty(args)
-            work = prepare(args)
-        except (ValueError, TypeError, OSError, ImportError, MemoryError) as e:
-            print(f"{program}: {_sentence(e)}", file=sys.stderr)
-            return 2
-        return work() or 0
-    except (FloatingPointError, OSError, MemoryError) as e:
-        print(f"{program}: stopped: {_sentence(e)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted; what was saved before, if anything, stays", file=sys.stderr)
-        return 130
+def _check_drawing(args):
+    "Raise ValueError or OSError for an output or a number of pictures that cannot be."
+    _writable(args.output)
+    if Path(args.output).suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"output: got {args.output}, expected .png, .pdf or .svg")
+    if (n := len(args.images)) > 330:
+        raise ValueError(f"images: got {n}, expected at most 330, the rows that a file can hold; "
+                         "draw them in several")
+
+# %% ../nbs/60_commands.ipynb #b7cb8b50
+def _prepare_drawing(args):
+    "The command `draw`."
+    import torch
+    from numpy import array
+    from spatial_entropy.attention.tap import AttentionTap
+    from spatial_entropy.training.loop import picture_of_maps
+    from timm.data import create_transform
+    _check_drawing(args)
+    pictures = [_open_picture(p) for p in args.images]
+    model, size, mean, std = _model_to_draw(args)
+    to_tensor = create_transform(size, mean=mean, std=std, crop_pct=1., crop_mode="squash")
+    x = torch.stack([to_tensor(p) for p in pictures])
+    asked = {k: v for k, v in vars(args).items() if k in ("block", "query")}
+    with AttentionTap(model, **asked) as tap, torch.no_grad():
+        model(x)
+        maps = tap.maps()
+    pixels = torch.stack([torch.tensor(array(p.resize((size, size)))) for p in pictures])
+    file = _drawn_file(lambda names: picture_of_maps(pixels, maps, names), args)
+
+    def work():
+        write_whole(args.output, lambda path: path.write_bytes(file))
+        _, heads, h, w = maps.shape
+        print(f"{args.output}: {len(pictures)} picture(s), {heads} heads, {h}×{w} patches")
+    return work
 
 # %% ../nbs/60_commands.ipynb #0e202b83
-_commands = {"train": _train, "evaluate": _evaluate, "draw": _draw}
-
-def main(argv=None) -> int: # the exit code
-    "The console script `spatial-entropy`. 0: done; 1: the run had to stop; 2: the request was wrong; 128 + n: stopped by signal n."
-    with lenient_output(): return _main(argv)
+_commands = {"train": _prepare_training, "evaluate": _prepare_evaluation, "draw": _prepare_drawing}
 
 def _main(argv):
+    "Parse, and hand over to the command."
     logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it would say, we say
     args = _parser().parse_args(argv)
     return outcome(f"spatial-entropy {args.command}", _commands[args.command], args)
+
+def main(argv=None) -> int: # the exit code
+    """The console script `spatial-entropy`.
+
+    0: done; 1: the run had to stop; 2: the request was wrong; 128 + n: stopped by signal n."""
+    with lenient_output(): return _main(argv)

@@ -254,7 +254,7 @@ def test_fine_tuning_on_other_classes_says_that_the_classifier_starts_anew(tmp_p
         where = ["--data", str(folder(tmp_path / "data3", 3)), "--output", str(tmp_path), "--initial-checkpoint", str(tmp_path / "two")]
     with contextlib.redirect_stdout(io.StringIO()) as said:
         assert main(["train", *where, "--experiment", "three", *words(small)]) == 0
-    assert "model.safetensors tells 2 classes apart, the data 3: the classifier starts anew" in said.getvalue()
+    assert "model.safetensors has 2 classes, the data 3: the classifier starts anew" in said.getvalue()
     code, said = typed(["train", *where, *words({**small, "model_kwargs": dict(depth=2, embed_dim=24, num_heads=2)})])
     assert code == 2 and "does not fit vit_tiny_patch16_224: it has no blocks.1.attn" in said and one_sentence(said)
 
@@ -263,7 +263,7 @@ def test_going_on_with_other_data_is_refused(half):
     text = (half / "run" / "config.yaml").read_text().replace("data: shapes", f"data: {folder(half / 'pictures', 2, 40)}")
     (half / "run" / "config.yaml").write_text(text)
     code, said = typed(["train", "--resume", str(half / "run")])
-    assert code == 2 and "tells 10 classes apart, the data 2, or others; a run goes on with its own data only" in said and one_sentence(said)
+    assert code == 2 and "has 10 classes, the data 2, or others; a run goes on with its own data only" in said and one_sentence(said)
 
 
 @pytest.mark.parametrize("line", [

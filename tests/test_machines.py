@@ -235,8 +235,8 @@ def test_a_folder_of_timm_is_trained_evaluated_and_drawn(folder_of_timm, picture
     assert typed("draw", name, picture, "-o", tmp_path / "drawn.png") == (0, "") and (tmp_path / "drawn.png").exists()
 
 
-names = {"vit_tiny_patch16_224.no_such_tag": "got the tag 'no_such_tag', but timm", "local-dir:nowhere": "local-dir:nowhere cannot be had here",
-         "hf-hub:nobody/nothing": "hf-hub:nobody/nothing cannot be had here", "timm/vit_tiny_patch16_224": "timm/vit_tiny_patch16_224",
+names = {"vit_tiny_patch16_224.no_such_tag": "got the tag 'no_such_tag', but timm", "local-dir:nowhere": "local-dir:nowhere is unavailable here",
+         "hf-hub:nobody/nothing": "hf-hub:nobody/nothing is unavailable here", "timm/vit_tiny_patch16_224": "timm/vit_tiny_patch16_224",
          "hf-hub:": "got 'hf-hub:'", "s3:bucket/model": "got 's3:bucket/model'", "vit_tinny": "does not know; near: "}
 
 

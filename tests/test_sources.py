@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from spatial_entropy.training.sources import Source, _by_share, _Numbered, _take_turns, sources
+from spatial_entropy.training.archives import RowSource, sources
+from spatial_entropy.training.sources import Source, _by_share, _take_turns
 
 
 def picture(i):
@@ -205,7 +206,7 @@ def test_tars_that_are_cut_compressed_or_without_labels(tmp_path):
     for name in ("cut.tar", "z.tar"):
         with pytest.raises(ValueError, match=f"{name}: cannot be read as a tar .*; expected a whole, uncompressed one"):
             sources(tmp_path / name)
-    with pytest.raises(ValueError, match=r"2 picture\(s\) lie in no subfolder, first 1.png; expected one subfolder a class, or in a tar a label"):
+    with pytest.raises(ValueError, match=r"2 picture\(s\) lie in no subfolder, first 1.png; expected one subfolder per class, or in a tar a label"):
         sources(tar(tmp_path / "loose.tar", **{"1.png": png(1), "2.png": png(2)}))
 
 
@@ -237,7 +238,7 @@ def test_pickled(tmp_path):
 @pytest.mark.parametrize("classes,error,said", [
     ({"train/a": 3, "train/b": 3}, ValueError, "has train/ but no val/; add it, or pass .*train to split it by seed"),
     ({"train/a": 3, "train/b": 3, "val/x": 2}, ValueError, "val: has classes that train/ has not: x"),
-    ({"train": 0, "val/x": 2}, ValueError, "train: found no images; expected one subfolder a class with pictures inside"),
+    ({"train": 0, "val/x": 2}, ValueError, "train: found no images; expected one subfolder per class with pictures inside"),
     ({"only": 9}, ValueError, r"found 1 class \(only\); expected a subfolder for each"),
     ({"a": 1, "b": 1}, ValueError, r"2 picture\(s\) are too few to split into training and validation"),
     ({}, ValueError, "found no images"),
@@ -311,7 +312,7 @@ CLASSES = st.lists(st.integers(1, 40), min_size=2, max_size=8)
 @given(CLASSES, st.integers(0, 99), st.lists(st.floats(.01, 1), min_size=2, max_size=2))
 def test_fractions_are_fair_and_nested(counts, seed, fractions):
     labels = [c for c, n in enumerate(counts) for _ in range(n)]
-    whole = _Numbered({"x": list(range(len(labels)))}, 0, labels, range(len(counts)))
+    whole = RowSource({"x": list(range(len(labels)))}, 0, labels, range(len(counts)))
     order = _by_share(labels, seed)
     assert sorted(order) == list(range(len(labels))) and np.array_equal(order, _by_share(labels, seed))
     small, large = (whole.take(order[:max(len(counts), round(f * len(labels)))]) for f in sorted(fractions))

@@ -27,92 +27,120 @@ from ..measure.regions import as_float64, above_mean
 from ..attention.tap import AttentionTap
 
 # %% ../../nbs/42_heads.ipynb #8647464f
-_names = ("pixel_values", "image", "images", "patches", "x")
-_packed = ("spatial_shapes", "patch_coord") # where pictures come as lists of patches (SigLIP 2, NaFlex)
-
 def _mapping_of(batch):
+    "The dictionary of a batch, an empty one where there is none."
     if isinstance(batch, (tuple, list)) and len(batch): batch = batch[0]
     return batch if isinstance(batch, Mapping) else {}
 
-def _pictures_of(batch):
-    "The pictures (B, 3, S, S) of a batch: a tensor, (pictures, ...), or a mapping, which may be packed."
-    keys = _mapping_of(batch)
-    if keys:
-        x = next((keys[k] for k in _names if k in keys), None)
-        if x is None: raise TypeError(f"loader: got a batch with the keys {', '.join(map(str, keys))}; expected one of {', '.join(_names)}")
-    else: x = batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
+# %% ../../nbs/42_heads.ipynb #3487d936
+_picture_keys = ("pixel_values", "image", "images", "patches", "x")
+_packed_keys = ("spatial_shapes", "patch_coord") # pictures as lists of patches: SigLIP 2, NaFlex
+
+def _first_picture(keys):
+    "What a mapping holds under the first of the known names."
+    for name in _picture_keys:
+        if name in keys: return keys[name]
+    raise TypeError(f"loader: got a batch with the keys {', '.join(map(str, keys))}; "
+                    f"expected one of {', '.join(_picture_keys)}")
+
+# %% ../../nbs/42_heads.ipynb #80a3063e
+def _check_pictures(x, packed): # packed: pictures as lists of patches, of any shape
+    "Raises TypeError or ValueError for what is no batch of pictures."
     if not isinstance(x, Tensor):
-        raise TypeError(f"loader: got a batch of {type(x).__name__}, expected a tensor (B, 3, S, S), (pictures, ...) or a dictionary with {_names[0]}")
-    if x.ndim != 4 and not any(k in keys for k in _packed):
-        raise ValueError(f"loader: got pictures of shape {tuple(x.shape)}, expected batches (B, 3, S, S); wrap the data set in torch.utils.data.DataLoader")
+        raise TypeError(f"loader: got a batch of {type(x).__name__}, expected a tensor "
+                        "(B, 3, S, S), (pictures, ...) or a dictionary with pixel_values")
+    if x.ndim != 4 and not packed:
+        raise ValueError(f"loader: got pictures of shape {tuple(x.shape)}, expected batches "
+                         "(B, 3, S, S); wrap the data set in torch.utils.data.DataLoader")
+
+def _pictures_of(batch):
+    "The pictures (B, 3, S, S) of a batch: a tensor, (pictures, ...), or a mapping, perhaps packed."
+    keys = _mapping_of(batch)
+    if keys: x = _first_picture(keys)
+    else: x = batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
+    _check_pictures(x, any(k in keys for k in _packed_keys))
     return x
 
 # %% ../../nbs/42_heads.ipynb #84ba1d32
 @contextmanager
 def _evaluating(model):
+    "Evaluation mode; afterwards every module is in the mode that it had."
     was = [(m, m.training) for m in model.modules()]
     model.eval()
     try: yield
     finally:
         for m, training in was: m.training = training
 
-def _place(model, device):
+def _moved(model, device):
     "Move the model, and say where to and in which type pictures go."
     if device is not None: model.to(usable_device(device))
     p = next(model.parameters(), torch.zeros(0))
     return dict(device=p.device, dtype=p.dtype)
 
 # %% ../../nbs/42_heads.ipynb #6779b29c
-def _bare(model): # out of torch.compile and DistributedDataParallel
+def _bare(model):
+    "The model, out of torch.compile and DistributedDataParallel."
     inner = model._modules.get("module", model._modules.get("_orig_mod"))
     return model if inner is None else _bare(inner)
 
-def _asks(module): return dict(signature(_bare(module).forward).parameters)
+def _asks(module):
+    "The parameters of its forward, by name."
+    return dict(signature(_bare(module).forward).parameters)
 
-def _needs(asks): # what has to be given besides the first argument
+def _needs(asks):
+    "Those that have to be given besides the first."
     plain = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
-    return {n for n, p in [*asks.items()][1:] if p.default is Parameter.empty and p.kind in plain}
+    rest = list(asks.items())[1:]
+    return {n for n, p in rest if p.default is Parameter.empty and p.kind in plain}
 
-def _run_of(model, tower, batch, x):
-    "A function that shows the pictures to the model, or to its vision tower."
+# %% ../../nbs/42_heads.ipynb #31c77f37
+def _called(model, tower, given): # given: the names that a batch has
+    "The model, or its vision tower where the model wants something else first."
     asks = _asks(model)
     first = next(iter(asks), "x")
-    by_name = first not in _names and any(n in asks for n in _names)
-    runs = tower if by_name or not _needs(asks) <= set(batch) else model
-    asks = _asks(runs)
-    also = {k: v.to(x.device) for k, v in batch.items() if isinstance(v, Tensor) and k in asks and k not in (*_names, "labels")}
-    return lambda: runs(x, **also)
+    by_name = first not in _picture_keys and any(n in asks for n in _picture_keys)
+    return tower if by_name or not _needs(asks) <= set(given) else model
+
+def _run_of(model, tower, batch, x): # batch: a mapping, perhaps empty
+    "A function that shows the pictures to whatever is called."
+    called = _called(model, tower, batch)
+    asks, ours = _asks(called), (*_picture_keys, "labels")
+    also = {k: v.to(x.device) for k, v in batch.items()
+            if isinstance(v, Tensor) and k in asks and k not in ours}
+    return lambda: called(x, **also)
 
 # %% ../../nbs/42_heads.ipynb #581d4294
 @torch.no_grad()
-def _hear(run, tap, softmax):
+def _maps_by_block(run, tap, softmax): # softmax: attention weights instead of similarities
+    "{block: maps (B, H, h, w)} of one forward pass."
     tap.softmax = softmax
     run()
     maps = tap.maps()
     return maps if isinstance(maps, dict) else {tap.blocks[0]: maps}
 
-def _stream(model, loader, block, query, device, kinds): # kinds: without or with the softmax; a forward pass each
+def _stream(model, loader, block, query, device, kinds): # kinds of softmax; a forward pass each
     "Every batch, and for each kind its maps by block."
-    to = _place(model, device)
+    to = _moved(model, device)
     with _evaluating(model), AttentionTap(model, block, query) as tap:
         for batch in loader:
             x = _pictures_of(batch)
             if not len(x): continue
             x = x.to(**to) if x.is_floating_point() else x.to(to["device"])
             run = _run_of(model, tap.found.model, _mapping_of(batch), x)
-            yield batch, [_hear(run, tap, softmax) for softmax in kinds]
+            yield batch, [_maps_by_block(run, tap, softmax) for softmax in kinds]
 
 # %% ../../nbs/42_heads.ipynb #ed4387f2
 def head_maps(model: nn.Module, # any model that AttentionTap reads
               loader, # batches: pictures, (pictures, ...), or a mapping with pixel_values
               block="all", # which blocks: "all", a number, or several
-              query="auto", # "auto": what the classifier reads; or "cls", "mean", "register", (y, x)
+              query="auto", # what the classifier reads; or "cls", "mean", "register", (y, x)
               softmax: bool = False, # attention weights instead of similarities
               device=None): # where to run: the model is moved there; default: where it is
-    """Yield {block: maps (B, H, h, w)} for every batch, without gradients; memory for one batch only.
+    """Yield {block: maps (B, H, h, w)} for every batch, without gradients.
 
-    The model is tapped and in evaluation mode until the last batch, or until the generator is closed. Raises TypeError or ValueError
-    for what is no batch of pictures, and what `AttentionTap` raises.
+    Memory for one batch only. The model is tapped and in evaluation mode until the last batch, or
+    until the generator is closed. Raises TypeError or ValueError for what is no batch of pictures,
+    and what `AttentionTap` raises.
     """
     with closing(_stream(model, loader, block, query, device, [softmax])) as batches:
         for _, (maps,) in batches: yield maps
@@ -120,79 +148,109 @@ def head_maps(model: nn.Module, # any model that AttentionTap reads
 # %% ../../nbs/42_heads.ipynb #ce7eecb0
 _high_is_good = {"attention", "jaccard", "pointing", "selected", "passed"}
 
-@dataclass(repr=False)
-class Heads:
-    """A row (a dictionary) a head, best first: `heads[0]` is the best, `heads[block, head]` a certain one.
+def _rank_key(row, by):
+    "What rows are sorted by: the best first; unknown, and heads that are always empty, last."
+    v, E = row[by], row.get("entropy", 0.)
+    better = -v if by in _high_is_good else v
+    key = (isnan(v) or row.get("empty") == 1, better, isnan(E), E, row["block"], row["head"])
+    return [0 if x != x else x for x in key]
 
-    `list(heads)` is what pandas or a CSV file wants. Raises KeyError for a head, ValueError for a column that is not there.
+# %% ../../nbs/42_heads.ipynb #eb195dca
+class _Rows:
+    "Rows with a block and a head."
+    rows: list[dict]
+    def __len__(self): return len(self.rows)
+    def __iter__(self): return iter(self.rows)
+
+    def __getitem__(self, i): # a place in the ranking, or (block, head)
+        if not isinstance(i, tuple): return self.rows[i]
+        for row in self.rows:
+            if (row["block"], row["head"]) == i: return row
+        known = ", ".join(map(str, self.blocks))
+        raise KeyError(f"no head {i[1]} in block {i[0]}; there are blocks {known}")
+
+    @property
+    def blocks(self) -> list: # their numbers, in order
+        return sorted({row["block"] for row in self.rows})
+
+    def _check_column(self, name):
+        "Raises ValueError for a column that is not there."
+        if name in self.rows[0]: return
+        raise ValueError(f"got {name!r}, expected one of {', '.join(self.rows[0])}")
+
+# %% ../../nbs/42_heads.ipynb #bbf81d45
+def _grid_of(rows, value):
+    "(blocks, heads) of one column, float64."
+    blocks, heads = rows.blocks, 1 + max(row["head"] for row in rows)
+    grid = torch.full((len(blocks), heads), torch.nan, dtype=torch.float64)
+    for row in rows: grid[blocks.index(row["block"]), row["head"]] = row[value]
+    return grid
+
+# %% ../../nbs/42_heads.ipynb #be51823f
+def _cells_of(rows): # dictionaries with the same keys
+    "The names of the columns, and the rows, as texts."
+    show = lambda v: f"{v:.3f}" if isinstance(v, float) else str(v)
+    return [list(rows[0]), *([show(v) for v in row.values()] for row in rows)]
+
+def _as_text(rows, n=None): # n: at most so many rows
+    "The table as plain text."
+    cells = _cells_of(rows[:n])
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = ["  ".join(v.rjust(w) for v, w in zip(row, widths)) for row in cells]
+    left = len(rows) - len(rows[:n])
+    return "\n".join(lines + [f"… and {left} more"]*(left > 0))
+
+# %% ../../nbs/42_heads.ipynb #3ebe7779
+def _as_html(rows, n): # n: at most so many rows
+    "The table as HTML."
+    head, *shown = _cells_of(rows[:n])
+    cell = lambda v, t: f"<{t} style='text-align:right'>{escape(v)}</{t}>"
+    line = lambda row, t: "<tr>" + "".join(cell(v, t) for v in row) + "</tr>"
+    body = "".join(line(row, "td") for row in shown)
+    more = f"<p>… and {len(rows) - n} more</p>" if len(rows) > n else ""
+    return f"<table><thead>{line(head, 'th')}</thead><tbody>{body}</tbody></table>{more}"
+
+# %% ../../nbs/42_heads.ipynb #53f64d81
+class _ShownRows(_Rows):
+    "Twelve rows of a table at most, and what is made of all."
+    def __str__(self): return self.table()
+    def __repr__(self): return self.table(12)
+    def _repr_html_(self): return _as_html(self.rows, 12)
+
+    def table(self, n=None) -> str: # n: at most so many rows
+        "The table as plain text."
+        return _as_text(self.rows, n)
+
+    def grid(self, value="entropy") -> Tensor: # (blocks, heads) float64
+        "One column by block and head; NaN where a block has no such head."
+        self._check_column(value)
+        return _grid_of(self, value)
+
+    def to_csv(self, path):
+        "Write all rows to a CSV file."
+        with open(path, "w", newline="", encoding="utf-8") as f:
+            writer = csv.DictWriter(f, self.rows[0])
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+# %% ../../nbs/42_heads.ipynb #2ae20fde
+@dataclass(repr=False)
+class Heads(_ShownRows):
+    """A row (a dictionary) for each head, best first.
+
+    `heads[0]` is the best, `heads[block, head]` a certain one; `list(heads)` is what pandas wants.
+    Raises KeyError for a head, ValueError for a column that is not there.
     """
     rows: list[dict] # block, head, the measurements, images, broken
     by: str = "entropy" # the column it is sorted by
 
     def __post_init__(self):
-        sign = -1 if self._column(self.by) in _high_is_good else 1
-        def order(r):
-            v, E = r[self.by], r.get("entropy", 0.)
-            return isnan(v) or r.get("empty") == 1, sign*v, isnan(E), E, r["block"], r["head"]
-        self.rows = sorted(self.rows, key=lambda r: [0 if x != x else x for x in order(r)])
+        self._check_column(self.by)
+        self.rows = sorted(self.rows, key=lambda row: _rank_key(row, self.by))
 
-    def _column(self, name):
-        if name not in self.rows[0]: raise ValueError(f"got {name!r}, expected one of {', '.join(self.rows[0])}")
-        return name
-
-# %% ../../nbs/42_heads.ipynb #53f64d81
-def _at(self, i):
-    if not isinstance(i, tuple): return self.rows[i]
-    for r in self.rows:
-        if (r["block"], r["head"]) == i: return r
-    raise KeyError(f"no head {i[1]} in block {i[0]}; there are blocks {', '.join(map(str, self.blocks))}")
-
-def _grid(self, value="entropy") -> Tensor: # (blocks, heads) float64
-    "One column by block and head; NaN where a block has no such head."
-    self._column(value)
-    grid = torch.full((len(self.blocks), 1 + max(r["head"] for r in self.rows)), torch.nan, dtype=torch.float64)
-    for r in self.rows: grid[self.blocks.index(r["block"]), r["head"]] = r[value]
-    return grid
-
-Heads.__len__ = lambda self: len(self.rows)
-Heads.__iter__ = lambda self: iter(self.rows)
-Heads.__getitem__, Heads.grid = _at, _grid
-Heads.blocks = property(lambda self: sorted({r["block"] for r in self.rows}))
-
-# %% ../../nbs/42_heads.ipynb #be51823f
-def _cells(self, n):
-    show = lambda v: f"{v:.3f}" if isinstance(v, float) else str(v)
-    return [list(self.rows[0]), *([show(v) for v in r.values()] for r in self.rows[:n])]
-
-def _table(self, n=None) -> str: # n: at most so many rows
-    "The table as plain text."
-    cells = self._cells(n)
-    wide = [max(map(len, column)) for column in zip(*cells)]
-    lines = ["  ".join(v.rjust(w) for v, w in zip(row, wide)) for row in cells]
-    left = len(self) - len(cells) + 1
-    return "\n".join(lines + [f"… and {left} more"]*(left > 0))
-
-def _html(self):
-    head, *rows = self._cells(12)
-    line = lambda row, t: "<tr>" + "".join(f"<{t} style='text-align:right'>{escape(v)}</{t}>" for v in row) + "</tr>"
-    more = f"<p>… and {len(self) - 12} more</p>" if len(self) > 12 else ""
-    return f"<table><thead>{line(head, 'th')}</thead><tbody>{''.join(line(r, 'td') for r in rows)}</tbody></table>{more}"
-
-Heads._cells, Heads.table, Heads._repr_html_ = _cells, _table, _html
-Heads.__str__, Heads.__repr__ = _table, lambda self: self.table(12)
-
-# %% ../../nbs/42_heads.ipynb #2ae20fde
-def _sort(self, by) -> Heads:
-    "The same heads, best first by another column."
-    return Heads(self.rows, by)
-
-def _to_csv(self, path):
-    "Write all rows to a CSV file."
-    with open(path, "w", newline="", encoding="utf-8") as f:
-        w = csv.DictWriter(f, self.rows[0])
-        w.writeheader(); w.writerows(self.rows)
-
-Heads.sort, Heads.to_csv = _sort, _to_csv
+    def sort(self, by) -> "Heads":
+        "The same heads, best first by another column."
+        return Heads(self.rows, by)
 
 # %% ../../nbs/42_heads.ipynb #f12392c2
 def _pointing(maps, # (B, H, h, w)
@@ -203,12 +261,15 @@ def _pointing(maps, # (B, H, h, w)
     y, x = (2*(top//w) + 1)*S//(2*h), (2*(top % w) + 1)*T//(2*w)
     return masks.to(maps.device).flatten(1).gather(1, y*T + x)
 
-def _measure(s, p, masks): # similarities (B, H, h, w), weights or None, masks (B, S, S) or None
+def _measurements(s, # similarities (B, H, h, w)
+                  p, # attention weights (B, H, h, w), or None
+                  masks): # (B, S, S), or None
     "(B, H) numbers by column, NaN for broken maps."
     E, regions = spatial_entropy(s), label_regions(above_mean(s)).amax((-2, -1))
     values = dict(entropy=E, regions=regions, empty=regions == 0)
     if p is not None: values["attention"] = p.sum((-2, -1))
-    if masks is not None: values |= dict(jaccard=mask_jaccard(s, masks), pointing=_pointing(s, masks))
+    if masks is not None:
+        values |= dict(jaccard=mask_jaccard(s, masks), pointing=_pointing(s, masks))
     return {k: as_float64(v).masked_fill(E.isnan(), torch.nan) for k, v in values.items()}
 
 # %% ../../nbs/42_heads.ipynb #3477f522
@@ -217,103 +278,168 @@ class Means:
     def __init__(self): self.sums, self.counts = {}, {}
 
     def add(self, layer, values):
+        "Add a batch. Raises ValueError when it has another number of heads than the one before."
         for name, v in values.items():
-            at, v, known = (layer, name), as_float64(v), ~v.isnan()
+            at, v = (layer, name), as_float64(v)
+            known = ~v.isnan()
             if at in self.sums and self.sums[at].shape != v.shape[1:]:
-                raise ValueError(f"block {layer}: got {v.shape[1]} heads after {len(self.sums[at])}; every batch needs the same heads")
+                raise ValueError(f"block {layer}: got {v.shape[1]} heads after "
+                                 f"{len(self.sums[at])}; every batch needs the same heads")
             self.sums[at] = self.sums.get(at, 0) + torch.where(known, v, 0).sum(0)
             self.counts[at] = self.counts.get(at, 0) + torch.stack([known.sum(0), (~known).sum(0)])
 
-    def rows(self, counted): # the column of which the known and the unknown are `images` and `broken`
-        done = {at: ((s/self.counts[at][0]).tolist(), self.counts[at].tolist()) for at, s in self.sums.items()}
-        names = list(dict.fromkeys(name for _, name in done))
-        rows = []
-        for layer in sorted({layer for layer, _ in done}):
-            images, broken = done[layer, counted][1]
-            rows += [dict(block=layer, head=h, **{n: done[layer, n][0][h] for n in names}, images=images[h], broken=broken[h])
-                     for h in range(len(images))]
+    def rows(self, counted): # the column whose known and unknown are `images` and `broken`
+        "A dictionary for each head of each layer."
+        rows, means = [], {at: (s/self.counts[at][0]).tolist() for at, s in self.sums.items()}
+        names = dict.fromkeys(name for _, name in means)
+        for layer in sorted({layer for layer, _ in means}):
+            for head, (n, broken) in enumerate(self.counts[layer, counted].T.tolist()):
+                values = {name: means[layer, name][head] for name in names}
+                rows.append(dict(block=layer, head=head, **values, images=n, broken=broken))
         return rows
 
 # %% ../../nbs/42_heads.ipynb #8dc768ab
+def _is_mask(found): return isinstance(found, Tensor) and found.ndim == 3
+
+def _found_mask(batch):
+    "A bool mask that follows the pictures of a batch, or None."
+    found = None
+    if isinstance(batch, Mapping): found = batch.get("mask")
+    elif isinstance(batch, (tuple, list)) and len(batch) > 1: found = batch[1]
+    return found if _is_mask(found) and found.dtype == torch.bool else None
+
 def _masks_of(batch, masks, n): # n pictures
     "The masks (n, S, S) of a batch, or None."
-    if callable(masks): found = masks(batch)
-    else:
-        found = batch.get("mask") if isinstance(batch, Mapping) else batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
-        if not (isinstance(found, Tensor) and found.dtype == torch.bool and found.ndim == 3): return None
-    if not isinstance(found, Tensor) or found.ndim != 3 or len(found) != n:
-        raise ValueError(f"masks: got {tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__}, expected ({n}, S, S) bool")
+    if masks is None: return None
+    found = masks(batch) if callable(masks) else _found_mask(batch)
+    if found is None and not callable(masks): return None
+    if not _is_mask(found) or len(found) != n:
+        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"masks: got {got}, expected ({n}, S, S) bool")
     return found.bool()
+
+# %% ../../nbs/42_heads.ipynb #2b08e69e
+def _check_by(by, attention, masks):
+    "Raises ValueError for a column that is not measured."
+    known = ["entropy", "regions", "empty"]
+    if attention: known.append("attention")
+    if masks is not None: known += ["jaccard", "pointing"]
+    if by not in known: raise ValueError(f"by: got {by!r}, expected one of {', '.join(known)}")
+
+def _means_of(batches, # of (batch, [similarities]) or (batch, [similarities, weights])
+              masks, # as in rank_heads
+              needed): # the column that needs masks, or None
+    "The means over all batches. Raises ValueError where masks are needed and there are none."
+    means = Means()
+    for batch, (s, *p) in batches:
+        mask = _masks_of(batch, masks, 0 if masks is None else len(_pictures_of(batch)))
+        if mask is None and needed is not None:
+            raise ValueError(f"by: got {needed!r}, but the loader gives no masks; expected "
+                             "(pictures, masks (B, S, S) bool), or masks=")
+        for layer in s:
+            weights = p[0][layer] if p else None
+            means.add(layer, _measurements(s[layer], weights, mask))
+    return means
 
 # %% ../../nbs/42_heads.ipynb #58e3d456
 def rank_heads(model: nn.Module, # any model that AttentionTap reads
                loader, # batches: pictures, (pictures, ...), or a mapping with pixel_values
                block="all", # which blocks: "all", a number, or several
-               query="auto", # "auto": what the classifier reads; or "cls", "mean", "register", (y, x)
-               by: str = "entropy", # entropy, regions, empty, attention; with masks also jaccard, pointing
+               query="auto", # what the classifier reads; or "cls", "mean", "register", (y, x)
+               by: str = "entropy", # regions, empty, attention; with masks also jaccard, pointing
                device=None, # where to run: the model is moved there; default: where it is
-               *, attention: bool = True, # measure the softmax mass too, by a second forward pass
-               masks="auto", # "auto": bool masks that follow the pictures; None; or a function of the batch
+               *, attention: bool = True, # the softmax mass too, by a second forward pass
+               masks="auto", # bool masks that follow the pictures; None; or a function of the batch
               ) -> Heads: # best head first
     """Score every head over a loader of any length; gradients off, the model's mode restored.
 
-    Low is good for entropy (arXiv 2206.04636), regions and empty, high for the others. A head with nothing but empty maps comes last.
-    Jaccard and pointing game count an empty mask as 0. In windowed layers attention counts 1 for each window. Raises ValueError when
-    no picture came or `by` was not measured, and what `AttentionTap` raises.
+    Low is good for entropy (arXiv 2206.04636), regions and empty, high for the others. A head with
+    nothing but empty maps comes last. Jaccard and pointing game count an empty mask as 0. In
+    windowed layers attention counts 1 for each window. Raises ValueError when no picture came or
+    `by` was not measured, and what `AttentionTap` raises.
     """
-    means, known = Means(), ["entropy", "regions", "empty"] + ["attention"]*attention + ["jaccard", "pointing"]*(masks is not None)
-    if by not in known: raise ValueError(f"by: got {by!r}, expected one of {', '.join(known)}")
-    with closing(_stream(model, loader, block, query, device, [False, True][:1 + attention])) as batches:
-        for batch, (s, *p) in batches:
-            mask = None if masks is None else _masks_of(batch, masks, len(_pictures_of(batch)))
-            if mask is None and by in ("jaccard", "pointing"):
-                raise ValueError(f"by: got {by!r}, but the loader gives no masks; expected (pictures, masks (B, S, S) bool), or masks=")
-            for layer in s: means.add(layer, _measure(s[layer], p[0][layer] if p else None, mask))
+    _check_by(by, attention, masks)
+    kinds = [False, True] if attention else [False]
+    with closing(_stream(model, loader, block, query, device, kinds)) as batches:
+        means = _means_of(batches, masks, by if by in ("jaccard", "pointing") else None)
     if not means.sums: raise ValueError("loader: it gave no picture")
     return Heads(means.rows("entropy"), by)
 
 # %% ../../nbs/42_heads.ipynb #ba22c473
-_units = dict(entropy="spatial entropy, nats", regions="regions", empty="share of empty maps", attention="attention on patches",
-              jaccard="Jaccard index", pointing="pointing game", selected="selected, share of pictures", passed="passed, share of pictures")
+_column_labels = dict(entropy="spatial entropy, nats", regions="regions",
+                      empty="share of empty maps", attention="attention on patches",
+                      jaccard="Jaccard index", pointing="pointing game",
+                      selected="selected, share of pictures", passed="passed, share of pictures")
 
-def _write(ax, y, x, v, im):
-    "The number in its cell, dark on light or light on dark."
-    r, g, b, _ = im.cmap(im.norm(v)) if v == v else (1, 1, 1, 1)
-    text = "–" if v != v else f"{v:.2f}"[v < 1:] if 0 <= v < 10 else f"{v:.0f}"
-    ax.text(x, y, text, ha="center", va="center", fontsize=6, color="black" if .3*r + .6*g + .1*b > .5 else "white")
+def _number_text(v):
+    "A number in three characters; a dash for NaN."
+    if v != v: return "–"
+    if not 0 <= v < 10: return f"{v:.0f}"
+    return f"{v:.2f}"[v < 1:]
+
+def _text_color(colour): # red, green, blue, alpha
+    "Dark on light, light on dark."
+    r, g, b, _ = colour
+    return "black" if .3*r + .6*g + .1*b > .5 else "white"
 
 # %% ../../nbs/42_heads.ipynb #da221002
-def _axes(shape):
+def _heatmap_axes(shape):
     "A figure and its axes, sized for so many blocks and heads."
     rows, columns = shape
     side = .32 if max(shape) <= 16 else .24
-    fig = Drawing(figsize=(max(2.4, side*columns + 1.3), max(1.6, side*rows + .7)), dpi=110, layout="constrained")
+    size = max(2.4, side*columns + 1.3), max(1.6, side*rows + .7)
+    fig = Drawing(figsize=size, dpi=110, layout="constrained")
     return fig, fig.subplots()
 
-def _label(ax, heads, columns):
+def _name_axes(ax, blocks, columns):
+    "Numbers of blocks and heads beside the cells, white lines between them."
     every = lambda n: range(0, n, 1 if n <= 24 else 4)
-    ax.set_xlabel("head", fontsize=8); ax.set_ylabel("block", fontsize=8); ax.tick_params(labelsize=7, length=0)
-    ax.set_xticks(every(columns)); ax.set_yticks(every(len(heads.blocks)), [heads.blocks[i] for i in every(len(heads.blocks))])
-    ax.set_xticks([i - .5 for i in range(columns + 1)], minor=True); ax.set_yticks([i - .5 for i in range(len(heads.blocks) + 1)], minor=True)
-    ax.grid(which="minor", color="white", linewidth=1); ax.tick_params(which="minor", length=0)
+    between = lambda n: [i - .5 for i in range(n + 1)]
+    ax.set_xlabel("head", fontsize=8)
+    ax.set_ylabel("block", fontsize=8)
+    ax.set_xticks(every(columns))
+    ax.set_yticks(every(len(blocks)), [blocks[i] for i in every(len(blocks))])
+    ax.set_xticks(between(columns), minor=True)
+    ax.set_yticks(between(len(blocks)), minor=True)
+    ax.tick_params(labelsize=7, length=0)
+    ax.tick_params(which="minor", length=0)
+    ax.grid(which="minor", color="white", linewidth=1)
     for spine in ax.spines.values(): spine.set_visible(False)
+
+# %% ../../nbs/42_heads.ipynb #99b23241
+def _write_numbers(ax, heads, value, im):
+    "The value of each head in its cell."
+    for row in heads:
+        v, y, x = row[value], heads.blocks.index(row["block"]), row["head"]
+        color = _text_color(im.cmap(im.norm(v))) if v == v else "black"
+        ax.text(x, y, _number_text(v), ha="center", va="center", fontsize=6, color=color)
+
+def _frame_best(ax, heads, value):
+    "A frame around the best head, if it has a number."
+    best = heads.sort(value)[0]
+    y, x = heads.blocks.index(best["block"]), best["head"]
+    if best[value] != best[value]: return
+    ax.add_patch(Rectangle((x - .5, y - .5), 1, 1, fill=False, edgecolor="#e8442a",
+                           linewidth=1.6, zorder=3))
 
 # %% ../../nbs/42_heads.ipynb #c9b4468a
 def entropy_heatmap(heads: Heads, # from rank_heads or localization_heads
                     value: str = "entropy", # which column
                     ax=None, # matplotlib axes to draw into; default: a new figure
                    ) -> Figure:
-    "Draw a column by block and head; grey without such a head, a dash without a number. Raises ValueError for an unknown column."
+    """Draw a column by block and head; grey without such a head, a dash for NaN.
+
+    Raises ValueError for an unknown column.
+    """
     grid = heads.grid(value)
-    fig, ax = _axes(grid.shape) if ax is None else (ax.figure, ax)
+    fig, ax = _heatmap_axes(grid.shape) if ax is None else (ax.figure, ax)
     ax.set_facecolor("#d9d9d9")
     im = ax.imshow(grid.numpy(), cmap="viridis", aspect="equal" if max(grid.shape) > 4 else "auto")
-    _label(ax, heads, grid.shape[1])
-    at = lambda r: (heads.blocks.index(r["block"]), r["head"])
-    for r in heads if max(grid.shape) <= 16 else ():
-        _write(ax, *at(r), r[value], im)
-    y, x = at(heads.sort(value)[0])
-    if grid[y, x] == grid[y, x]: ax.add_patch(Rectangle((x - .5, y - .5), 1, 1, fill=False, edgecolor="#e8442a", linewidth=1.6, zorder=3))
+    _name_axes(ax, heads.blocks, grid.shape[1])
+    if max(grid.shape) <= 16: _write_numbers(ax, heads, value, im)
+    _frame_best(ax, heads, value)
     bar = fig.colorbar(im, ax=ax, shrink=.9, pad=.03)
-    bar.set_label(_units.get(value, value), fontsize=8); bar.ax.tick_params(labelsize=7); bar.outline.set_visible(False)
+    bar.set_label(_column_labels.get(value, value), fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    bar.outline.set_visible(False)
     return fig

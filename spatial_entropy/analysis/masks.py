@@ -18,7 +18,8 @@ def attended(maps: torch.Tensor, # (..., h, w) similarities before the softmax
     "The patches that hold most attention, stretched to the mask by nearest neighbours."
     h, w = maps.shape[-2:]
     kept = keep_mass(maps.flatten(-2).softmax(-1).unflatten(-1, (h, w)), mass)
-    return F.interpolate(kept.reshape(1, -1, h, w).float(), size=size, mode="nearest").bool().view(*maps.shape[:-2], *size)
+    stretched = F.interpolate(kept.reshape(1, -1, h, w).float(), size=size, mode="nearest")
+    return stretched.bool().view(*maps.shape[:-2], *size)
 
 # %% ../../nbs/40_masks.ipynb #3c9e8656
 def mask_jaccard(maps: torch.Tensor, # (B, H, h, w) similarities before the softmax
@@ -27,11 +28,12 @@ def mask_jaccard(maps: torch.Tensor, # (B, H, h, w) similarities before the soft
                 ) -> torch.Tensor: # (B, H) in 0–1
     """Jaccard index of each head's attended patches with the object (protocol of DINO).
 
-    `.amax(1)` is the best head of every image. An empty mask met by an attended patch gives 0. Raises ValueError when
-    the batch sizes differ.
+    `.amax(1)` is the best head of every image. An empty mask met by an attended patch gives 0.
+    Raises ValueError when the batch sizes differ.
     """
     if maps.ndim != 4 or masks.ndim != 3 or len(maps) != len(masks):
-        raise ValueError(f"got maps {tuple(maps.shape)} and masks {tuple(masks.shape)}, expected (B, H, h, w) and (B, S, S)")
+        raise ValueError(f"got maps {tuple(maps.shape)} and masks {tuple(masks.shape)}, "
+                         "expected (B, H, h, w) and (B, S, S)")
     on, masks = attended(maps, tuple(masks.shape[-2:]), mass), masks[:, None].to(maps.device)
     union = (on | masks).sum((-2, -1))
     return (on & masks).sum((-2, -1))/union.clamp_min(1)

@@ -10,32 +10,60 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 
+# %% ../../nbs/10_rasters.ipynb #37b23779
+def _copied(canvas, cells, t): # canvas: (..., h·w + 1), cells: (W, m), t: (..., W·m)
+    "Each value to its cell."
+    return canvas.index_copy(-1, cells.flatten(), t)
+
+# %% ../../nbs/10_rasters.ipynb #569399b6
+def _scattered(canvas, cells, t): # canvas: (B, H, h·w + 1), cells: (B, m), t: (B, H, m)
+    "Each value to the cell that its image says."
+    return canvas.scatter(-1, cells[:, None].expand_as(t), t)
+
+# %% ../../nbs/10_rasters.ipynb #9cdbefc3
+def _averaged(canvas, cells, t): # canvas: (..., h·w + 1), cells: (W, m), t: (..., W·m)
+    "The mean of the values of each cell."
+    zeros, cells = canvas*0, cells.flatten()
+    total = zeros.index_add(-1, cells, t)
+    return total/zeros.index_add(-1, cells, torch.ones_like(t)).clamp_min(1)
+
 # %% ../../nbs/10_rasters.ipynb #3958035c
 @dataclass
 class Raster:
     "How the keys of one attention layer lie on the picture."
     grid: tuple[int, int] # (h, w) of the keys
     cells: torch.Tensor | None = None # (W, m), or (B, m) if per_image; None: row by row
-    region: torch.Tensor | None = None # (W, m): patches of a window that see one another share a number
+    region: torch.Tensor | None = None # (W, m): patches that see one another share a number
     queries: tuple[int, int] | None = None # (h, w) of the queries, where it is another one
     asked: torch.Tensor | None = None # (W, n) bool: pooled queries that are no padding; None: all
     per_image: bool = False # each image has an order of its own
-    pictures: int = 1 # pictures, or frames, behind one another in one sequence; cells count through all of them
+    pictures: int = 1 # pictures, or frames, in one sequence; cells count through all of them
     overlap: bool = False # windows share keys: a cell is the mean over those that see it
 
     def lay(self, t, fill=0.): # t: (..., W, m) -> (..., h, w), `fill` where no key lies
         "Put the values of the keys where they lie; several pictures become images of their own."
         (h, w), n = self.grid, self.pictures
         t = t[..., 0, :] if self.cells is None else self._placed(t.flatten(-2), fill)
-        return t.unflatten(-1, (h, w)) if n == 1 else rearrange(t, "b head (n h w) -> (b n) head h w", n=n, h=h)
+        if n == 1: return t.unflatten(-1, (h, w))
+        return rearrange(t, "b head (n h w) -> (b n) head h w", n=n, h=h)
 
-    def _placed(self, t, fill):
-        canvas = t.new_full((*t.shape[:-1], self.pictures*self.grid[0]*self.grid[1] + 1), fill)
-        cells, add = self.cells.flatten(), lambda zeros, values: zeros.index_add(-1, cells, values)
-        if self.per_image: canvas = canvas.scatter(-1, self.cells[:, None].expand_as(t), t)
-        elif self.overlap: canvas = add(canvas*0, t)/add(canvas*0, torch.ones_like(t)).clamp_min(1)
-        else: canvas = canvas.index_copy(-1, cells, t)
-        return canvas[..., :-1]
+    def _placed(self, t, fill): # t: (..., W·m) -> (..., pictures·h·w)
+        size = self.pictures*self.grid[0]*self.grid[1]
+        canvas = t.new_full((*t.shape[:-1], size + 1), fill)
+        if self.per_image: place = _scattered
+        else: place = _averaged if self.overlap else _copied
+        return place(canvas, self.cells, t)[..., :-1]
+
+# %% ../../nbs/10_rasters.ipynb #2f9d3a6a
+def _rolled(k, n, shift, pad_first): # k: the places 0, 1, … of the padded axis; n: its real length
+    "Which row stands at each place; n or more for padding."
+    if pad_first: return (k + shift) % len(k)
+    return torch.where(k < n, (k + shift) % n, n)
+
+# %% ../../nbs/10_rasters.ipynb #a8adf31d
+def _stretch(k, size, shift):
+    "0, 1 or 2 for each place of an axis: those of one window with different numbers are apart."
+    return (k >= len(k) - size).int() + (k >= len(k) - shift).int()
 
 # %% ../../nbs/10_rasters.ipynb #f830aadc
 def windows(grid, # (h, w) of the layer's input
@@ -46,14 +74,12 @@ def windows(grid, # (h, w) of the layer's input
             device=None) -> Raster:
     "The raster of a windowed layer."
     (h, w), (wh, ww), (sh, sw) = grid, size, shift
-    H, W = -(-h//wh)*wh, -(-w//ww)*ww
-    r, c = torch.arange(H, device=device), torch.arange(W, device=device)
-    y = (r + sh) % H if pad_first else torch.where(r < h, (r + sh) % h, h)
-    x = (c + sw) % W if pad_first else torch.where(c < w, (c + sw) % w, w)
-    cells = torch.where((y[:, None] < h) & (x < w), y[:, None]*w + x, h*w)
+    rows = torch.arange(-(-h//wh)*wh, device=device)
+    columns = torch.arange(-(-w//ww)*ww, device=device)
+    y, x = _rolled(rows, h, sh, pad_first)[:, None], _rolled(columns, w, sw, pad_first)
     cut = "(i a) (j b) -> (a b) (i j)" if dilated else "(a i) (b j) -> (a b) (i j)"
-    cells = rearrange(cells, cut, i=wh, j=ww)
-    if (sh, sw, H, W) == (0, 0, h, w): return Raster((h, w), cells)
-    end = lambda k, n, s, d: (k >= n - s).int() + (k >= n - d).int()
-    region = rearrange(end(r, H, wh, sh)[:, None]*3 + end(c, W, ww, sw), cut, i=wh, j=ww)
+    cells = rearrange(torch.where((y < h) & (x < w), y*w + x, h*w), cut, i=wh, j=ww)
+    if (sh, sw, len(rows), len(columns)) == (0, 0, h, w): return Raster((h, w), cells)
+    region = _stretch(rows, wh, sh)[:, None]*3 + _stretch(columns, ww, sw)
+    region = rearrange(region, cut, i=wh, j=ww)
     return Raster((h, w), cells, torch.where(cells < h*w, region, -1))

@@ -17,32 +17,43 @@ class Rows:
     token: int | None = None # the number of one token
     start: int = 0 # else the mean of all tokens from here on
     weight: torch.Tensor | None = None # else weights, broadcastable to (B, H, W, n)
-    region: torch.Tensor | None = None # (W, n): a key counts the queries of its own region only; below 0: padding
+    region: torch.Tensor | None = None # (W, n): a key counts its region only; below 0: padding
 
-    def of(self, t): # t: (B, H, W, n, c), n queries in each of W windows
-        if self.weight is not None: return (t*self.weight.to(t.dtype).unsqueeze(-1)).sum(-2, keepdim=True)
-        return t[..., self.start:, :].mean(-2, keepdim=True) if self.token is None else t[..., self.token:self.token + 1, :]
+    def of(self, t): # (B, H, W, n, c), n queries in each of W windows -> (B, H, W, 1, c)
+        "The query that is read, from all of them; or the row, from all rows."
+        if self.weight is not None:
+            return (t*self.weight.to(t.dtype).unsqueeze(-1)).sum(-2, keepdim=True)
+        if self.token is None: return t[..., self.start:, :].mean(-2, keepdim=True)
+        return t[..., self.token:self.token + 1, :]
 
 # %% ../../nbs/04_rows.ipynb #f67c364f
 def masked_out(mask): # bool mask: True may be seen; float mask: added
     "True where a pair is masked out, by False or by half of the dtype's lowest number and less."
     return ~mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min/2
 
-def without_padding(rows, mask):
-    "The mean over the queries that see themselves; a mask with a single row tells of the keys, so of the queries too."
-    if rows.token is not None or rows.weight is not None: return rows
+# %% ../../nbs/04_rows.ipynb #4a1f0c07
+def _real_queries(mask): # (..., n or 1, m) -> (..., n) bool
+    "The queries that see themselves. A mask with a single row tells of the keys, so of both."
     hidden = masked_out(mask)
-    real = ~(hidden[..., 0, :] if mask.shape[-2] == 1 else hidden.diagonal(dim1=-2, dim2=-1) if mask.shape[-2] == mask.shape[-1] else hidden.all(-1))
+    if mask.shape[-2] == 1: return ~hidden[..., 0, :]
+    if mask.shape[-2] == mask.shape[-1]: return ~hidden.diagonal(dim1=-2, dim2=-1)
+    return ~hidden.all(-1)
+
+def without_padding(rows, mask):
+    "The same rows, with a mean over the queries that see themselves only."
+    if rows.token is not None or rows.weight is not None: return rows
+    real = _real_queries(mask)
     real = real & (torch.arange(real.shape[-1], device=real.device) >= rows.start)
     return Rows(weight=real/real.sum(-1, keepdim=True).clamp_min(1))
 
-def _seen(rows, mask):
+# %% ../../nbs/04_rows.ipynb #4a1f0c09
+def _keys_seen(rows, mask):
     "Which keys the queries that are read may see, (..., m) bool."
     hidden = masked_out(mask)
     if hidden.shape[-2] == 1: return ~hidden[..., 0, :]
     return ~hidden[..., rows.token, :] if rows.token is not None else ~hidden.all(-2)
 
-# %% ../../nbs/04_rows.ipynb #0a41173e
+# %% ../../nbs/04_rows.ipynb #4a1f0c0b
 def as_float(t):
     "float64 stays float64; everything else becomes float32."
     return t.to(torch.float64 if t.dtype == torch.float64 else torch.float32)
@@ -50,37 +61,46 @@ def as_float(t):
 def _full_precision(t): # the meta device, on which shapes are tried out, has no autocast
     return torch.autocast("cpu" if t.device.type == "meta" else t.device.type, enabled=False)
 
+# %% ../../nbs/04_rows.ipynb #4a1f0c0e
 def _own_region(rows): # (W, n queries, m keys), columns sum to 1
     same = (rows.region[:, :, None] == rows.region[:, None, :]).float()
     return same/same.sum(1, keepdim=True)
 
+# %% ../../nbs/04_rows.ipynb #0a41173e
+def _row_by_region(q, k, scale, mask, rows):
+    own = _own_region(rows).to(q.dtype)
+    s = ((own.mT @ q)*k).sum(-1)*scale
+    if mask is None: return s
+    return s + (own*torch.where(own > 0, mask, 0.)).sum(-2)
+
 def query_row(q, k, scale, mask, rows):
-    "(B, H, W, m) similarities from (B, H, W, n, d) queries and (B, H, W, m, d) keys, and which keys are seen, or None."
+    """(B, H, W, m) similarities, and which keys are seen, or None where no mask says.
+
+    From (B, H, W, n, d) queries and (B, H, W, m, d) keys.
+    """
     with _full_precision(k):
         q, k = as_float(q), as_float(k)
-        if rows.region is not None:
-            own = _own_region(rows).to(q.dtype)
-            s = ((own.mT @ q)*k).sum(-1)*scale
-            return (s if mask is None else s + (own*torch.where(own > 0, mask, 0.)).sum(-2)), None
+        if rows.region is not None: return _row_by_region(q, k, scale, mask, rows), None
         if mask is None: return (rows.of(q) @ k.mT)[..., 0, :]*scale, None
         rows = without_padding(rows, mask)
         s = (rows.of(q) @ k.mT)[..., 0, :]*scale
-        if mask.dtype == torch.bool: return s, _seen(rows, mask)
-        add = torch.where(masked_out(mask), 0., mask)
-        return s + (add[..., 0, :] if add.shape[-2] == 1 else rows.of(add)[..., 0, :]), _seen(rows, mask)
+        if mask.dtype == torch.bool: return s, _keys_seen(rows, mask)
+        bias = torch.where(masked_out(mask), 0., mask)
+        if bias.shape[-2] > 1: bias = rows.of(bias)
+        return s + bias[..., 0, :], _keys_seen(rows, mask)
 
 # %% ../../nbs/04_rows.ipynb #50b9b217
-def _of_own_region(rows, logits): # a mask of -inf hides the other regions
+def _logits_by_region(rows, logits): # a mask of -inf hides the other regions
     own = _own_region(rows).to(logits.dtype)
     return (own*torch.where(own > 0, logits, 0.)).sum(-2)
 
 def row_of_logits(logits, rows, padded=False):
     "The same from (B, H, W, n, m) logits; `padded` says that some of them may be hidden."
     logits = as_float(logits)
-    if rows.region is not None: return _of_own_region(rows, logits), None
+    if rows.region is not None: return _logits_by_region(rows, logits), None
     if not padded: return rows.of(logits)[..., 0, :], None
-    rows, seen = without_padding(rows, logits), None
-    seen = _seen(rows, logits)
+    rows = without_padding(rows, logits)
+    seen = _keys_seen(rows, logits)
     return rows.of(torch.where(masked_out(logits), 0., logits))[..., 0, :], seen
 
 # %% ../../nbs/04_rows.ipynb #c83eef7f
@@ -91,35 +111,48 @@ def similarity_maps(q: torch.Tensor, # (B, H, N, d) queries of all tokens
                     query: str = "cls", # "cls": the first token; "mean": the mean patch query
                     scale: float | None = None, # 1/√d if None
                    ) -> torch.Tensor: # (B, H, h, w) float32, or float64 for float64 models
-    """Similarities before the softmax of one query with all patches (arXiv 2206.04636); O(N·d), never N×N.
+    """Similarities before the softmax of one query with all patches (arXiv 2206.04636).
 
-    Raises ValueError when the tokens do not fill the grid.
+    O(N·d), never N×N. Raises ValueError when the tokens do not fill the grid.
     """
     h, w = grid
     if k.shape[-2] != prefix + h*w:
-        raise ValueError(f"got {k.shape[-2]} tokens, expected {prefix} + {h}×{w}; dropped or padded patches have no raster")
+        raise ValueError(f"got {k.shape[-2]} tokens, expected {prefix} + {h}×{w}; "
+                         "dropped or padded patches have no raster")
     rows = Rows(token=0) if query == "cls" else Rows(start=prefix)
-    s, _ = query_row(q[:, :, None], k[:, :, None, prefix:], scale if scale is not None else k.shape[-1]**-.5, None, rows)
+    if scale is None: scale = k.shape[-1]**-.5
+    s, _ = query_row(q[:, :, None], k[:, :, None, prefix:], scale, None, rows)
     return s.unflatten(-1, (h, w)).squeeze(2)
 
 # %% ../../nbs/04_rows.ipynb #4e1cb41b
+def _weight_of_queries(rows): # in windows with regions, what is below 0 is padding
+    if rows.region is None: return rows.weight
+    real = rows.region >= 0
+    return real/real.sum(-1, keepdim=True).clamp_min(1)
+
 def weights_of_logits(logits, n, rows, step=64):
     "(B, H, W, m) attention of the rows; `logits(slice)` gives (B, H, W, s, m) of some queries."
-    if rows.token is not None: return logits(slice(rows.token, rows.token + 1)).softmax(-1)[..., 0, :]
-    weight, total = rows.weight, 0.
-    if rows.region is not None: weight = (rows.region >= 0)/(rows.region >= 0).sum(-1, keepdim=True).clamp_min(1)
+    if rows.token is not None:
+        return logits(slice(rows.token, rows.token + 1)).softmax(-1)[..., 0, :]
+    weight, total = _weight_of_queries(rows), 0.
     for i in range(rows.start, n, step):
         p = logits(slice(i, min(i + step, n))).softmax(-1)
-        total = total + (p.sum(-2)/(n - rows.start) if weight is None else (p*weight[..., i:i + step, None]).sum(-2))
+        if weight is None: total = total + p.sum(-2)/(n - rows.start)
+        else: total = total + (p*weight[..., i:i + step, None]).sum(-2)
     return total
 
+# %% ../../nbs/04_rows.ipynb #4a1f0c16
 def weights_of_rows(q, k, scale, mask, rows):
     "(B, H, W, m) attention weights of the rows, from queries and keys."
     with _full_precision(k):
         q, k = as_float(q), as_float(k)
-        if mask is not None and mask.dtype == torch.bool: mask = torch.where(mask, 0., torch.finfo(q.dtype).min)
+        if mask is not None and mask.dtype == torch.bool:
+            mask = torch.where(mask, 0., torch.finfo(q.dtype).min)
         if mask is not None and rows.region is None: rows = without_padding(rows, mask)
+
         def logits(part):
             s = q[..., part, :] @ k.mT*scale
-            return s if mask is None else s + (mask if mask.shape[-2] == 1 else mask[..., part, :])
+            if mask is None: return s
+            return s + (mask if mask.shape[-2] == 1 else mask[..., part, :])
+
         return weights_of_logits(logits, q.shape[-2], rows)

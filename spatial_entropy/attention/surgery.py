@@ -20,19 +20,28 @@ from torch.nn.parallel import DistributedDataParallel
 from .families import SeveralModels, UnsupportedModel, find
 
 # %% ../../nbs/13_surgery.ipynb #a27dfe8c
-def _parts(names): return tuple((n.removesuffix("()"), n.endswith("()")) for n in names.split())
+def _parts(names):
+    return tuple((n.removesuffix("()"), n.endswith("()")) for n in names.split())
 
+# %% ../../nbs/13_surgery.ipynb #c4436ab1
 def _through(block, parts, x, *args, **kwargs):
-    "x through the named parts: what can be called is called, a parameter multiplies, None is passed over."
+    "x through the named parts: a module is called, a parameter multiplies, None is passed over."
     for name, takes_all in parts:
         part = getattr(block, name)
         if part is None: continue
         if not callable(part): x = part*x
-        else: x = part(x, *args, **kwargs) if takes_all else part(x)
-        if isinstance(x, tuple): x = x[0]                          # Hugging Face: (output, weights)
+        elif takes_all: x = part(x, *args, **kwargs)
+        else: x = part(x)
+        if isinstance(x, tuple): x = x[0] # Hugging Face: (output, weights)
     return x
 
 # %% ../../nbs/13_surgery.ipynb #b301080c
+def _resting(block, patterns):
+    "The parameters of the parts that no longer take part."
+    wanted = [w for r in patterns for w in (r, f"{r}.*")]
+    return [p for n, p in block.named_parameters() if any(fnmatch(n, w) for w in wanted)]
+
+# %% ../../nbs/13_surgery.ipynb #b6116a18
 @dataclass(frozen=True)
 class _Way:
     "How one kind of block runs without its skip."
@@ -42,12 +51,13 @@ class _Way:
     forward: Callable
     also: tuple
 
-    def attend(self, block, x, *args, **kwargs): return _through(block, self.attention, x, *args, **kwargs)
-    def refine(self, block, x, *args, **kwargs): return x + _through(block, self.mlp, x, *args, **kwargs)
+    def attend(self, block, x, *args, **kwargs):
+        return _through(block, self.attention, x, *args, **kwargs)
 
-    def resting(self, block):
-        return [p for n, p in block.named_parameters() if any(fnmatch(n, r) or fnmatch(n, f"{r}.*") for r in self.rests)]
+    def refine(self, block, x, *args, **kwargs):
+        return x + _through(block, self.mlp, x, *args, **kwargs)
 
+# %% ../../nbs/13_surgery.ipynb #b4cef128
 def _tokens(block, way, x, *args, **kwargs):
     "Every token is attended, then refined."
     return way.refine(block, way.attend(block, x, *args, **kwargs), *args, **kwargs)
@@ -55,104 +65,185 @@ def _tokens(block, way, x, *args, **kwargs):
 # %% ../../nbs/13_surgery.ipynb #5e9364aa
 _ways = {}
 
-def register_surgery(block: type | str, # class of a block, or "package.module.Class"
-                     attention: str, # parts from the tokens to attention's output, in order; "()" marks the one that takes the block's other arguments
-                     mlp: str, # parts of the MLP's branch, in order
-                     rests: str = "", # parts that no longer take part; "*" matches any name
-                     forward: Callable = _tokens, # forward(block, way, x, *args, **kwargs), with way.attend(block, x) and way.refine(block, x)
-                     also: str = ""): # parts with parameters that are used but not listed
-    """Teach `drop_last_skip` a kind of block, or change what it knows. A model saved without its skip needs the entry when it is loaded.
+def register_surgery(
+    block: type | str, # class of a block, or "package.module.Class"
+    attention: str, # parts up to attention's output; "()" marks the one that takes all arguments
+    mlp: str, # parts of the MLP's branch, in order
+    rests: str = "", # parts that no longer take part; "*" matches any name
+    forward: Callable = _tokens, # forward(block, way, x, *args, **kwargs)
+    also: str = "", # parts with parameters that are used but not listed
+):
+    """Teach `drop_last_skip` a kind of block, or change what it knows.
 
-    Raises ValueError when no part of `attention` is marked.
+    A `forward` of one's own may call `way.attend(block, x)` and `way.refine(block, x)`. A model
+    saved without its skip needs the entry when it is loaded. Raises ValueError when no part of
+    `attention` is marked.
     """
     if "()" not in attention:
-        raise ValueError(f'attention: got {attention!r}, expected its parts in order, one of them marked, such as "norm1 attn()"')
+        raise ValueError(f"attention: got {attention!r}, expected its parts in order, one of them "
+                         'marked, such as "norm1 attn()"')
     name = block if isinstance(block, str) else f"{block.__module__}.{block.__qualname__}"
-    _ways[name] = _Way(_parts(attention), _parts(mlp), tuple(rests.split()), forward, tuple(also.split()))
+    rest, more = tuple(rests.split()), tuple(also.split())
+    _ways[name] = _Way(_parts(attention), _parts(mlp), rest, forward, more)
 
-def _register(package, rows):
-    for blocks, *row in rows:
-        for block in blocks.split(): register_surgery(f"{package}.{block}", *row)
+# %% ../../nbs/13_surgery.ipynb #ce73bb40
+def _lines(table):
+    "The blocks and the three lists of each line of a table."
+    for line in table.strip().splitlines():
+        blocks, *lists = (field.strip() for field in line.split("|"))
+        for block in blocks.split(): yield block, lists
+
+def _register(package, table, **more):
+    for block, lists in _lines(table): register_surgery(f"{package}.{block}", *lists, **more)
 
 # %% ../../nbs/13_surgery.ipynb #19b538aa
-_register("timm.models", (
-    ("vision_transformer.Block vision_transformer_relpos.RelPosBlock", "norm1 attn()", "mlp ls2 drop_path2", "norm2 ls1"),
-    ("eva.EvaBlock beit.Block", "norm1 attn()", "mlp gamma_2 drop_path2", "norm2 gamma_1"),
-    ("deepseek_vit.DeepseekVitBlock", "norm1 attn()", "mlp drop_path2", "norm2"),
-    ("cait.LayerScaleBlock", "norm1 attn()", "mlp gamma_2 drop_path", "norm2 gamma_1"),
-    ("convit.Block visformer.Block", "norm1 attn()", "mlp drop_path", "norm2"),
-    ("efficientformer.MetaBlock1d", "norm1 token_mixer()", "mlp ls2 drop_path2", "norm2 ls1"),
-    ("efficientformer_v2.EfficientFormerV2Block", "token_mixer()", "mlp ls2 drop_path2", "ls1"),
-    ("fastvit.AttentionBlock", "norm token_mixer()", "mlp layer_scale_2 drop_path2", "layer_scale_1"),
-))
+_register("timm.models", """
+vision_transformer.Block              | norm1 attn()        | mlp ls2 drop_path2     | norm2 ls1
+vision_transformer_relpos.RelPosBlock | norm1 attn()        | mlp ls2 drop_path2     | norm2 ls1
+eva.EvaBlock beit.Block               | norm1 attn()        | mlp gamma_2 drop_path2 | norm2 gamma_1
+deepseek_vit.DeepseekVitBlock         | norm1 attn()        | mlp drop_path2         | norm2
+cait.LayerScaleBlock                  | norm1 attn()        | mlp gamma_2 drop_path  | norm2 gamma_1
+convit.Block visformer.Block          | norm1 attn()        | mlp drop_path          | norm2
+efficientformer.MetaBlock1d           | norm1 token_mixer() | mlp ls2 drop_path2     | norm2 ls1
+efficientformer_v2.EfficientFormerV2Block | token_mixer()   | mlp ls2 drop_path2     | ls1
+fastvit.AttentionBlock | norm token_mixer() | mlp layer_scale_2 drop_path2 | layer_scale_1
+""")
+
+# %% ../../nbs/13_surgery.ipynb #913662a8
+def _way_of(cls):
+    "The entry for a class or its nearest ancestor with one, and that ancestor; or (None, None)."
+    for known in cls.__mro__:
+        if way := _ways.get(f"{known.__module__}.{known.__qualname__}"): return way, known
+    return None, None
+
+# %% ../../nbs/13_surgery.ipynb #adb6fc83
+def _reduce(self, protocol):
+    return _rebuild, (self._with_skip,), self.__getstate__()
+
+def _rebuild(stock):
+    way, _ = _way_of(stock)
+    if way is None:
+        raise UnsupportedModel(f"a {stock.__name__} without its skip was saved; "
+                               "call register_surgery for it, as then, before loading")
+    cls = _without_skip(stock, way)
+    return cls.__new__(cls)
+
+# %% ../../nbs/13_surgery.ipynb #0531f64f
+@cache
+def _without_skip(stock, way):
+    "A subclass of a block's class that runs without the skip; same parameters, same names."
+    first = list(inspect.signature(stock.forward).parameters)[1]
+    def forward(self, *args, **kwargs):
+        if not args: args = (kwargs.pop(first),)
+        return way.forward(self, way, *args, **kwargs)
+    def extra_repr(self):
+        return ", ".join(filter(None, (stock.extra_repr(self), "no skip around attention")))
+    names = ("__module__", "__qualname__", "__doc__")
+    body = {name: getattr(stock, name) for name in names}
+    body |= dict(forward=forward, extra_repr=extra_repr, __reduce_ex__=_reduce, _with_skip=stock)
+    return type(stock.__name__, (stock,), body)
 
 # %% ../../nbs/13_surgery.ipynb #5ea5b64b
-_register("timm.models", (
-    ("vision_transformer.ResPostBlock vision_transformer_relpos.ResPostRelPosBlock eva.EvaBlockPostNorm",
-     "attn()", "mlp norm2 drop_path2", "norm1"),
-    ("gemma4_vit.Gemma4Block", "norm1 attn()", "mlp norm4 drop_path", "norm2 norm3"),
-))
+_register("timm.models", """
+vision_transformer.ResPostBlock             | attn()       | mlp norm2 drop_path2 | norm1
+vision_transformer_relpos.ResPostRelPosBlock | attn()      | mlp norm2 drop_path2 | norm1
+eva.EvaBlockPostNorm                        | attn()       | mlp norm2 drop_path2 | norm1
+gemma4_vit.Gemma4Block                      | norm1 attn() | mlp norm4 drop_path  | norm2 norm3
+""")
 
 # %% ../../nbs/13_surgery.ipynb #f9124917
-_register("timm.models", (
-    ("nest.TransformerLayer twins.Block", "norm1 attn()", "mlp drop_path2", "norm2"),
-    ("pvt_v2.Block", "norm1 attn()", "mlp() drop_path2", "norm2"),
-    ("levit.LevitBlock", "attn()", "mlp drop_path2"),
-    ("hiera.HieraBlock", "norm1 attn()", "mlp ls2 drop_path2", "norm2 ls1 proj"),
-    ("maxxvit.TransformerBlock2d", "norm1 attn()", "mlp ls2 drop_path2", "norm2 ls1 shortcut"),
-    ("maxxvit.PartitionAttentionCl", "norm1 _partition_attn()", "mlp ls2 drop_path2", "norm2 ls1", _tokens, "attn"),
-    ("gcvit.GlobalContextVitBlock", "norm1 _window_attn()", "mlp ls2 drop_path2", "norm2 ls1", _tokens, "attn"),
-    ("swin_transformer.SwinTransformerBlock", "norm1 _attn()", "mlp drop_path2", "norm2", _tokens, "attn"),
-    ("swin_transformer_v2.SwinTransformerV2Block", "_attn()", "mlp norm2 drop_path2", "norm1", _tokens, "attn"),
-))
+_register("timm.models", """
+nest.TransformerLayer twins.Block | norm1 attn() | mlp drop_path2     | norm2
+pvt_v2.Block                      | norm1 attn() | mlp() drop_path2   | norm2
+levit.LevitBlock                  | attn()       | mlp drop_path2     |
+hiera.HieraBlock                  | norm1 attn() | mlp ls2 drop_path2 | norm2 ls1 proj
+maxxvit.TransformerBlock2d        | norm1 attn() | mlp ls2 drop_path2 | norm2 ls1 shortcut
+""")
+
+# %% ../../nbs/13_surgery.ipynb #870d55fd
+_register("timm.models", """
+maxxvit.PartitionAttentionCl          | norm1 _partition_attn() | mlp ls2 drop_path2 | norm2 ls1
+gcvit.GlobalContextVitBlock           | norm1 _window_attn()    | mlp ls2 drop_path2 | norm2 ls1
+swin_transformer.SwinTransformerBlock | norm1 _attn()           | mlp drop_path2     | norm2
+swin_transformer_v2.SwinTransformerV2Block | _attn()            | mlp norm2 drop_path2 | norm1
+""", also="attn")
 
 # %% ../../nbs/13_surgery.ipynb #e362e381
 def _class_only(block, way, x, x_cls):
     "CaiT: the patches x and the [CLS] token come apart, and [CLS] goes on."
     return way.refine(block, way.attend(block, torch.cat((x_cls, x), 1)))
 
+_register("timm.models", """
+cait.LayerScaleBlockClassAttn | norm1 attn() | mlp gamma_2 drop_path | norm2 gamma_1
+""", forward=_class_only)
+
+# %% ../../nbs/13_surgery.ipynb #f51419e8
 def _class_first(block, way, x):
     "XCiT, VOLO: [CLS] is the first token; the patches pass by."
     return torch.cat((way.refine(block, way.attend(block, x)), x[:, 1:]), 1)
 
+_register("timm.models", """
+xcit.ClassAttentionBlock | norm1 attn() | mlp gamma2 drop_path2 | norm2 gamma1
+volo.ClassBlock          | norm1 attn() | mlp drop_path2        | norm2
+""", forward=_class_first)
+
+# %% ../../nbs/13_surgery.ipynb #236b2704
 def _parallel(block, way, x, *args, **kwargs):
     "Attentions side by side, then MLPs side by side."
     x = sum(a.attn(a.norm(x), *args, **kwargs) for a in block.attns)
     return x + sum(f.drop_path(f.ls(f.mlp(x))) for f in block.ffns)
 
-_register("timm.models", (
-    ("cait.LayerScaleBlockClassAttn", "norm1 attn()", "mlp gamma_2 drop_path", "norm2 gamma_1", _class_only),
-    ("xcit.ClassAttentionBlock", "norm1 attn()", "mlp gamma2 drop_path2", "norm2 gamma1", _class_first),
-    ("volo.ClassBlock", "norm1 attn()", "mlp drop_path2", "norm2", _class_first),
-    ("vision_transformer.ParallelThingsBlock", "attns()", "ffns", "attns.*.ls ffns.*.norm", _parallel),
-))
+register_surgery("timm.models.vision_transformer.ParallelThingsBlock", "attns()", "ffns",
+                 rests="attns.*.ls ffns.*.norm", forward=_parallel)
 
-# %% ../../nbs/13_surgery.ipynb #236b2704
-def _then_normed(block, way, x): return block.norm3(way.refine(block, way.attend(block, x)))
+# %% ../../nbs/13_surgery.ipynb #8faeee85
+def _then_normed(block, way, x):
+    "A third norm follows the MLP's residual."
+    return block.norm3(way.refine(block, way.attend(block, x)))
 
+register_surgery("timm.models.swin_transformer_v2_cr.SwinTransformerV2CrBlock",
+                 "_shifted_window_attn()", "mlp norm2 drop_path2", rests="norm1",
+                 forward=_then_normed, also="attn norm3")
+
+# %% ../../nbs/13_surgery.ipynb #a0c9be98
 def _scaled_residual(block, way, x):
+    "The MLP's residual has a scale of its own, and keeps it."
     x = way.attend(block, x)
     return block.res_scale2(x) + _through(block, way.mlp, x)
 
+register_surgery("timm.models.metaformer.MetaFormerBlock",
+                 "norm1 token_mixer()", "mlp drop_path2 layer_scale2",
+                 rests="norm2 layer_scale1 res_scale1", forward=_scaled_residual, also="res_scale2")
+
+# %% ../../nbs/13_surgery.ipynb #ea2d2813
+def _of_pixels(block, pixels, shape):
+    "TNT: what the pixels of each patch add to its token, in this shape."
+    if block.norm2_proj is None:
+        return block.proj(block.norm1_proj(pixels).reshape(shape))
+    return block.norm2_proj(block.proj(block.norm1_proj(pixels.reshape(shape))))
+
+# %% ../../nbs/13_surgery.ipynb #c1a99643
 def _tnt(block, way, pixels, words):
-    "TNT: pixels attend within a patch and are added to its token; the tokens' attention is the last."
+    "TNT: pixels attend within a patch and are added to its token, then the tokens attend."
     pixels = pixels + block.drop_path(block.attn_in(block.norm_in(pixels)))
     pixels = pixels + block.drop_path(block.mlp_in(block.norm_mlp_in(pixels)))
-    rows = (len(words), words.shape[1] - 1, -1)
-    if block.norm2_proj is None: more = block.proj(block.norm1_proj(pixels).reshape(rows))
-    else: more = block.norm2_proj(block.proj(block.norm1_proj(pixels.reshape(rows))))
+    more = _of_pixels(block, pixels, (len(words), words.shape[1] - 1, -1))
     words = torch.cat((words[:, :1], words[:, 1:] + more), 1)
     return pixels, way.refine(block, way.attend(block, words))
 
-# %% ../../nbs/13_surgery.ipynb #a0c9be98
-_register("timm.models", (
-    ("swin_transformer_v2_cr.SwinTransformerV2CrBlock", "_shifted_window_attn()", "mlp norm2 drop_path2", "norm1",
-     _then_normed, "attn norm3"),
-    ("metaformer.MetaFormerBlock", "norm1 token_mixer()", "mlp drop_path2 layer_scale2", "norm2 layer_scale1 res_scale1",
-     _scaled_residual, "res_scale2"),
-    ("tnt.Block", "norm_out attn_out()", "mlp drop_path", "norm_mlp", _tnt,
-     "norm_in attn_in norm_mlp_in mlp_in norm1_proj proj norm2_proj"),
-))
+register_surgery("timm.models.tnt.Block", "norm_out attn_out()", "mlp drop_path",
+                 rests="norm_mlp", forward=_tnt,
+                 also="norm_in attn_in norm_mlp_in mlp_in norm1_proj proj norm2_proj")
+
+# %% ../../nbs/13_surgery.ipynb #34c3f97a
+def _mvit(block, way, x, size):
+    "MViT: the attention adds its own pooled queries to its answer; that stays."
+    x, size = block.attn(block.norm1(x), size)
+    wide = x if block.shortcut_proj_mlp is None else block.shortcut_proj_mlp(x)
+    return wide + _through(block, way.mlp, x), size
+
+register_surgery("timm.models.mvitv2.MultiScaleBlock", "norm1 attn()", "mlp drop_path2",
+                 rests="norm2 shortcut_proj_attn", forward=_mvit, also="shortcut_proj_mlp")
 
 # %% ../../nbs/13_surgery.ipynb #7e3c6dc5
 def _cut(x, window): # (B, h, w, C)
@@ -161,6 +252,7 @@ def _cut(x, window): # (B, h, w, C)
     x = F.pad(x, (0, 0, 0, -x.shape[2] % a, 0, -x.shape[1] % b))
     return rearrange(x, "n (y b) (x a) c -> (n y x) (b a) c", b=b, a=a), x.shape[1:3]
 
+# %% ../../nbs/13_surgery.ipynb #14998a26
 def _paste(x, window, padded, grid):
     "Windows back in their places (B, h, w, C)."
     (b, a), (h, w) = window, padded
@@ -175,6 +267,10 @@ def _tiny_vit(block, way, x):
     x, mlp = _paste(block.attn(pieces), window, padded, x.shape[1:3]), block.mlp
     return x + block.drop_path2(mlp.drop2(mlp.fc2(mlp.drop1(mlp.act(mlp.fc1(x))))))
 
+register_surgery("timm.models.tiny_vit.TinyVitBlock", "attn()", "mlp drop_path2",
+                 rests="mlp.norm local_conv", forward=_tiny_vit)
+
+# %% ../../nbs/13_surgery.ipynb #f63d469d
 def _sam(block, way, x):
     "SAM: attention on (windows, h, w, C), in some blocks on the whole grid."
     window, y = (block.window_size,)*2, block.norm1(x)
@@ -183,61 +279,77 @@ def _sam(block, way, x):
     pieces = block.attn(pieces.unflatten(1, window)).flatten(1, 2)
     return way.refine(block, _paste(pieces, window, padded, x.shape[1:3]))
 
+register_surgery("timm.models.vision_transformer_sam.Block", "norm1 attn()", "mlp ls2 drop_path2",
+                 rests="norm2 ls1", forward=_sam)
+
+# %% ../../nbs/13_surgery.ipynb #d6c28b3b
 def _sam2(block, way, x):
     "SAM 2: where the queries are pooled, the windows shrink with them."
     x, stride = block.norm1(x), block.q_stride or (1, 1)
     if not block.is_windowed: return way.refine(block, block.attn(x))
-    window, grid = block.window_size, [n//s for n, s in zip(x.shape[1:3], stride)]
+    window = block.window_size
     pieces, padded = _cut(x, window)
-    small = [n//s for n, s in zip(window, stride)]
     pieces = block.attn(pieces.unflatten(1, tuple(window))).flatten(1, 2)
-    return way.refine(block, _paste(pieces, small, [n//s for n, s in zip(padded, stride)], grid))
+    shapes = (window, padded, x.shape[1:3])
+    small, padded, grid = ([n//s for n, s in zip(shape, stride)] for shape in shapes)
+    return way.refine(block, _paste(pieces, small, padded, grid))
 
-# %% ../../nbs/13_surgery.ipynb #d6c28b3b
-def _mvit(block, way, x, size):
-    "MViT: the attention adds its own pooled queries to its answer; that stays."
-    x, size = block.attn(block.norm1(x), size)
-    wide = x if block.shortcut_proj_mlp is None else block.shortcut_proj_mlp(x)
-    return wide + _through(block, way.mlp, x), size
-
-# %% ../../nbs/13_surgery.ipynb #34c3f97a
-_register("timm.models", (
-    ("tiny_vit.TinyVitBlock", "attn()", "mlp drop_path2", "mlp.norm local_conv", _tiny_vit),
-    ("vision_transformer_sam.Block", "norm1 attn()", "mlp ls2 drop_path2", "norm2 ls1", _sam),
-    ("hieradet_sam2.MultiScaleBlock", "norm1 attn()", "mlp ls2 drop_path2", "norm2 ls1 proj", _sam2),
-    ("mvitv2.MultiScaleBlock", "norm1 attn()", "mlp drop_path2", "norm2 shortcut_proj_attn", _mvit, "shortcut_proj_mlp"),
-))
+register_surgery("timm.models.hieradet_sam2.MultiScaleBlock", "norm1 attn()", "mlp ls2 drop_path2",
+                 rests="norm2 ls1 proj", forward=_sam2)
 
 # %% ../../nbs/13_surgery.ipynb #0fc8cdc0
-def _hf_beit(block, way, x, attention_mask=None, interpolate_pos_encoding=False, resolution=None, **kwargs):
+def _register_hf(table, **more):
+    for block, lists in _lines(table):
+        folder, name = block.split(".")
+        register_surgery(f"transformers.models.{folder}.modeling_{folder}.{name}", *lists, **more)
+
+# %% ../../nbs/13_surgery.ipynb #2ee182b4
+_register_hf("""
+vit.ViTLayer deit.DeiTLayer vit_mae.ViTMAELayer vit_msn.ViTMSNLayer ijepa.IJepaLayer \
+| layernorm_before attention() dropout | mlp dropout | layernorm_after
+pixio.PixioLayer | layernorm_before attention() dropout | mlp dropout drop_path | layernorm_after
+internvl.InternVLVisionLayer | layernorm_before attention() \
+| mlp dropout lambda_2 | layernorm_after lambda_1
+aimv2.Aimv2EncoderLayer | rms_norm1 attention() | ffn | rms_norm2
+""")
+
+# %% ../../nbs/13_surgery.ipynb #37143ef6
+_register_hf("""
+dinov2.Dinov2Layer dinov2_with_registers.Dinov2WithRegistersLayer dinov3_vit.DINOv3ViTLayer \
+| norm1 attention() | mlp layer_scale2 drop_path | norm2 layer_scale1
+clip.CLIPEncoderLayer siglip.SiglipEncoderLayer siglip2.Siglip2EncoderLayer \
+metaclip_2.MetaClip2EncoderLayer blip_2.Blip2EncoderLayer clipseg.CLIPSegEncoderLayer \
+chinese_clip.ChineseCLIPVisionLayer mlcd.MLCDEncoderLayer owlvit.OwlViTEncoderLayer \
+owlv2.Owlv2EncoderLayer altclip.AltCLIPEncoderLayer idefics3.Idefics3EncoderLayer \
+smolvlm.SmolVLMEncoderLayer | layer_norm1 self_attn() | mlp | layer_norm2
+""")
+
+# %% ../../nbs/13_surgery.ipynb #ad69ef8b
+def _hf_beit(block, way, x, attention_mask=None, interpolate_pos_encoding=False,
+             resolution=None, **kwargs):
     "With relative positions, the block adds its bias to the mask."
+    mask = attention_mask
     if block.relative_position_bias is not None:
         window = tuple(s//block.patch_size for s in resolution)
         bias = block.relative_position_bias(window, interpolate_pos_encoding, dim_size=x.shape[1])
-        attention_mask = bias if attention_mask is None else bias + attention_mask
-    return way.refine(block, way.attend(block, x, attention_mask=attention_mask, **kwargs))
+        mask = bias if mask is None else bias + mask
+    return way.refine(block, way.attend(block, x, attention_mask=mask, **kwargs))
+
+_register_hf("""
+beit.BeitLayer | layernorm_before attention() dropout \
+| mlp dropout lambda_2 drop_path | layernorm_after lambda_1
+""", forward=_hf_beit, also="relative_position_bias")
 
 # %% ../../nbs/13_surgery.ipynb #164975e8
-_register("transformers.models", (
-    ("vit.modeling_vit.ViTLayer deit.modeling_deit.DeiTLayer vit_mae.modeling_vit_mae.ViTMAELayer "
-     "vit_msn.modeling_vit_msn.ViTMSNLayer ijepa.modeling_ijepa.IJepaLayer",
-     "layernorm_before attention() dropout", "mlp dropout", "layernorm_after"),
-    ("dinov2.modeling_dinov2.Dinov2Layer dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersLayer "
-     "dinov3_vit.modeling_dinov3_vit.DINOv3ViTLayer", "norm1 attention()", "mlp layer_scale2 drop_path", "norm2 layer_scale1"),
-    ("clip.modeling_clip.CLIPEncoderLayer siglip.modeling_siglip.SiglipEncoderLayer siglip2.modeling_siglip2.Siglip2EncoderLayer "
-     "metaclip_2.modeling_metaclip_2.MetaClip2EncoderLayer "
-     "blip_2.modeling_blip_2.Blip2EncoderLayer clipseg.modeling_clipseg.CLIPSegEncoderLayer "
-     "chinese_clip.modeling_chinese_clip.ChineseCLIPVisionLayer mlcd.modeling_mlcd.MLCDEncoderLayer "
-     "owlvit.modeling_owlvit.OwlViTEncoderLayer owlv2.modeling_owlv2.Owlv2EncoderLayer "
-     "altclip.modeling_altclip.AltCLIPEncoderLayer idefics3.modeling_idefics3.Idefics3EncoderLayer "
-     "smolvlm.modeling_smolvlm.SmolVLMEncoderLayer", "layer_norm1 self_attn()", "mlp", "layer_norm2"),
-    ("pixio.modeling_pixio.PixioLayer", "layernorm_before attention() dropout", "mlp dropout drop_path", "layernorm_after"),
-    ("internvl.modeling_internvl.InternVLVisionLayer", "layernorm_before attention()", "mlp dropout lambda_2",
-     "layernorm_after lambda_1"),
-    ("aimv2.modeling_aimv2.Aimv2EncoderLayer", "rms_norm1 attention()", "ffn", "rms_norm2"),
-    ("beit.modeling_beit.BeitLayer", "layernorm_before attention() dropout", "mlp dropout lambda_2 drop_path",
-     "layernorm_after lambda_1", _hf_beit, "relative_position_bias"),
-))
+def _hf_closing(block, way, x, *args, **kwargs):
+    "The MLP's last part adds the residual that it is given."
+    x = way.attend(block, x, *args, **kwargs)
+    return block.output(block.intermediate(x), x)
+
+_register_hf("""
+dpt.DPTViTLayer yolos.YolosLayer \
+| layernorm_before attention() | intermediate output | layernorm_after
+""", forward=_hf_closing)
 
 # %% ../../nbs/13_surgery.ipynb #1cf93d16
 def _hf_windows(block, x, size, **kwargs):
@@ -246,54 +358,61 @@ def _hf_windows(block, x, size, **kwargs):
     x, _ = block.maybe_pad(x.unflatten(1, size), *size)
     padded = tuple(x.shape[1:3])
     mask = block.get_attn_mask(*padded, dtype=x.dtype, device=x.device)
-    x, *more = block.attention(_cut(torch.roll(x, (-shift, -shift), (1, 2)), window)[0], mask, **kwargs)
+    pieces, _ = _cut(torch.roll(x, (-shift, -shift), (1, 2)), window)
+    x, *more = block.attention(pieces, mask, **kwargs)
     x = torch.roll(_paste(x, window, padded, padded), (shift, shift), (1, 2))
     return x[:, :size[0], :size[1]].flatten(1, 2), more
 
 # %% ../../nbs/13_surgery.ipynb #befb0778
 def _hf_swin(block, way, hidden_states, input_dimensions, always_partition=False, **kwargs):
     if not always_partition: block.set_shift_and_window_size(input_dimensions)
-    x, more = _hf_windows(block, block.layernorm_before(hidden_states), input_dimensions, **kwargs)
+    normed = block.layernorm_before(hidden_states)
+    x, more = _hf_windows(block, normed, input_dimensions, **kwargs)
     return way.refine(block, block.dropout(x)), *more
 
+_register_hf("""
+swin.SwinLayer \
+| layernorm_before cyclic_shift attention() dropout | mlp dropout | layernorm_after
+""", forward=_hf_swin)
+
+# %% ../../nbs/13_surgery.ipynb #0af817b2
 def _hf_swin2(block, way, hidden_states, input_dimensions, output_attentions=False):
     "The norms stand after the branches; the weights are returned when they are asked for."
-    x, more = _hf_windows(block, hidden_states, input_dimensions, output_attentions=output_attentions)
+    asked = dict(output_attentions=output_attentions)
+    x, more = _hf_windows(block, hidden_states, input_dimensions, **asked)
     return way.refine(block, x), *more[:bool(output_attentions)]
 
-def _hf_sam(block, way, hidden_states):
-    "Attention on (windows, h, w, C), in some layers on the whole grid."
-    x, grid, size = block.layer_norm1(hidden_states), hidden_states.shape[1:3], block.window_size
-    if size: x, padded = block.window_partition(x, size)
-    x = block.attn(hidden_states=x)[0]
-    return way.refine(block, block.window_unpartition(x, size, padded, grid) if size else x)
+_register_hf("""
+swinv2.Swinv2Layer \
+| attention() | intermediate output layernorm_after drop_path | layernorm_before
+""", forward=_hf_swin2)
 
 # %% ../../nbs/13_surgery.ipynb #d6ce8950
-def _hf_closing(block, way, x, *args, **kwargs):
-    "The MLP's last part adds the residual that it is given."
-    x = way.attend(block, x, *args, **kwargs)
-    return block.output(block.intermediate(x), x)
+def _hf_sam(block, way, hidden_states):
+    "Attention on (windows, h, w, C), in some layers on the whole grid."
+    x, size = block.layer_norm1(hidden_states), block.window_size
+    if not size: return way.refine(block, block.attn(hidden_states=x)[0])
+    x, padded = block.window_partition(x, size)
+    x = block.attn(hidden_states=x)[0]
+    return way.refine(block, block.window_unpartition(x, size, padded, hidden_states.shape[1:3]))
 
-# %% ../../nbs/13_surgery.ipynb #8f5275a5
-_register("transformers.models", (
-    ("swin.modeling_swin.SwinLayer", "layernorm_before cyclic_shift attention() dropout", "mlp dropout", "layernorm_after", _hf_swin),
-    ("swinv2.modeling_swinv2.Swinv2Layer", "attention()", "intermediate output layernorm_after drop_path", "layernorm_before", _hf_swin2),
-    ("sam.modeling_sam.SamVisionLayer sam_hq.modeling_sam_hq.SamHQVisionLayer got_ocr2.modeling_got_ocr2.GotOcr2VisionLayer",
-     "layer_norm1 attn()", "mlp", "layer_norm2", _hf_sam),
-    ("dpt.modeling_dpt.DPTViTLayer yolos.modeling_yolos.YolosLayer",
-     "layernorm_before attention()", "intermediate output", "layernorm_after", _hf_closing),
-))
+_register_hf("""
+sam.SamVisionLayer sam_hq.SamHQVisionLayer got_ocr2.GotOcr2VisionLayer \
+| layer_norm1 attn() | mlp | layer_norm2
+""", forward=_hf_sam)
 
 # %% ../../nbs/13_surgery.ipynb #795e9e05
 def _query_key_value(block, way, x):
     "nn.MultiheadAttention wants its input three times."
     x = block.ln_1(x)
-    return way.refine(block, block.dropout(block.self_attention(x, x, x, need_weights=False)[0]))
+    x, _ = block.self_attention(x, x, x, need_weights=False)
+    return way.refine(block, block.dropout(x))
 
-register_surgery("open_clip.transformer.ResidualAttentionBlock", "ln_1 attention()", "mlp ls_2", "ln_2 ls_1", also="attn")
-register_surgery("torchvision.models.vision_transformer.EncoderBlock", "ln_1 self_attention() dropout", "mlp", "ln_2", _query_key_value)
+_register("torchvision.models", """
+vision_transformer.EncoderBlock | ln_1 self_attention() dropout | mlp | ln_2
+""", forward=_query_key_value)
 
-# %% ../../nbs/13_surgery.ipynb #39146bde
+# %% ../../nbs/13_surgery.ipynb #d7cca61d
 def _tv_maxvit(block, way, x):
     "MaxViT of torchvision: the norm before the MLP is its first part."
     cut = (block.grid_size[0]//block.p, block.grid_size[1]//block.p)
@@ -301,168 +420,220 @@ def _tv_maxvit(block, way, x):
     x = x + block.stochastic_dropout(block.mlp_layer[1:](x))
     return block.departition_op(block.departition_swap(x), block.p, *cut)
 
-_register("torchvision.models", (
-    ("swin_transformer.SwinTransformerBlock", "norm1 attn()", "mlp stochastic_depth", "norm2"),
-    ("swin_transformer.SwinTransformerBlockV2", "attn()", "mlp norm2 stochastic_depth", "norm1"),
-    ("maxvit.PartitionAttentionLayer", "attn_layer()", "mlp_layer stochastic_dropout", "mlp_layer.0", _tv_maxvit),
-))
+_register("torchvision.models", """
+maxvit.PartitionAttentionLayer | attn_layer() | mlp_layer stochastic_dropout | mlp_layer.0
+""", forward=_tv_maxvit)
 
-# %% ../../nbs/13_surgery.ipynb #adb6fc83
-@cache
-def _without_skip(stock, way):
-    "A subclass of a block's class that runs without the skip; same parameters, same names."
-    first = list(inspect.signature(stock.forward).parameters)[1]
-    def forward(self, *args, **kwargs):
-        if not args: args = (kwargs.pop(first),)
-        return way.forward(self, way, *args, **kwargs)
-    def extra_repr(self): return ", ".join(filter(None, (stock.extra_repr(self), "no skip around attention")))
-    return type(stock.__name__, (stock,), dict(forward=forward, extra_repr=extra_repr, __module__=stock.__module__, __doc__=stock.__doc__,
-                                               __qualname__=stock.__qualname__, __reduce_ex__=_reduce, _with_skip=stock))
-
-def _reduce(self, protocol): return _rebuild, (self._with_skip,), self.__getstate__()
-
-def _rebuild(stock):
-    way, _ = _way_of(stock)
-    if way is None: raise UnsupportedModel(f"a {stock.__name__} without its skip was saved; call register_surgery for it, as then, before loading")
-    cls = _without_skip(stock, way)
-    return cls.__new__(cls)
-
-# %% ../../nbs/13_surgery.ipynb #913662a8
-def _way_of(cls):
-    "The table's entry for a class or the nearest ancestor that has one, and that ancestor; or (None, None)."
-    for known in cls.__mro__:
-        if way := _ways.get(f"{known.__module__}.{known.__qualname__}"): return way, known
-    return None, None
+# %% ../../nbs/13_surgery.ipynb #39146bde
+_register("torchvision.models", """
+swin_transformer.SwinTransformerBlock   | norm1 attn() | mlp stochastic_depth       | norm2
+swin_transformer.SwinTransformerBlockV2 | attn()       | mlp norm2 stochastic_depth | norm1
+""")
+_register("open_clip.transformer", """
+ResidualAttentionBlock | ln_1 attention() | mlp ls_2 | ln_2 ls_1
+""", also="attn")
 
 # %% ../../nbs/13_surgery.ipynb #a7c1e582
-_towers = ("vision_model", "visual", "vision_tower")
-_attention = re.compile("att(entio)?n|mhsa|gpsa|xca", re.IGNORECASE)
-_pool = re.compile("atten.*pool", re.IGNORECASE)
 _shared = "attention and MLP share one residual, so there is no road around attention alone"
-_refused = dict.fromkeys((f"timm.models.vision_transformer.{b}" for b in ("ParallelScalingBlock", "DiffParallelScalingBlock")), _shared) | {
-    "timm.models.crossvit.CrossAttentionBlock": "one branch asks the other here, and no MLP follows in which the skip would be replaced",
-    "timm.models.nextvit.NextTransformerBlock": "a convolution of the attended map joins it before the MLP: a second road beside attention",
-    "timm.models.davit.ChannelBlock": "it attends over channels, not over places"}
+_vit = "timm.models.vision_transformer."
+_refused = {
+    f"{_vit}ParallelScalingBlock": _shared,
+    f"{_vit}DiffParallelScalingBlock": _shared,
+    "timm.models.crossvit.CrossAttentionBlock":
+        "one branch asks the other here, and no MLP follows in which the skip would be replaced",
+    "timm.models.nextvit.NextTransformerBlock":
+        "a convolution of the attended map joins it before the MLP: a second road beside attention",
+    "timm.models.davit.ChannelBlock": "it attends over channels, not over places",
+}
+
+# %% ../../nbs/13_surgery.ipynb #2ba29c80
+_towers = ("vision_model", "visual", "vision_tower")
 
 def _name_of(module):
+    "The dotted name of a module's class, as the table holds it."
     cls = getattr(type(module), "_with_skip", type(module))
     return f"{cls.__module__}.{cls.__qualname__}"
 
+# %% ../../nbs/13_surgery.ipynb #c7eaaeee
 def _tower(model):
-    "Of a model that has no entry in the page families: the part for pictures, of an encoder and a decoder the encoder."
+    "The part for pictures; of an encoder and a decoder the encoder."
     for path, module in model.named_modules():
         if path.rpartition(".")[2] in _towers: return module
-    base = getattr(model, "base_model", None)                      # Hugging Face: the model without its head or decoder
+    base = getattr(model, "base_model", None) # Hugging Face: the model without its head or decoder
     return base if isinstance(base, nn.Module) else model
 
 # %% ../../nbs/13_surgery.ipynb #dfecdac9
+_attention = re.compile("att(entio)?n|mhsa|gpsa|xca", re.IGNORECASE)
+_pool = re.compile("atten.*pool", re.IGNORECASE)
+
+def _attends(module):
+    "Whether a module is a block of the table, a refused one, or is called attention."
+    cls = type(module)
+    return _name_of(module) in _refused or _way_of(cls)[0] or _attention.search(cls.__name__)
+
+# %% ../../nbs/13_surgery.ipynb #d366402b
 def _last_attention(tower):
     "The path of the last attention in a tower, pools by attention apart."
     last, pool = None, "-"
     for path, module in tower.named_modules():
         if _pool.search(type(module).__name__): pool = path
         elif path == pool or path.startswith(f"{pool}."): continue
-        elif _name_of(module) in _refused or _way_of(type(module))[0] or _attention.search(type(module).__name__): last = path
+        elif _attends(module): last = path
     if last is None:
-        raise UnsupportedModel(f"{type(tower).__name__}: no attention was found in it, so there is no skip around it to drop")
+        raise UnsupportedModel(f"{type(tower).__name__}: no attention was found in it, "
+                               "so there is no skip around it to drop")
     return last
 
+# %% ../../nbs/13_surgery.ipynb #cfd09c97
 def _around(tower, path):
     "The block around an attention, or what stands where one should, and its path."
     steps = path.split(".")
     around = [".".join(steps[:n]) for n in range(len(steps), 0, -1)]
-    known = next((p for p in around if _way_of(type(tower.get_submodule(p)))[0]), None)
-    refused = next((p for p in around if _name_of(tower.get_submodule(p)) in _refused), None)
-    path = known or refused or next((p for p in around if p.rpartition(".")[2].isdigit()), around[min(1, len(around) - 1)])
-    return tower.get_submodule(path), path
+    parts = {p: tower.get_submodule(p) for p in around}
+    known = [p for p in around if _way_of(type(parts[p]))[0]]
+    refused = [p for p in around if _name_of(parts[p]) in _refused]
+    numbered = [p for p in around if p.rpartition(".")[2].isdigit()]
+    path = [*known, *refused, *numbered, around[min(1, len(around) - 1)]][0]
+    return parts[path], path
 
 # %% ../../nbs/13_surgery.ipynb #545cfef5
 def _found(model):
-    "What the tap would read; None where it has no entry or no map, which need not keep the surgery from its work."
+    "What the tap would read; None where it finds no map, which need not stop the surgery."
     try: return find(model)
     except SeveralModels: raise
     except UnsupportedModel: return None
 
+def _last_read(found, block):
+    "The block of the last layer that is read, if it is of the same kind; else the block itself."
+    paths = [path for path, _, kind in found.layers if not kind.one_query]
+    read = _around(found.model, paths[-1])[0] if paths else block
+    return read if type(read) is type(block) else block
+
+# %% ../../nbs/13_surgery.ipynb #5a232756
+_unknown = ("drop_last_skip knows no such block; if it has a residual around attention, "
+            "then one around its MLP, describe it with register_surgery")
+
 def _last_block(model):
-    "The block around the last attention that is read. Raises UnsupportedModel, with its name, if the table does not hold it."
+    """The block around the last attention that is read.
+
+    Raises UnsupportedModel, with its name, if the table does not hold it.
+    """
     found = _found(model)
     tower = found.model if found else _tower(model)
     block, path = _around(tower, _last_attention(tower))
-    heard = [name for name, _, kind in found.layers if not kind.one_query] if found else []
-    if heard and type(read := _around(tower, heard[-1])[0]) is type(block): block = read   # what comes later is not read
+    if found: block = _last_read(found, block)
     if _way_of(type(block))[0]: return block
     name = _name_of(block)
-    raise UnsupportedModel(f"{type(model).__name__}: its last attention is in {path}, a {name.rpartition('.')[2]} ({name}): " + _refused.get(
-        name, "drop_last_skip knows no such block; if it has a residual around attention, then one around its MLP, "
-              "describe it with register_surgery"))
+    raise UnsupportedModel(
+        f"{type(model).__name__}: its last attention is in {path}, a {name.rpartition('.')[2]} "
+        f"({name}): {_refused.get(name, _unknown)}")
 
 # %% ../../nbs/13_surgery.ipynb #31116a15
-def _check(block):
+def _check_entry(block):
     "Raises where the table's entry would not do what the block does, less the skip."
     way, known = _way_of(type(block))
-    name, parts = known.__name__, {n for n, _ in way.attention + way.mlp}
-    if "_ear" in vars(block): raise RuntimeError(f"{name}: a tap listens in this block; drop the skip first, then tap")
-    if hasattr(type(block), "_with_skip"): raise ValueError("the last skip is dropped already; undo() it first, or leave it")
-    if "forward" in vars(block): raise RuntimeError(f"{name}: its forward was replaced on the object, as hooks of accelerate do; drop the skip before that")
     if inspect.unwrap(type(block).forward) is not inspect.unwrap(known.forward):
-        raise UnsupportedModel(f"{type(block).__name__} is a {name} with a forward of its own; describe it with register_surgery")
-    used = parts | {n.split(".")[0] for n in way.rests + way.also}
-    odd = {n.split(".")[0] for n, _ in block.named_parameters()} - used | {n for n in parts if not hasattr(block, n)}
+        raise UnsupportedModel(f"{type(block).__name__} is a {known.__name__} with a forward of "
+                               "its own; describe it with register_surgery")
+    parts = {name for name, _ in way.attention + way.mlp}
+    used = parts | {name.split(".")[0] for name in way.rests + way.also}
+    odd = {name.split(".")[0] for name, _ in block.named_parameters()} - used
+    odd |= {name for name in parts if not hasattr(block, name)}
     if odd:
-        raise UnsupportedModel(f"{name}: the entry for it and the block disagree about {', '.join(sorted(odd))}; the block is of another version "
-                               f"of {known.__module__.split('.')[0]}, or was altered; describe it with register_surgery")
+        raise UnsupportedModel(
+            f"{known.__name__}: the entry for it and the block disagree about "
+            f"{', '.join(sorted(odd))}; the block is of another version of "
+            f"{known.__module__.split('.')[0]}, or was altered; describe it with register_surgery")
+
+# %% ../../nbs/13_surgery.ipynb #c996c819
+def _check_untouched(block):
+    "Raises where something else has changed what the block runs."
+    name = _way_of(type(block))[1].__name__
+    if "_ear" in vars(block):
+        raise RuntimeError(f"{name}: a tap listens in this block; drop the skip first, then tap")
+    if hasattr(type(block), "_with_skip"):
+        raise ValueError("the last skip is dropped already; undo() it first, or leave it")
+    if "forward" in vars(block):
+        raise RuntimeError(f"{name}: its forward was replaced on the object, as hooks of "
+                           "accelerate do; drop the skip before that")
 
 # %% ../../nbs/13_surgery.ipynb #f001de45
 def _wrapped(model):
     "A model and what it wraps: DistributedDataParallel, torch.compile, … down to the model itself."
-    if not isinstance(model, nn.Module): raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
     inner = model._modules.get("module", model._modules.get("_orig_mod"))
     return [model] if inner is None else [model, *_wrapped(inner)]
 
+# %% ../../nbs/13_surgery.ipynb #ff5cacc8
 def _check_ddp(ddp):
+    "Raises where DistributedDataParallel could not count again."
     if ddp.static_graph or ddp.mixed_precision or ddp._comm_hooks:
-        raise RuntimeError("this DistributedDataParallel has a static graph, mixed precision or a communication hook, which cannot be counted again; "
-                           "drop the skip first, then wrap the model")
+        raise RuntimeError(
+            "this DistributedDataParallel has a static graph, mixed precision or a communication "
+            "hook, which cannot be counted again; drop the skip first, then wrap the model")
 
+# %% ../../nbs/13_surgery.ipynb #c0981c6d
 def _recount(ddp):
     "Let DistributedDataParallel find again which parameters it waits for."
     trained, sparse = ddp._build_params_for_reducer()
-    ddp._ddp_init_helper(trained, sparse, ddp._build_debug_param_to_name_mapping(trained), False)
+    names = ddp._build_debug_param_to_name_mapping(trained)
+    ddp._ddp_init_helper(trained, sparse, names, False)
+
+# %% ../../nbs/13_surgery.ipynb #22208312
+def _freeze(params):
+    "Freeze parameters and drop their gradients; what their flags were."
+    flags = [(p, p.requires_grad) for p in params]
+    for p in params:
+        p.requires_grad_(False)
+        p.grad = None
+    return flags
+
+# %% ../../nbs/13_surgery.ipynb #a0758186
+def _thaw(flags):
+    for p, flag in flags: p.requires_grad_(flag)
 
 # %% ../../nbs/13_surgery.ipynb #18211964
 class LastSkipSurgery:
     "Handle of one operation: `undo()` restores the stock block exactly. Also a context manager."
     def __init__(self, block: nn.Module, # a block of the table
                  wrappers: tuple = ()): # the DistributedDataParallel around it
-        _check(block)
+        _check_untouched(block)
+        _check_entry(block)
         for ddp in wrappers: _check_ddp(ddp)
         way, _ = _way_of(type(block))
         self._block, self._stock, self._wrappers = block, type(block), wrappers
-        self._flags = [(p, p.requires_grad) for p in way.resting(block)]
-        for p, _ in self._flags: p.requires_grad_(False).grad = None
+        self._flags = _freeze(_resting(block, way.rests))
         block.__class__ = self._without = _without_skip(type(block), way)
         for ddp in wrappers: _recount(ddp)
 
     def undo(self):
-        "Give the block its own forward and its parameters their flags back. Calling it twice does nothing more."
-        if type(self._block) is self._stock: return
-        if type(self._block) is not self._without:
-            raise RuntimeError(f"the block has become a {type(self._block)} since (a tap in it does that, or fully_shard); undo that first")
+        "Give the block its own forward and its parameters their flags back; twice is as once."
+        now = type(self._block)
+        if now is self._stock: return
+        if now is not self._without:
+            raise RuntimeError(f"the block has become a {now} since (a tap in it does that, or "
+                               "fully_shard); undo that first")
         self._block.__class__ = self._stock
-        for p, flag in self._flags: p.requires_grad_(flag)
+        _thaw(self._flags)
         for ddp in self._wrappers: _recount(ddp)
 
     def __enter__(self): return self
     def __exit__(self, *error): self.undo()
 
 # %% ../../nbs/13_surgery.ipynb #3a3a2941
-def drop_last_skip(model: nn.Module, # a vision transformer of timm, Hugging Face, torchvision or open_clip; also compiled, or in DistributedDataParallel
-                  ) -> LastSkipSurgery: # keep it to call .undo()
-    """Remove the last block's skip around attention, with all that stands between attention and the MLP, in place (arXiv 2206.04636).
+def drop_last_skip(
+    model: nn.Module, # a vision transformer; also compiled, or in DistributedDataParallel
+) -> LastSkipSurgery: # keep it to call .undo()
+    """Remove the last block's skip around attention, with all that stands between attention and
+    the MLP, in place (arXiv 2206.04636). For models of timm, Hugging Face, torchvision, open_clip.
 
-    Load stock weights *before*, and weights of a model trained without the skip *after*; names and shapes do not change. Parameters that no
-    longer take part are frozen until `undo()`. Raises TypeError for what is no module, UnsupportedModel, with the block's name and the reason, for
-    a block that is not in the table of `register_surgery`, ValueError when the skip is gone already, RuntimeError when wrappers forbid it.
+    Load stock weights *before*, and weights of a model trained without the skip *after*; names and
+    shapes do not change. Parameters that no longer take part are frozen until `undo()`. Raises
+    TypeError for what is no module, UnsupportedModel, with the block's name and the reason, for a
+    block that is not in the table of `register_surgery`, ValueError when the skip is gone already,
+    RuntimeError when wrappers forbid it.
     """
     chain = _wrapped(model)
-    return LastSkipSurgery(_last_block(chain[-1]), tuple(m for m in chain if isinstance(m, DistributedDataParallel)))
+    wrappers = tuple(m for m in chain if isinstance(m, DistributedDataParallel))
+    return LastSkipSurgery(_last_block(chain[-1]), wrappers)

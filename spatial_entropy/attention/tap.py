@@ -20,14 +20,424 @@ from torch import nn
 from torch.nn import functional as F
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
-from .rows import Rows, weights_of_rows, masked_out, query_row, row_of_logits, weights_of_logits, as_float, without_padding
-from .families import Call, UnsupportedModel, value_for, find
+from .rows import Rows, as_float, masked_out, query_row, row_of_logits
+from .rows import weights_of_logits, weights_of_rows, without_padding
+from .families import Call, UnsupportedModel, find, value_for
 
-# %% ../../nbs/12_tap.ipynb #f4033a0e
+# %% ../../nbs/12_tap.ipynb #639854e9
+_QUERIES = '"auto", "cls", "mean", "register", ("register", i) or a patch (y, x)'
+
+def _is_whole(v): return isinstance(v, int) and not isinstance(v, bool) and v >= 0
+
+def _checked_query(query):
+    "The query as a tap keeps it. Raises ValueError for anything that names none."
+    if isinstance(query, (tuple, list)) and len(query) == 2:
+        ok = _is_whole(query[1]) and (query[0] == "register" or _is_whole(query[0]))
+    else: ok = isinstance(query, str) and query in ("auto", "cls", "mean", "register")
+    if not ok: raise ValueError(f"query: got {query!r}, expected {_QUERIES}")
+    return tuple(query) if isinstance(query, list) else query
+
+# %% ../../nbs/12_tap.ipynb #9943f2b7
+def _prefix(found, kind): # found: a model and its entry; kind: of the layer
+    "How many tokens stand before the patches."
+    return value_for(found.adapter.prefix if kind.prefix is None else kind.prefix, found.model)
+
+def _special_tokens(found, kind):
+    "The same, and how many of them are [CLS]."
+    prefix = _prefix(found, kind)
+    return prefix, min(value_for(found.adapter.cls, found.model), prefix)
+
+# %% ../../nbs/12_tap.ipynb #12aa0101
+def _register(query, prefix, cls, name):
+    "The number of a register token."
+    i = 0 if query == "register" else query[1]
+    if i < prefix - cls: return cls + i
+    raise UnsupportedModel(f"{name}: query={query!r}, but this layer has {prefix - cls} register "
+                           "token(s)")
+
+def _token(query, found, kind, name):
+    "The number of the token that is asked; None for a mean or a patch. Raises UnsupportedModel."
+    if kind.one_query:
+        if query in ("auto", "cls"): return 0
+        raise UnsupportedModel(f"{name}: query={query!r}, but this layer has a single query of its "
+                               'own; use query="auto"')
+    prefix, cls = _special_tokens(found, kind)
+    if query == "auto":
+        reads = found.adapter.reads
+        if callable(reads): reads = reads(found.model)
+        query = "cls" if reads == "cls" and cls else "mean"
+    if query == "cls" and cls: return 0
+    if query == "cls":
+        raise UnsupportedModel(f'{name}: query="cls", but there is no [CLS] token here; '
+                               'use query="mean"')
+    asks_register = query == "register" or query[0] == "register"
+    return _register(query, prefix, cls, name) if asks_register else None
+
+# %% ../../nbs/12_tap.ipynb #61f3246f
+class _Pass:
+    "One forward pass, as one thread sees it."
+    def __init__(self):
+        self.heard, self.earlier, self.inside, self.trained = {}, [], False, 0
+        self.begin()
+
+    def begin(self, keep=1): # passes that can still be read, this one included
+        "Forget the pass before, or put what it heard behind the `keep - 1` latest ones."
+        if keep > 1 and self.heard and self.grad and not self.taken:
+            self.earlier = [*self.earlier, self.heard][1 - keep:]
+        self.grid, self.anchor, self.grad = None, None, torch.is_grad_enabled()
+        self.heard, self.ran, self.repeated = {}, {}, {}              # by layer
+        self.used, self.taken, self.counted, self.began = False, False, False, True
+
+# %% ../../nbs/12_tap.ipynb #0bd59260
+class _Passes:
+    "The passes of one tap, by thread."
+    def __init__(self):
+        self.thread, self.first, self.local = threading.get_ident(), _Pass(), threading.local()
+        self.first.began, self.others = False, []
+
+    def now(self):
+        "This thread's pass, to write in."
+        if torch.compiler.is_compiling() or threading.get_ident() == self.thread: return self.first
+        if not hasattr(self.local, "own"):
+            self.local.own = _Pass()
+            self.others = [*self.others, self.local.own][-8:]
+        return self.local.own
+
+    def read(self):
+        "This thread's pass, to read; a thread that ran nothing reads what the only other one ran."
+        own = self.first
+        if threading.get_ident() != self.thread: own = getattr(self.local, "own", None)
+        if own is not None and own.began: return own
+        ran = [p for p in (self.first, *self.others) if p.began]
+        if len(ran) > 1:
+            raise RuntimeError(f"the model ran in {len(ran)} threads, but not in this one; read "
+                               "the maps in the thread that ran the model")
+        return ran[0] if ran else self.first
+
+# %% ../../nbs/12_tap.ipynb #3f5b5823
+class _Ear:
+    "What one tap knows of one attention layer."
+    def __init__(self, tap, number):
+        self.tap, self.number = tap, number
+        self.name, self.module, self.kind = tap.found.layers[number]
+        self.alive, self.looked = [], set()
+        self.masks = tap.found.adapter.padded or self.kind.padded
+        self.token(f"{type(tap.found.model).__name__}, {self.name}")
+
+    def token(self, name=None):
+        "The number of the token that is asked, or None. Raises UnsupportedModel."
+        return _token(self.tap.query, self.tap.found, self.kind, name or self.name)
+
+    def prefix(self):
+        "How many tokens stand before the patches."
+        return _prefix(self.tap.found, self.kind)
+
+    def suffix(self):
+        "How many tokens stand after them."
+        if self.kind.one_query: return 0
+        return value_for(self.tap.found.adapter.suffix, self.tap.found.model)
+
+# %% ../../nbs/12_tap.ipynb #12aa000b
+class _Hearing:
+    "What one tap hears in one call of a layer: the row, which keys are seen, and where they lie."
+    def __init__(self, ear, args, raster, masks, kept=True):
+        self.ear, self.args, self.raster, self.masks, self.kept = ear, args, raster, masks, kept
+        self.batch, self.key = args[0].shape[0], _key_of(args)
+        self.row, self.seen, self.parts, self.passed_by = None, None, [], []
+        self.map, self.shown, self.graded, self.alive = None, None, False, None
+
+def _key_of(args): # what a run is told by, beside its layer
+    return tuple(tuple(a.shape) if isinstance(a, torch.Tensor) else None for a in args)
+
+# %% ../../nbs/12_tap.ipynb #e68a12cf
+def _windows_of(raster):
+    return 1 if raster.cells is None or raster.per_image else raster.cells.shape[0]
+
+def _canonical(h, t): # (..., n, c) in the family's layout -> (B, H, W, n, c)
+    axes, w = h.ear.kind.axes_of(t), _windows_of(h.raster)
+    if axes == "b h w n" and t.ndim == 4: axes = "b h n"                  # Hiera's global layers
+    known = dict(w=w) if "w" in axes else {}
+    if re.search(r"\([^)]*b[^)]*h", axes): known["b"] = h.batch           # heads and images in one
+    wanted = " ".join(a if a in axes else "1" for a in "bhwn")
+    try: return rearrange(t, f"{axes} c -> {wanted} c", **known)
+    except EinopsError:
+        raise RuntimeError(
+            f"{h.ear.name}: got a tensor of shape {tuple(t.shape)} in its attention, expected "
+            f"({axes}, c) for {h.batch} images and {w} window(s); the family's entry does not fit"
+        ) from None
+
+def _canonical_mask(h, mask, lead): # broadcastable to the queries' leading axes
+    return None if mask is None else _canonical(h, mask.expand(*lead, *mask.shape[-2:]))
+
+# %% ../../nbs/12_tap.ipynb #51a699f1
+def _tokens_read(ear, n, prefix):
+    "The patches; or the tokens before or after them, where the output reads those."
+    suffix, adapter = ear.suffix(), ear.tap.found.adapter
+    reads = adapter.reads if ear.tap.query == "auto" else "mean"
+    if not suffix and reads != "prefix": return Rows(start=prefix)
+    at = torch.arange(n, device=next(ear.module.parameters()).device)
+    patches = (at >= prefix) & (at < n - suffix)
+    read = dict(prefix=at < prefix, suffix=at >= n - suffix).get(reads, patches)
+    return Rows(weight=read/read.sum())
+
+def _rows_of(h, n):
+    "Which of a layer's n queries are read."
+    ear, raster = h.ear, h.raster
+    token = ear.token()
+    if token is not None: return Rows(token=token)
+    prefix = 0 if ear.kind.one_query else ear.prefix()
+    if isinstance(ear.tap.query, tuple): return _rows_of_patch(h, prefix)
+    if raster.asked is not None:
+        return Rows(weight=raster.asked/raster.asked.sum(-1, keepdim=True).clamp_min(1))
+    if raster.region is not None and raster.region.shape[-1] == n: return Rows(region=raster.region)
+    return _tokens_read(ear, n, prefix)
+
+# %% ../../nbs/12_tap.ipynb #b0af3ba5
+def _refuse_patch(h):
+    "Raises UnsupportedModel where no query is that of one patch, ValueError for one off the grid."
+    name, query, raster = h.ear.name, h.ear.tap.query, h.raster
+    height, width = raster.queries or raster.grid
+    if raster.pictures > 1:
+        raise UnsupportedModel(f"{name}: query={query!r}, but several pictures lie in one "
+                               'sequence; use query="mean"')
+    if raster.cells is not None and raster.queries is not None or (height, width) == (0, 0):
+        raise UnsupportedModel(f"{name}: query={query!r}, but the queries of this layer are pooled "
+                               'within windows; use query="mean"')
+    if query[0] >= height or query[1] >= width:
+        raise ValueError(f"query: got {query}, expected a patch of the {height}×{width} grid "
+                         f"of {name}")
+
+def _rows_of_patch(h, prefix):
+    _refuse_patch(h)
+    (y, x), (_, width) = h.ear.tap.query, h.raster.queries or h.raster.grid
+    if h.raster.cells is None: return Rows(token=prefix + y*width + x)
+    weight = (h.raster.cells == y*width + x).float()
+    if not h.raster.per_image: return Rows(weight=weight)
+    return Rows(weight=F.pad(weight, (prefix, 0))[:, None, None])
+
+# %% ../../nbs/12_tap.ipynb #a048e9aa
+def _cells_of(raster):
+    if raster.cells is not None: return raster.cells.shape[-1]
+    return raster.grid[0]*raster.grid[1]*raster.pictures
+
+def _keys_of(h): return h.ear.prefix() + _cells_of(h.raster) + h.ear.suffix()
+
+# %% ../../nbs/12_tap.ipynb #12aa0108
+def _fits(h, n, m, what):
+    "Whether this is the layer's attention. Raises UnsupportedModel for a second one."
+    kind = h.ear.kind
+    repeated = not h.kept and torch.compiler.is_compiling()          # and was checked before
+    if repeated or kind.parts or kind.heads is not None: return h.row is None
+    if m != _keys_of(h): h.passed_by.append((what, n, m))
+    elif h.row is None: return True
+    elif kind.applied is None:
+        raise UnsupportedModel(
+            f"{h.ear.name}: two attentions in one call of {type(h.ear.module).__name__}, and one "
+            "map cannot stand for both; name the inner layer as host in its entry "
+            "(register_adapter)")
+    return False
+
+# %% ../../nbs/12_tap.ipynb #12aa0015
+def _refuse_other_sizes(h):
+    "Raises RuntimeError where a layer had tables, but none of the raster's size."
+    sizes = [p for p in h.passed_by if p[2] is not None]
+    if h.row is not None or not sizes: return
+    (_, _, m), prefix, (y, x) = sizes[0], h.ear.prefix(), h.raster.grid
+    raise RuntimeError(
+        f"{h.ear.name}: got {m} keys for {prefix} + {_keys_of(h) - prefix} ({y}×{x} patches): "
+        "patches were dropped (patch_drop_rate?) or merged, and the map has no raster; turn it off")
+
+# %% ../../nbs/12_tap.ipynb #b8ad4959
+_CAUSAL = "causal attention; a map of places needs every patch to be seen"
+
+def _has_values(t): # not on the meta device, nor traced, nor inside a transform of torch.func
+    plain = type(t) in (torch.Tensor, nn.Parameter) and t.device.type != "meta"
+    if not plain or torch.compiler.is_compiling(): return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(t)
+
+# %% ../../nbs/12_tap.ipynb #12aa0107
+def _hides_some(h, mask): # (..., n, m): boolean, or added, or logits
+    "Whether a mask of a new shape hides anything. Raises UnsupportedModel for a causal one."
+    if not h.kept or mask.shape[-2] == 1 or mask.shape in h.ear.looked: return False
+    if not _has_values(mask): return False
+    h.ear.looked.add(mask.shape)
+    hidden = masked_out(mask)
+    first, last = hidden[..., 0, 1:].all(-1), hidden[..., -1, :].any(-1)
+    square = mask.shape[-2] == mask.shape[-1]
+    if square and bool((first & ~last).any()): raise UnsupportedModel(f"{h.ear.name}: {_CAUSAL}")
+    return bool(hidden.any())
+
+# %% ../../nbs/12_tap.ipynb #12bb0002
+def _joined(h, row):
+    "The row, joined to the parts before it; None until it is complete."
+    kind = h.ear.kind
+    if kind.heads is None and not kind.parts: return row
+    h.parts.append(row)
+    if kind.heads is not None:
+        return torch.cat(h.parts, 1) if len(h.parts) >= kind.heads(h.ear.module) else None
+    row = torch.cat(h.parts, -1)
+    return row if row.shape[-1] >= _cells_of(h.raster) else None
+
+# %% ../../nbs/12_tap.ipynb #12bb0103
+def _own_share(raster):
+    "The mean over all queries of a sequence, as a mean over those of one's own picture: a factor."
+    n = raster.region.shape[-1]
+    return n/(raster.region[..., None] == raster.region[..., None, :]).sum(-1)
+
+# %% ../../nbs/12_tap.ipynb #12bb0003
+def _window_of(rows, raster): # a patch sees its own window, and its own region there
+    inside = rows.weight.sum(-1, keepdim=True) > 0
+    if raster.region is None: return inside.expand_as(raster.cells)
+    return inside & (raster.region == (rows.weight*raster.region).sum(-1, keepdim=True))
+
+# %% ../../nbs/12_tap.ipynb #12bb0102
+def _cells_seen(h, rows, seen): # seen: of the layer's keys, or None for all
+    "Which of the raster's cells the queries see, or None for all."
+    raster, prefix = h.raster, h.ear.prefix()
+    of_patch = rows.weight is not None and isinstance(h.ear.tap.query, tuple)
+    if of_patch and not raster.per_image: seen = _window_of(rows, raster)
+    elif raster.asked is not None: seen = raster.asked.any(-1, keepdim=True).expand_as(raster.cells)
+    if seen is None or raster.cells is not None and seen.ndim == 2: return seen
+    return seen[..., prefix:prefix + _cells_of(raster)]
+
+# %% ../../nbs/12_tap.ipynb #dc353d4e
+class _Alive: pass                                                    # lives as long as a graph
+
+def _tie(h, t): # the run can be repeated as long as the graph of its row or its output is there
+    if t is not None: t.grad_fn.metadata[f"heard {id(h.ear)}"] = h.alive
+
+def _note(h, row, now): # for a repeated run, and for who counts passes
+    if row.grad_fn is None: return
+    h.alive = _Alive()
+    alive = [a for a in h.ear.alive if a[0]() is not None]
+    h.ear.alive = [*alive, (ref(h.alive), h.key, h.raster, h.masks)]
+    _tie(h, row)
+    if h.ear.module.training and not now.counted: now.counted, now.trained = True, now.trained + 1
+
+# %% ../../nbs/12_tap.ipynb #f2fcd313
+def _keep(h, rows, row, seen):
+    "Keep the row of a first run, and which cells it sees."
+    tap, number, raster, prefix = h.ear.tap, h.ear.number, h.raster, h.ear.prefix()
+    row = _joined(h, row)
+    if row is None: return
+    in_pictures = raster.pictures > 1 and raster.region is not None
+    if tap.softmax and in_pictures: row = row*_own_share(raster)
+    h.row = row[..., prefix:prefix + _cells_of(raster)]
+    if not h.kept:
+        if torch.compiler.is_compiling(): tap._passes.now().repeated[number] = h   # the same graph
+        return
+    now = tap._passes.now()
+    if now.grad and not torch.is_grad_enabled():
+        raise RuntimeError("the block runs under reentrant checkpointing, which would drop the "
+                           "map's gradient without a word; "
+                           "use checkpoint(..., use_reentrant=False)")
+    h.seen = _cells_seen(h, rows, seen)
+    now.heard[number] = [*now.heard.get(number, []), h]
+    if not torch.compiler.is_compiling(): _note(h, row, now)
+
+# %% ../../nbs/12_tap.ipynb #62daacf7
+def _read(h, q, k, mask, scale):
+    "The row that is asked for, from queries and keys (B, H, W, n, d)."
+    rows = _rows_of(h, q.shape[-2])
+    if h.ear.tap.softmax: _keep(h, rows, weights_of_rows(q, k, scale, mask, rows), None)
+    else: _keep(h, rows, *query_row(q, k, scale, mask, rows))
+
+# %% ../../nbs/12_tap.ipynb #12bb0104
+def _fused(h, query, key, value, attn_mask=None, dropout_p=0., is_causal=False, scale=None,
+           enable_gqa=False):
+    "F.scaled_dot_product_attention, by its own arguments."
+    if not _fits(h, query.shape[-2], key.shape[-2], "scaled_dot_product_attention"): return
+    if is_causal: raise UnsupportedModel(f"{h.ear.name}: {_CAUSAL}")
+    if attn_mask is not None: _hides_some(h, attn_mask)
+    q, k = _canonical(h, query), _canonical(h, key)
+    mask = _canonical_mask(h, attn_mask, query.shape[:-2])
+    if 1 < k.shape[1] < q.shape[1]: k = k.repeat_interleave(q.shape[1]//k.shape[1], 1)
+    _read(h, q, k, mask, scale if scale is not None else q.shape[-1]**-.5)
+
+# %% ../../nbs/12_tap.ipynb #00aed166
 _SOFTMAX = (torch.Tensor.softmax, torch.softmax, F.softmax, torch.special.softmax)
 
-def _table_of(input, dim=None, *_, **__): return input, dim   # a softmax's arguments, by place or name
+def _softmax_arguments(input, dim=None, *_, **__): return input, dim   # by place or name
 
+def _softmax(h, table, dim):
+    "Any softmax of a layer: it is its attention if it has the raster's size."
+    if table.ndim < 3: return
+    if dim not in (-1, table.ndim - 1):
+        h.passed_by.append((f"a softmax over axis {dim}", None, None))
+    elif _fits(h, *table.shape[-2:], "a softmax"):
+        if _hides_some(h, table): h.ear.masks = h.masks = True
+        _unfused(h, table)
+
+# %% ../../nbs/12_tap.ipynb #12bb000a
+def _unfused(h, table):
+    "The row that is asked for, from the logits of an attention layer."
+    ear, logits = h.ear, _canonical(h, table)
+    rows = _rows_of(h, logits.shape[-2])
+    if not ear.tap.softmax: return _keep(h, rows, *row_of_logits(logits, rows, h.masks))
+    if h.masks and rows.region is None: rows = without_padding(rows, logits)
+    if ear.kind.applied is not None:                                  # the layer mixes its weights
+        call = Call(ear.module, ear.name, ear.tap.found.model, h.args, None)
+        mixed = as_float(ear.kind.applied(call, table.softmax(-1)))
+        return _keep(h, rows, rows.of(_canonical(h, mixed))[..., 0, :], None)
+    def some(part): return as_float(logits)[..., part, :]
+    _keep(h, rows, weights_of_logits(some, logits.shape[-2], rows), None)
+
+# %% ../../nbs/12_tap.ipynb #00da80c2
+_NO_PLACES = "bias_k, add_zero_attn and is_causal leave no map of places"
+
+def _additive(mask, dtype): # True hides
+    if mask.dtype != torch.bool: return mask
+    zeros = torch.zeros(mask.shape, device=mask.device, dtype=dtype)
+    return zeros.masked_fill(mask, torch.finfo(dtype).min)
+
+# %% ../../nbs/12_tap.ipynb #12bb0105
+def _multihead_mask(attn_mask, padding, q, k):
+    "(B, H, 1, n, m) additive, or None, from the two masks of nn.MultiheadAttention."
+    if attn_mask is None and padding is None: return None
+    mask = 0.
+    if attn_mask is not None:
+        lead = (q.shape[0], -1) if attn_mask.ndim == 3 else (1, 1)
+        mask = _additive(attn_mask, q.dtype).reshape(*lead, 1, q.shape[-2], k.shape[-2])
+    if padding is not None: mask = _additive(padding, q.dtype)[:, None, None, None] + mask
+    return mask
+
+# %% ../../nbs/12_tap.ipynb #d0e46b8d
+def _multihead(h, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
+               average_attn_weights=True, is_causal=False):
+    "nn.MultiheadAttention, by its own arguments."
+    ear, a = h.ear, h.ear.module
+    if a.bias_k is not None or a.add_zero_attn or is_causal:
+        raise UnsupportedModel(f"{ear.name}: {_NO_PLACES}")
+    if not a.batch_first: query, key = query.transpose(0, 1), key.transpose(0, 1)
+    wq, wk = a.q_proj_weight, a.k_proj_weight
+    if a._qkv_same_embed_dim: wq, wk = a.in_proj_weight.chunk(3)[:2]
+    bq, bk = a.in_proj_bias.chunk(3)[:2] if a.in_proj_bias is not None else (None, None)
+    h.batch = query.shape[0]
+    if not _fits(h, query.shape[1], key.shape[1], "nn.MultiheadAttention"): return
+    if attn_mask is not None:
+        _hides_some(h, attn_mask if attn_mask.dtype != torch.bool else ~attn_mask)
+    by_head = dict(pattern="b n (h d) -> b h 1 n d", h=a.num_heads)
+    q = rearrange(F.linear(query, wq, bq), **by_head)
+    k = rearrange(F.linear(key, wk, bk), **by_head)
+    _read(h, q, k, _multihead_mask(attn_mask, key_padding_mask, q, k), q.shape[-1]**-.5)
+
+# %% ../../nbs/12_tap.ipynb #a1c0df02
+def _projected(h, query, key, value, width, heads, weight, bias, bias_k, bias_v, add_zero_attn,
+               *rest, use_separate_proj_weight=False, q_proj_weight=None, k_proj_weight=None,
+               **more):
+    "F.multi_head_attention_forward, by its own arguments."
+    if bias_k is not None or add_zero_attn or more.get("is_causal"):
+        raise UnsupportedModel(f"{h.ear.name}: {_NO_PLACES}")
+    wq, wk = q_proj_weight, k_proj_weight
+    if not use_separate_proj_weight: wq, wk = weight.chunk(3)[:2]
+    bq, bk = bias.chunk(3)[:2] if bias is not None else (None, None)
+    by_head = dict(pattern="n b (h d) -> b h 1 n d", h=heads)
+    q = rearrange(F.linear(query, wq, bq), **by_head)
+    k = rearrange(F.linear(key, wk, bk), **by_head)
+    mask = _multihead_mask(more.get("attn_mask"), more.get("key_padding_mask"), q, k)
+    _read(h, q, k, mask, q.shape[-1]**-.5)
+
+# %% ../../nbs/12_tap.ipynb #f4033a0e
 class _Listening(TorchFunctionMode):
     "One call of an attention layer; each tap on it hears the same calls of torch."
     def __init__(self, hearings):
@@ -42,7 +452,7 @@ class _Listening(TorchFunctionMode):
             for h in self.hearings: _projected(h, *args, **kwargs)
             return func(*args, **kwargs)
         elif func in _SOFTMAX:
-            table, dim = _table_of(*args, **kwargs)
+            table, dim = _softmax_arguments(*args, **kwargs)
             for h in self.hearings: _softmax(h, table, dim)
         else: return func(*args, **kwargs)
         out = func(*args, **kwargs)
@@ -50,7 +460,74 @@ class _Listening(TorchFunctionMode):
             if h.ear.tap.checks is not None: _compare(h, out, func, args, kwargs)
         return out
 
+# %% ../../nbs/12_tap.ipynb #12bb0013
+def _recomputing():
+    "Whether this is a second run, by activation checkpointing, inside a backward pass."
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+def _refuse_tracing(values):
+    if any(isinstance(v, torch.fx.Proxy) for v in values):
+        raise RuntimeError("torch.fx traces this model, and a tap listens in it; "
+                           "close the tap first")
+
+# %% ../../nbs/12_tap.ipynb #12bb0106
+def _again(ear, args):
+    "The hearing of a second run; None where the first was not heard."
+    ear.alive = [a for a in ear.alive if a[0]() is not None]
+    same = [a for a in ear.alive if a[1] == _key_of(args)]
+    if not same: return None
+    (_, _, raster, masks), others = same[-1], same[:-1]
+    elsewhere = any(r.grid != raster.grid or r.cells is not raster.cells for _, _, r, _ in others)
+    if isinstance(ear.tap.query, tuple) and elsewhere:
+        raise RuntimeError(
+            f"{ear.name}: checkpointing repeats one of several passes with as many patches in "
+            f"other places, and query={ear.tap.query!r} cannot tell which; "
+            "call backward after each pass")
+    return _Hearing(ear, args, raster, masks, kept=False)
+
+# %% ../../nbs/12_tap.ipynb #a1b51108
+def _enter(ear, args, kwargs):
+    "A hearing of this call; None where the run that is repeated was not heard."
+    _refuse_tracing(args)
+    if _recomputing(): return _again(ear, args)
+    now, compiled = ear.tap._passes.now(), torch.compiler.is_compiling()
+    if now.used and not compiled: now.begin(ear.tap.keep)
+    call = Call(ear.module, ear.name, ear.tap.found.model, args, now.grid, kwargs)
+    raster = ear.kind.place(call)
+    if raster is None:
+        raise RuntimeError(f"{ear.name}: the patch grid was not seen; the model's embedding did "
+                           "not run before its blocks. Call the model, not a part of it")
+    kept = not (compiled and ear.number in now.heard)    # there, a repeat looks like a new run
+    if not kept: now.repeated[ear.number] = True
+    now.ran[ear.number] = True
+    return _Hearing(ear, args, raster, ear.masks, kept)
+
+# %% ../../nbs/12_tap.ipynb #2a532f9c
+@cache
+def _shards(cls): # FSDP2's fully_shard, or FSDP
+    return any(c.__name__ in ("FSDPModule", "FullyShardedDataParallel") for c in cls.__mro__)
+
+def _is_sharded(model): return any(_shards(type(m)) for m in model.modules())
+
+def _graded(out): # the tensors with a gradient in a model's output, one after the other
+    if isinstance(out, torch.Tensor) and out.grad_fn is not None: yield out
+    parts = out.values() if isinstance(out, dict) else ()
+    if isinstance(out, (list, tuple)): parts = out
+    for part in parts: yield from _graded(part)
+
+def _anchored(s, anchor):
+    "A map that waits for the gradient of `anchor`, and takes nothing of its values."
+    if anchor is None or not s.requires_grad: return s
+    never = torch.zeros((), dtype=torch.bool, device=s.device)
+    return s + torch.where(never, anchor.flatten()[0].to(s), 0.)
+
 # %% ../../nbs/12_tap.ipynb #8780cb02
+def _returned(h, out):
+    "The layer has returned. Raises RuntimeError where none of its tables has the raster's size."
+    if h.alive is not None: _tie(h, next(_graded(out), None))
+    _refuse_other_sizes(h)
+
+# %% ../../nbs/12_tap.ipynb #12bb0107
 def _hear(module, forward, args, kwargs):
     "A call of a tapped layer."
     entered = [_enter(ear, (*args, *kwargs.values()), kwargs) for ear in module._ear.ears]
@@ -60,8 +537,23 @@ def _hear(module, forward, args, kwargs):
         out = forward(*args, **kwargs)
     else:
         with _Listening(hearings): out = forward(*args, **kwargs)
-    for h in hearings: _left(h, out)
+    for h in hearings: _returned(h, out)
     return out
+
+# %% ../../nbs/12_tap.ipynb #3dd025e9
+_REPLICAS = ("nn.DataParallel runs copies of the model, which no tap can hear; use "
+             "DistributedDataParallel, one process a device")
+
+class _Ears:
+    "Kept by a tapped layer: who listens in it."
+    def __init__(self, module): self.module, self.ears, self.copied = module, [], False
+
+class _Forward:
+    "Stands in for a forward that was set on the object, as accelerate's hooks do."
+    def __init__(self, module, own):
+        self.module, self.own = module, own
+        update_wrapper(self, own)
+    def __call__(self, *args, **kwargs): return _hear(self.module, self.own, args, kwargs)
 
 def _is_heard(module):
     "Whether this call is the tapped layer's own, not that of a copy or of a forward heard already."
@@ -72,10 +564,27 @@ def _is_heard(module):
     ears.copied = True
     return False
 
-_REPLICAS = ("nn.DataParallel runs copies of the model, which no tap can hear; use "
-             "DistributedDataParallel, one process a device")
+# %% ../../nbs/12_tap.ipynb #57c51a69
+def _untapped_state(module):
+    state = {k: v for k, v in module.__dict__.items() if k != "_ear"}
+    own = state.get("forward")
+    if isinstance(own, _Forward): state["forward"] = own.own
+    return state
 
-# %% ../../nbs/12_tap.ipynb #3dd025e9
+def _copy_untapped(self, memo): # a copy (an EMA, a pickle) is the stock model again
+    new = self._stock.__new__(self._stock)
+    memo[id(self)] = new
+    new.__dict__.update(deepcopy(_untapped_state(self), memo))
+    return new
+
+def _rebuild(cls, state):
+    new = cls.__new__(cls)
+    new.__dict__.update(state)
+    return new
+
+def _reduce_untapped(self, protocol): return _rebuild, (self._stock, _untapped_state(self))
+
+# %% ../../nbs/12_tap.ipynb #12cc0003
 @cache
 def _tapped(cls):
     "A subclass of an attention layer's class whose forward runs within the module's ears."
@@ -91,20 +600,12 @@ def _tapped(cls):
         "__prepare_scriptable__": unscripted})
 
 # %% ../../nbs/12_tap.ipynb #1fdf4f23
-class _Forward:
-    "Stands in for a forward that was set on the object."
-    def __init__(self, module, own): self.module, self.own = module, own; update_wrapper(self, own)
-    def __call__(self, *args, **kwargs): return _hear(self.module, self.own, args, kwargs)
-
-class _Ears:
-    "Kept by a tapped layer: who listens in it."
-    def __init__(self, module): self.module, self.ears, self.copied = module, [], False
-
 def _attach(ear):
     module = ear.module
     if "_ear" not in module.__dict__:
         module.__class__, module._ear = _tapped(type(module)), _Ears(module)
-        if own := module.__dict__.get("forward"): module.__dict__["forward"] = _Forward(module, own)
+        own = module.__dict__.get("forward")
+        if own: module.__dict__["forward"] = _Forward(module, own)
     module._ear.ears = [*module._ear.ears, ear]
 
 def _release(ear):
@@ -117,26 +618,6 @@ def _release(ear):
     if "_stock" in vars(type(module)): module.__class__ = module._stock
     del module._ear
 
-# %% ../../nbs/12_tap.ipynb #57c51a69
-def _untapped_state(module):
-    state = {k: v for k, v in module.__dict__.items() if k != "_ear"}
-    if isinstance(own := state.get("forward"), _Forward): state["forward"] = own.own
-    return state
-
-def _copy_untapped(self, memo):
-    new = self._stock.__new__(self._stock)
-    memo[id(self)] = new
-    new.__dict__.update(deepcopy(_untapped_state(self), memo))
-    return new
-
-def _reduce_untapped(self, protocol):
-    return _rebuild, (self._stock, _untapped_state(self))
-
-def _rebuild(cls, state):
-    new = cls.__new__(cls)
-    new.__dict__.update(state)
-    return new
-
 # %% ../../nbs/12_tap.ipynb #227e6791
 class _Hook:
     "A hook that calls a tap; a copy or a pickle of it does nothing."
@@ -146,57 +627,187 @@ class _Hook:
     def __deepcopy__(self, memo): return _Hook()
     def __reduce__(self): return _Hook, ()
 
-# %% ../../nbs/12_tap.ipynb #639854e9
-_QUERIES = '"auto", "cls", "mean", "register", ("register", i) or a patch (y, x)'
+# %% ../../nbs/12_tap.ipynb #e418d8b7
+class _Told:
+    "What a model's hooks tell its tap. A second run, by checkpointing, tells nothing."
+    def __init__(self, tap): self.tap = tap
 
-def _is_register(query): return query == "register" or isinstance(query, tuple) and query[:1] == ("register",)
+    def model_entered(self, module, args):
+        _refuse_tracing(args)
+        if _recomputing(): return
+        now = self.tap._passes.now()
+        now.begin(self.tap.keep)
+        now.inside = True
 
-def _checked_query(query):
-    whole = lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 0
-    ok = query in ("auto", "cls", "mean") if isinstance(query, str) and not _is_register(query) else _is_register(query)
-    if isinstance(query, (tuple, list)) and len(query) == 2: ok = whole(query[1]) and (whole(query[0]) or query[0] == "register")
-    if not ok: raise ValueError(f"query: got {query!r}, expected {_QUERIES}")
-    return tuple(query) if isinstance(query, list) else query
+    def model_left(self, module, args, out):
+        if _recomputing(): return
+        now, model = self.tap._passes.now(), self.tap.found.model
+        now.inside = False
+        if not torch.compiler.is_compiling() and _is_sharded(model):
+            now.anchor = next(_graded(out), None)
 
-# %% ../../nbs/12_tap.ipynb #9943f2b7
-def _token(query, adapter, model, kind, name):
-    "The number of the token that is asked for, None for the mean patch or one patch. UnsupportedModel when it is not there."
-    if kind.one_query:
-        if query in ("auto", "cls"): return 0
-        raise UnsupportedModel(f'{name}: query={query!r}, but this layer has a single query of its own; use query="auto"')
-    prefix = value_for(adapter.prefix if kind.prefix is None else kind.prefix, model)
-    cls = min(value_for(adapter.cls, model), prefix)
-    reads = adapter.reads(model) if callable(adapter.reads) else adapter.reads
-    if query == "auto": query = "cls" if reads == "cls" and cls else "mean"
-    if query == "cls":
-        if cls: return 0
-        raise UnsupportedModel(f'{name}: query="cls", but there is no [CLS] token here; use query="mean"')
-    if not _is_register(query): return None
-    i, n = (0 if query == "register" else query[1]), prefix - cls
-    if i < n: return cls + i
-    raise UnsupportedModel(f"{name}: query={query!r}, but this layer has {n} register token(s)")
+    def embedding_entered(self, module, args): # by another method than the model's forward
+        _refuse_tracing(args)
+        if _recomputing(): return
+        now = self.tap._passes.now()
+        if not now.inside: now.begin(self.tap.keep)
+
+# %% ../../nbs/12_tap.ipynb #1fd4af15
+class _ToldOfGrid(_Told):
+    "And what shows the grid: a module's output, or the inputs."
+    def grid_shown(self, module, args, kwargs, out):
+        if _recomputing(): return
+        read = self.tap.found.adapter.read
+        self.tap._passes.now().grid = read(module, (*args, *kwargs.values()), out)
+
+    def grid_given(self, module, args, kwargs):
+        if _recomputing(): return
+        named = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        given = self.tap.found.adapter.given
+        self.tap._passes.now().grid = given(module, named | named.get("kwargs", {}))
+
+# %% ../../nbs/12_tap.ipynb #de9c14a7
+def _first_convolution(found): # before the first attention layer
+    layer = found.layers[0][1]
+    for module in found.model.modules():
+        if module is layer: return None
+        if isinstance(module, nn.Conv2d): return module
+
+def _hooked(tap):
+    "Hook what begins a pass and what shows the grid; gives the hooks' handles."
+    model, adapter, told = tap.found.model, tap.found.adapter, _ToldOfGrid(tap)
+    path = value_for(adapter.grid, model) if callable(adapter.grid) else adapter.grid
+    first = _first_convolution(tap.found)
+    shows = model.get_submodule(path) if path else first
+    begins = first if first is not None else shows
+    hooks = [model.register_forward_pre_hook(_Hook(told.model_entered)),
+             model.register_forward_hook(_Hook(told.model_left), always_call=True)]
+    if adapter.given is None and begins not in (None, model):
+        hooks.append(begins.register_forward_pre_hook(_Hook(told.embedding_entered)))
+    if adapter.given is not None:
+        hooks.append(model.register_forward_pre_hook(_Hook(told.grid_given), with_kwargs=True))
+    elif shows is not None:
+        hooks.append(shows.register_forward_hook(_Hook(told.grid_shown), with_kwargs=True))
+    return hooks
+
+# %% ../../nbs/12_tap.ipynb #8c74e669
+def _fill(s, seen):
+    "Give unseen cells the mean of the seen ones, less its rounding: no threshold takes them."
+    s = torch.where(seen, s, 0.)
+    mean = s.sum((-2, -1), keepdim=True)/seen.sum((-2, -1), keepdim=True).clamp_min(1)
+    largest = s.detach().abs().amax((-2, -1), keepdim=True)
+    return torch.where(seen, s, mean - 16*torch.finfo(s.dtype).eps*largest)
+
+def _map_of(h, anchor=None):
+    "The map of a hearing; laid again where it was first read without gradients, for a log."
+    if h.map is not None and torch.is_grad_enabled() <= h.graded: return h.map
+    h.graded, seen, raster = torch.is_grad_enabled(), h.seen, h.raster
+    several = raster.pictures > 1 and raster.cells is not None
+    if seen is None and (raster.per_image or several):
+        seen = torch.ones_like(h.row, dtype=torch.bool)
+    s, h.shown = raster.lay(h.row), None
+    if seen is not None: h.shown = raster.lay(seen.expand(h.row.shape).to(h.row.dtype)) > 0
+    if h.shown is not None and not h.ear.tap.softmax: s = _fill(s, h.shown)
+    h.map = _anchored(s, anchor)
+    return h.map
+
+# %% ../../nbs/12_tap.ipynb #b1e976f4
+def _why_silent(ear, now):
+    "Why nothing was heard in a layer."
+    start, ears = f"no map was heard in {ear.name}", ear.module.__dict__.get("_ear")
+    if now.ran.get(ear.number):
+        return (f"{start}, though it ran: its attention is neither scaled_dot_product_attention "
+                "nor a softmax over keys (a flash or flex kernel?); load the model with "
+                'attn_implementation="sdpa"')
+    if ears is not None and ears.copied:
+        return f"{start}: a copy of the layer ran, not the layer itself"
+    own = ear.module.__dict__.get("forward")
+    hooked = isinstance(own, _Forward) or hasattr(ear.module, "_old_forward")
+    if own is not None and not hooked:
+        return (f"{start}: its forward was replaced on the object after it was tapped; "
+                "tap the model after that")
+    if now.began and (now.grid is not None or now.ran):
+        return (f"{start}: the latest pass did not come to it (a part of the model, an early exit, "
+                "a copy in its place?)")
+    return ("no map was heard: run the model on a batch inside "
+            "`with AttentionTap(model) as tap:` first")
+
+# %% ../../nbs/12_tap.ipynb #ee522122
+def _chosen_run(ear, runs, run, now): # runs: the hearings of one layer in a pass
+    "One of them. Raises RuntimeError where there is none, or several and `run` is None."
+    if not runs: raise RuntimeError(_why_silent(ear, now))
+    unread = now.repeated.get(ear.number) and not now.used
+    if run is None and (len(runs) > 1 or unread):
+        raise RuntimeError(f"{ear.name} ran {max(2, len(runs))} times in one pass (shared by "
+                           "several depths, or a part of the model called by itself): read the "
+                           "maps after each run, or say which with maps(run=…)")
+    if run is not None and not -len(runs) <= run < len(runs):
+        raise ValueError(f"run: got {run}, expected a number from {-len(runs)} to {len(runs) - 1}: "
+                         f"{ear.name} ran {len(runs)} time(s)")
+    return runs[-1 if run is None else run]
+
+def _is_traced(t): return isinstance(t, FakeTensor) or torch._is_functional_tensor(t)
+
+def _inside_transform(): return torch._C._functorch.maybe_current_level() is not None
+
+# %% ../../nbs/12_tap.ipynb #12cc000e
+def _of_pass(tap, heard, run, now):
+    "One hearing for each layer. Raises RuntimeError where there is none, or one without values."
+    chosen = [_chosen_run(ear, heard.get(ear.number, []), run, now) for ear in tap._ears]
+    wrapped = any(torch._C._functorch.is_functorch_wrapped_tensor(h.row) for h in chosen)
+    if wrapped and not _inside_transform():
+        raise RuntimeError("the latest pass ran inside a transform of torch.func; read its maps "
+                           "there, in the function")
+    if any(_is_traced(h.row) for h in chosen):
+        raise RuntimeError("the latest pass was traced (torch.export), and its maps hold no "
+                           "values; run the model on a batch")
+    return chosen
+
+def _by_layer(tap, values): # of the one block that was asked for, or of several by number
+    return values[tap.blocks[0]] if tap.single else values
+
+# %% ../../nbs/12_tap.ipynb #32ac03b4
+def _chosen(block, n): # the layers' numbers, from 0
+    "Which of n layers. Raises ValueError for anything else."
+    if isinstance(block, str) and block == "all": numbers = list(range(n))
+    else: numbers = list(block) if isinstance(block, (list, tuple, range)) else [block]
+    for b in numbers or [None]:
+        if not isinstance(b, int) or isinstance(b, bool) or not -n <= b < n:
+            raise ValueError(f"block: got {block!r}, expected a number from {-n} to {n - 1}, a "
+                             'list of such numbers, or "all"')
+    numbers = [b % n for b in numbers]
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"block: got {block!r}, which names a block twice")
+    return numbers
+
+# %% ../../nbs/12_tap.ipynb #f28ecb51
+def _refuse_wrapped(model):
+    "Raises UnsupportedModel for what no tap can hear, whatever the family."
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UnsupportedModel("a scripted or traced model runs outside Python; "
+                               "tap the model it was made of")
+    if isinstance(model, torch.fx.GraphModule):
+        raise UnsupportedModel("a torch.fx graph (torch.export gives one, too) has no attention "
+                               "layers left; tap the model it was made of")
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    if any(isinstance(m, nn.DataParallel) and len(m.device_ids) > 1 for m in modules):
+        raise UnsupportedModel(_REPLICAS)
 
 # %% ../../nbs/12_tap.ipynb #63b526e8
-class AttentionTap:
-    """The similarity maps of one attention layer or several, read during the model's own forward pass.
-
-    ``with AttentionTap(model) as tap: model(x); s = tap.maps()`` gives (B, H, h, w), in the graph, with fused attention left
-    on and parameter names unchanged. Without `with`, call `close` when done; under activation
-    checkpointing, not before the backward pass. Layers are counted in the order in which they run; a pool by
-    attention is the last one. Several taps may listen. Each thread has passes of
-    its own; a compiled model has one thread. Raises UnsupportedModel, with family and reason, for a model without such
-    a map, ValueError for a wrong block or query, RuntimeError rather than ever returning nothing.
-    """
-    def __init__(self, model: nn.Module, # a timm, Hugging Face, torchvision or open_clip vision model, also compiled, in DDP, or inside another module
-                 block=-1, # an attention layer's number, negative from the last; a list of them; or "all"
-                 query="auto", # "auto": what the classifier reads; "cls"; "mean"; "register" or ("register", i); a patch (y, x)
-                 softmax: bool = False): # attention weights over all tokens instead of similarities
+class _Open:
+    "Listens in attention layers of a model until it is closed."
+    def __init__(self, model, block, query, softmax):
         _refuse_wrapped(model)
         self.found, self.query, self.softmax = find(model), _checked_query(query), softmax
-        self._root, self.checks, self.keep = model, None, 1
-        self.single, self.blocks = isinstance(block, int) and not isinstance(block, bool), _chosen(block, len(self.found.layers))
-        self._passes, self._ears = _Passes(), [_Ear(self, i) for i in self.blocks]
-        _install(self)
+        self.single = isinstance(block, int) and not isinstance(block, bool)
+        self.blocks = _chosen(block, len(self.found.layers))
+        self.keep, self.checks, self._root, self._passes = 1, None, model, _Passes()
+        self._ears = [_Ear(self, i) for i in self.blocks]
+        self._hooks = _hooked(self)
+        for ear in self._ears:
+            _attach(ear)
+            if isinstance(ear.module, nn.MultiheadAttention):         # off the encoder's fast path
+                self._hooks.append(ear.module.register_forward_pre_hook(_Hook()))
 
     def close(self):
         "Give the model its own classes back; the last maps stay readable."
@@ -204,547 +815,146 @@ class AttentionTap:
         for hook in self._hooks: hook.remove()
 
     def __enter__(self): return self
+
     def __exit__(self, *error): self.close()
 
-# %% ../../nbs/12_tap.ipynb #f28ecb51
-def _refuse_wrapped(model):
-    "Raises UnsupportedModel for what no tap can hear, whatever the family."
-    if isinstance(model, torch.jit.ScriptModule):
-        raise UnsupportedModel("a scripted or traced model runs outside Python; tap the model it was made of")
-    if isinstance(model, torch.fx.GraphModule):
-        raise UnsupportedModel("a torch.fx graph (torch.export gives one, too) has no attention layers "
-                               "left; tap the model it was made of")
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    if any(isinstance(m, nn.DataParallel) and len(m.device_ids) > 1 for m in modules):
-        raise UnsupportedModel(_REPLICAS)
-
-# %% ../../nbs/12_tap.ipynb #32ac03b4
-def _chosen(block, n): # the layers' numbers, from 0
-    numbers = list(range(n)) if isinstance(block, str) and block == "all" else [block] if not isinstance(block, (list, tuple, range)) else list(block)
-    for b in numbers or [None]:
-        if not isinstance(b, int) or isinstance(b, bool) or not -n <= b < n:
-            raise ValueError(f'block: got {block!r}, expected a number from {-n} to {n - 1}, a list of such numbers, or "all"')
-    numbers = [b % n for b in numbers]
-    if len(set(numbers)) < len(numbers): raise ValueError(f"block: got {block!r}, which names a block twice")
-    return numbers
-
-# %% ../../nbs/12_tap.ipynb #61f3246f
-class _Pass:
-    "One forward pass, as one thread sees it."
-    def __init__(self):
-        self.heard, self.earlier, self.inside, self.trained = {}, [], False, 0
-        self.begin()
-
-    def begin(self, keep=1): # keep: passes that can still be read, this one included
-        if keep > 1 and self.heard and self.grad and not self.taken: self.earlier = [*self.earlier, self.heard][1 - keep:]
-        self.grid, self.anchor, self.grad = None, None, torch.is_grad_enabled()
-        self.heard, self.ran, self.repeated = {}, {}, {}              # by layer
-        self.used, self.taken, self.counted, self.began = False, False, False, True
-
-# %% ../../nbs/12_tap.ipynb #0bd59260
-class _Passes:
-    "The passes of one tap, by thread."
-    def __init__(self):
-        self.thread, self.first, self.local = threading.get_ident(), _Pass(), threading.local()
-        self.first.began, self.others = False, []
-
-    def now(self):
-        if torch.compiler.is_compiling() or threading.get_ident() == self.thread: return self.first
-        if not hasattr(self.local, "own"):
-            self.local.own = _Pass()
-            self.others = [*self.others, self.local.own][-8:]
-        return self.local.own
-
-    def read(self): # a thread that ran nothing reads what the only other one ran
-        own = self.first if threading.get_ident() == self.thread else getattr(self.local, "own", None)
-        if own is not None and own.began: return own
-        ran = [p for p in (self.first, *self.others) if p.began]
-        if len(ran) > 1:
-            raise RuntimeError(f"the model ran in {len(ran)} threads, but not in this one; read the "
-                               "maps in the thread that ran the model")
-        return ran[0] if ran else self.first
-
-# %% ../../nbs/12_tap.ipynb #de9c14a7
-def _install(tap):
-    "Attach the ears; hook what begins a pass and what shows the grid."
-    model, adapter = tap.found.model, tap.found.adapter
-    path = value_for(adapter.grid, model) if callable(adapter.grid) else adapter.grid
-    first = _first_convolution(tap.found)
-    shows = model.get_submodule(path) if path else first
-    begins = None if adapter.given is not None else first if first is not None else shows
-    tap._hooks = [model.register_forward_pre_hook(_Hook(tap._enter_model)),
-                  model.register_forward_hook(_Hook(tap._leave_model), always_call=True)]
-    if begins not in (None, model): tap._hooks.append(begins.register_forward_pre_hook(_Hook(tap._embed)))
-    if adapter.given is not None:
-        tap._hooks.append(model.register_forward_pre_hook(_Hook(tap._see_inputs), with_kwargs=True))
-    elif shows is not None: tap._hooks.append(shows.register_forward_hook(_Hook(tap._see_grid), with_kwargs=True))
-    for ear in tap._ears:
-        _attach(ear)
-        if isinstance(ear.module, nn.MultiheadAttention):             # a hook keeps nn.TransformerEncoderLayer
-            tap._hooks.append(ear.module.register_forward_pre_hook(_Hook()))   # from its fast path
-
-def _first_convolution(found): # before the first attention layer
-    layer = found.layers[0][1]
-    for module in found.model.modules():
-        if module is layer: return None
-        if isinstance(module, nn.Conv2d): return module
-
-# %% ../../nbs/12_tap.ipynb #e418d8b7
-def _recomputing():
-    "Whether this is a second run, by activation checkpointing, inside a backward pass."
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-def _refuse_tracing(values):
-    if any(isinstance(v, torch.fx.Proxy) for v in values):
-        raise RuntimeError("torch.fx traces this model, and a tap listens in it; close the tap first")
-
-def _enter_model(self, module, args):
-    _refuse_tracing(args)
-    if _recomputing(): return
-    now = self._passes.now()
-    now.begin(self.keep)
-    now.inside = True
-
-def _leave_model(self, module, args, out):
-    if _recomputing(): return
-    now = self._passes.now()
-    now.inside = False
-    if not torch.compiler.is_compiling() and _is_sharded(self.found.model): now.anchor = next(_graded(out), None)
-
-def _embed(self, module, args):
-    _refuse_tracing(args)
-    if _recomputing(): return
-    now = self._passes.now()
-    if not now.inside: now.begin(self.keep)
-
-# %% ../../nbs/12_tap.ipynb #1fd4af15
-def _see_grid(self, module, args, kwargs, out):
-    if _recomputing(): return
-    self._passes.now().grid = self.found.adapter.read(module, (*args, *kwargs.values()), out)
-
-def _see_inputs(self, module, args, kwargs):
-    if _recomputing(): return
-    named = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-    self._passes.now().grid = self.found.adapter.given(module, named | named.get("kwargs", {}))
-
-AttentionTap._enter_model, AttentionTap._leave_model = _enter_model, _leave_model
-AttentionTap._embed, AttentionTap._see_grid, AttentionTap._see_inputs = _embed, _see_grid, _see_inputs
-
-# %% ../../nbs/12_tap.ipynb #2a532f9c
-@cache
-def _shards(cls): # FSDP2's fully_shard, or FSDP
-    return any(c.__name__ in ("FSDPModule", "FullyShardedDataParallel") for c in cls.__mro__)
-
-def _is_sharded(model): return any(_shards(type(m)) for m in model.modules())
-
-def _graded(out): # the tensors with a gradient in a model's output, one after the other
-    if isinstance(out, torch.Tensor) and out.grad_fn is not None: yield out
-    parts = out.values() if isinstance(out, dict) else out if isinstance(out, (list, tuple)) else ()
-    for part in parts: yield from _graded(part)
-
-def _anchored(s, anchor):
-    if anchor is None or not s.requires_grad: return s
-    return s + torch.where(torch.zeros((), dtype=torch.bool, device=s.device), anchor.flatten()[0].to(s), 0.)
-
-# %% ../../nbs/12_tap.ipynb #3f5b5823
-class _Ear:
-    "What one tap knows of one attention layer."
-    def __init__(self, tap, number):
-        (self.name, self.module, self.kind), self.tap, self.number = tap.found.layers[number], tap, number
-        model = tap.found.model
-        _token(tap.query, tap.found.adapter, model, self.kind, f"{type(model).__name__}, {self.name}")
-        self.alive, self.looked, self.masks = [], set(), tap.found.adapter.padded or self.kind.padded
-
-class _Hearing:
-    "What one tap hears in one call of a layer: the row, which keys are seen, and where they lie."
-    def __init__(self, ear, args, raster, masks, kept=True):
-        self.ear, self.key, self.raster, self.masks, self.kept = ear, _key_of(args), raster, masks, kept
-        self.batch, self.args, self.row, self.seen = args[0].shape[0], args, None, None
-        self.map, self.shown, self.graded, self.passed_by, self.alive, self.parts = None, None, False, [], None, []
-
-class _Alive: pass                                                    # lives as long as a graph
-
-def _key_of(args): return tuple(tuple(a.shape) if isinstance(a, torch.Tensor) else None for a in args)
-
-# %% ../../nbs/12_tap.ipynb #a1b51108
-def _enter(ear, args, kwargs):
-    "A hearing of this call; None where the run that is repeated was not heard."
-    _refuse_tracing(args)
-    if _recomputing(): return _again(ear, args)
-    now, compiled = ear.tap._passes.now(), torch.compiler.is_compiling()
-    if now.used and not compiled: now.begin(ear.tap.keep)
-    raster = ear.kind.place(Call(ear.module, ear.name, ear.tap.found.model, args, now.grid, kwargs))
-    if raster is None:
-        raise RuntimeError(f"{ear.name}: the patch grid was not seen; the model's embedding did not run "
-                           "before its blocks. Call the model, not a part of it")
-    kept = not (compiled and ear.number in now.heard)                 # there, a repeated run looks like a new one
-    if not kept: now.repeated[ear.number] = True
-    now.ran[ear.number] = True
-    return _Hearing(ear, args, raster, ear.masks, kept)
-
-def _again(ear, args):
-    ear.alive = [a for a in ear.alive if a[0]() is not None]
-    same = [a for a in ear.alive if a[1] == _key_of(args)]
-    if not same: return None
-    (_, _, raster, masks), others = same[-1], same[:-1]
-    if isinstance(ear.tap.query, tuple) and any(r.grid != raster.grid or r.cells is not raster.cells for _, _, r, _ in others):
-        raise RuntimeError(f"{ear.name}: checkpointing repeats one of several passes with as many patches in other places, "
-                           f"and query={ear.tap.query!r} cannot tell which; call backward after each pass")
-    return _Hearing(ear, args, raster, masks, kept=False)
-
-# %% ../../nbs/12_tap.ipynb #e68a12cf
-def _windows_of(raster): return 1 if raster.cells is None or raster.per_image else raster.cells.shape[0]
-
-def _canonical(h, t): # (..., n, c) in the family's layout -> (B, H, W, n, c)
-    axes, w = h.ear.kind.axes_of(t), _windows_of(h.raster)
-    if axes == "b h w n" and t.ndim == 4: axes = "b h n"                  # Hiera's global layers
-    try:
-        known = dict(w=w) if "w" in axes else {}
-        if re.search(r"\([^)]*b[^)]*h", axes): known["b"] = h.batch            # heads and images share an axis
-        return rearrange(t, f"{axes} c -> {' '.join(a if a in axes else '1' for a in 'bhwn')} c", **known)
-    except EinopsError:
-        raise RuntimeError(f"{h.ear.name}: got a tensor of shape {tuple(t.shape)} in its attention, expected ({axes}, c) for "
-                           f"{h.batch} images and {w} window(s); the family's entry does not fit") from None
-
-def _canonical_mask(h, mask, lead): # broadcastable to the queries' leading axes
-    return None if mask is None else _canonical(h, mask.expand(*lead, *mask.shape[-2:]))
-
-# %% ../../nbs/12_tap.ipynb #51a699f1
-def _rows_of(h, n):
-    "Which of a layer's n queries are read."
-    ear, tap, raster = h.ear, h.ear.tap, h.raster
-    token = _token(tap.query, tap.found.adapter, tap.found.model, ear.kind, ear.name)
-    if token is not None: return Rows(token=token)
-    prefix = 0 if ear.kind.one_query else _prefix(ear)
-    if isinstance(tap.query, tuple): return _rows_of_patch(h, prefix)
-    if raster.asked is not None: return Rows(weight=raster.asked/raster.asked.sum(-1, keepdim=True).clamp_min(1))
-    if raster.region is not None and raster.region.shape[-1] == n: return Rows(region=raster.region)
-    return _between(ear, n, prefix)
-
-def _between(ear, n, prefix):
-    "The patches, or the tokens before or after them where the output reads those."
-    suffix, adapter = _suffix(ear), ear.tap.found.adapter
-    reads = adapter.reads if ear.tap.query == "auto" else "mean"
-    if not suffix and reads != "prefix": return Rows(start=prefix)
-    at = torch.arange(n, device=next(ear.module.parameters()).device)
-    patches = (at >= prefix) & (at < n - suffix)
-    read = dict(prefix=at < prefix, suffix=at >= n - suffix).get(reads, patches)
-    return Rows(weight=read/read.sum())
-
-def _suffix(ear): return 0 if ear.kind.one_query else value_for(ear.tap.found.adapter.suffix, ear.tap.found.model)
-
-def _prefix(ear):
-    prefix = ear.tap.found.adapter.prefix if ear.kind.prefix is None else ear.kind.prefix
-    return value_for(prefix, ear.tap.found.model)
-
-# %% ../../nbs/12_tap.ipynb #b0af3ba5
-def _rows_of_patch(h, prefix):
-    name, query, raster = h.ear.name, h.ear.tap.query, h.raster
-    (y, x), (height, width) = query, raster.queries or raster.grid
-    if raster.pictures > 1:
-        raise UnsupportedModel(f"{name}: query={query!r}, but several pictures lie in one sequence; use query=\"mean\"")
-    if raster.cells is not None and raster.queries is not None or (height, width) == (0, 0):
-        raise UnsupportedModel(f"{name}: query={query!r}, but the queries of this layer are pooled within windows; "
-                               'use query="mean"')
-    if y >= height or x >= width:
-        raise ValueError(f"query: got {query}, expected a patch of the {height}×{width} grid of {name}")
-    if raster.cells is None: return Rows(token=prefix + y*width + x)
-    weight = (raster.cells == y*width + x).float()
-    return Rows(weight=weight if not raster.per_image else F.pad(weight, (prefix, 0))[:, None, None])
-
-# %% ../../nbs/12_tap.ipynb #a048e9aa
-def _cells_of(raster): return raster.grid[0]*raster.grid[1]*raster.pictures if raster.cells is None else raster.cells.shape[-1]
-
-def _keys_of(h): return _prefix(h.ear) + _cells_of(h.raster) + _suffix(h.ear)
-
-def _fits(h, n, m, what):
-    "Whether this is the layer's attention. Raises UnsupportedModel for a second one."
-    if not h.kept and torch.compiler.is_compiling(): return h.row is None   # a repeated run, checked before
-    if h.ear.kind.parts or h.ear.kind.heads is not None: return h.row is None   # one part after the other
-    if m != _keys_of(h): h.passed_by.append((what, n, m))
-    elif h.row is None: return True
-    elif h.ear.kind.applied is None:
-        raise UnsupportedModel(f"{h.ear.name}: two attentions in one call of {type(h.ear.module).__name__}, and one map "
-                               "cannot stand for both; name the inner layer as host in its entry (register_adapter)")
-    return False
-
-def _left(h, out):
-    "The layer has returned. Raises RuntimeError where none of its tables has the raster's size."
-    if h.alive is not None: _tie(h, next(_graded(out), None))
-    sizes = [p for p in h.passed_by if p[2] is not None]
-    if h.row is not None or not sizes: return
-    (_, _, m), prefix, (y, x) = sizes[0], _prefix(h.ear), h.raster.grid
-    raise RuntimeError(f"{h.ear.name}: got {m} keys for {prefix} + {_keys_of(h) - prefix} ({y}×{x} patches): patches were "
-                       "dropped (patch_drop_rate?) or merged, and the map has no raster; turn it off")
-
-# %% ../../nbs/12_tap.ipynb #b8ad4959
-def _has_values(t): # not on the meta device, nor traced, nor inside a transform of torch.func
-    plain = type(t) in (torch.Tensor, nn.Parameter) and t.device.type != "meta"
-    return plain and not torch.compiler.is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(t)
-
-def _look(h, mask): # (..., n, m): boolean, or added, or logits
-    "Whether a mask of a new shape hides anything. Raises UnsupportedModel for a causal one."
-    if not h.kept or mask.shape[-2] == 1 or mask.shape in h.ear.looked or not _has_values(mask): return False
-    h.ear.looked.add(mask.shape)
-    hidden = masked_out(mask)
-    first, last, square = hidden[..., 0, 1:].all(-1), hidden[..., -1, :].any(-1), mask.shape[-2] == mask.shape[-1]
-    if square and bool((first & ~last).any()): raise UnsupportedModel(f"{h.ear.name}: {_CAUSAL}")
-    return bool(hidden.any())
-
-_CAUSAL = "causal attention; a map of places needs every patch to be seen"
-
-# %% ../../nbs/12_tap.ipynb #62daacf7
-def _fused(h, query, key, value, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
-    if not _fits(h, query.shape[-2], key.shape[-2], "scaled_dot_product_attention"): return
-    if is_causal: raise UnsupportedModel(f"{h.ear.name}: {_CAUSAL}")
-    if attn_mask is not None: _look(h, attn_mask)
-    mask, q, k = _canonical_mask(h, attn_mask, query.shape[:-2]), _canonical(h, query), _canonical(h, key)
-    if 1 < k.shape[1] < q.shape[1]: k = k.repeat_interleave(q.shape[1]//k.shape[1], 1)
-    _read(h, q, k, mask, scale if scale is not None else q.shape[-1]**-.5)
-
-def _read(h, q, k, mask, scale):
-    rows = _rows_of(h, q.shape[-2])
-    if h.ear.tap.softmax: _keep(h, rows, weights_of_rows(q, k, scale, mask, rows), None)
-    else: _keep(h, rows, *query_row(q, k, scale, mask, rows))
-
-# %% ../../nbs/12_tap.ipynb #00aed166
-def _softmax(h, table, dim):
-    if table.ndim < 3: return
-    if dim not in (-1, table.ndim - 1): h.passed_by.append((f"a softmax over axis {dim}", None, None))
-    elif _fits(h, *table.shape[-2:], "a softmax"):
-        if _look(h, table): h.ear.masks = h.masks = True
-        _unfused(h, table)
-
-def _unfused(h, table):
-    ear, logits = h.ear, _canonical(h, table)
-    rows = _rows_of(h, logits.shape[-2])
-    if not ear.tap.softmax: return _keep(h, rows, *row_of_logits(logits, rows, h.masks))
-    if h.masks and rows.region is None: rows = without_padding(rows, logits)
-    if ear.kind.applied is not None:
-        call = Call(ear.module, ear.name, ear.tap.found.model, h.args, None)
-        return _keep(h, rows, rows.of(_canonical(h, as_float(ear.kind.applied(call, table.softmax(-1)))))[..., 0, :], None)
-    _keep(h, rows, weights_of_logits(lambda part: as_float(logits)[..., part, :], logits.shape[-2], rows), None)
-
-# %% ../../nbs/12_tap.ipynb #f2fcd313
-def _keep(h, rows, row, seen):
-    ear, prefix, tap, m = h.ear, _prefix(h.ear), h.ear.tap, _cells_of(h.raster)
-    if ear.kind.heads is not None:
-        h.parts.append(row)
-        row = torch.cat(h.parts, 1)
-        if len(h.parts) < ear.kind.heads(ear.module): return
-    elif ear.kind.parts:
-        h.parts.append(row)
-        row = torch.cat(h.parts, -1)
-        if row.shape[-1] < m: return
-    if tap.softmax and h.raster.pictures > 1 and h.raster.region is not None: row = row*_own_share(h.raster)
-    h.row = row[..., prefix:prefix + m]
-    if not h.kept:
-        if torch.compiler.is_compiling(): tap._passes.now().repeated[ear.number] = h   # the same graph as the first run
-        return
-    now = tap._passes.now()
-    if now.grad and not torch.is_grad_enabled():
-        raise RuntimeError("the block runs under reentrant checkpointing, which would drop the map's gradient without a "
-                           "word; use checkpoint(..., use_reentrant=False)")
-    if rows.weight is not None and isinstance(tap.query, tuple) and not h.raster.per_image: seen = _window_of(rows, h.raster)
-    elif h.raster.asked is not None: seen = h.raster.asked.any(-1, keepdim=True).expand_as(h.raster.cells)
-    h.seen = seen if seen is None or h.raster.cells is not None and seen.ndim == 2 else seen[..., prefix:prefix + m]
-    now.heard[ear.number] = [*now.heard.get(ear.number, []), h]
-    if not torch.compiler.is_compiling(): _note(h, row, now)
-
-# %% ../../nbs/12_tap.ipynb #dc353d4e
-def _note(h, row, now): # for a repeated run, and for who counts passes
-    if row.grad_fn is None: return
-    h.alive = _Alive()
-    h.ear.alive = [*(a for a in h.ear.alive if a[0]() is not None), (ref(h.alive), h.key, h.raster, h.masks)]
-    _tie(h, row)
-    if h.ear.module.training and not now.counted: now.counted, now.trained = True, now.trained + 1
-
-def _tie(h, t): # the run can be repeated as long as the graph of its row or its output is there
-    if t is not None: t.grad_fn.metadata[f"heard {id(h.ear)}"] = h.alive
-
-def _own_share(raster): # the mean over all queries of a sequence, as a mean over those of one's own picture
-    n = raster.region.shape[-1]
-    return n/(raster.region[..., None] == raster.region[..., None, :]).sum(-1)
-
-def _window_of(rows, raster): # a patch sees its own window, and its own region there
-    inside = rows.weight.sum(-1, keepdim=True) > 0
-    if raster.region is None: return inside.expand_as(raster.cells)
-    return inside & (raster.region == (rows.weight*raster.region).sum(-1, keepdim=True))
-
-# %% ../../nbs/12_tap.ipynb #d0e46b8d
-def _multihead(h, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True,
-               is_causal=False):
-    ear, a, n = h.ear, h.ear.module, h.ear.module.num_heads
-    if a.bias_k is not None or a.add_zero_attn or is_causal:
-        raise UnsupportedModel(f"{ear.name}: bias_k, add_zero_attn and is_causal leave no map of places")
-    if not a.batch_first: query, key = query.transpose(0, 1), key.transpose(0, 1)
-    wq, wk = a.in_proj_weight.chunk(3)[:2] if a._qkv_same_embed_dim else (a.q_proj_weight, a.k_proj_weight)
-    bq, bk = a.in_proj_bias.chunk(3)[:2] if a.in_proj_bias is not None else (None, None)
-    h.batch = query.shape[0]
-    if not _fits(h, query.shape[1], key.shape[1], "nn.MultiheadAttention"): return
-    if attn_mask is not None: _look(h, attn_mask if attn_mask.dtype != torch.bool else ~attn_mask)
-    q, k = (rearrange(F.linear(x, w, b), "b n (h d) -> b h 1 n d", h=n) for x, w, b in ((query, wq, bq), (key, wk, bk)))
-    _read(h, q, k, _multihead_mask(attn_mask, key_padding_mask, q, k), q.shape[-1]**-.5)
-
-# %% ../../nbs/12_tap.ipynb #00da80c2
-def _multihead_mask(attn_mask, padding, q, k):
-    "(B, H, 1, n, m) additive, from masks in which True hides."
-    low = torch.finfo(q.dtype).min
-    add = lambda m: torch.zeros(m.shape, device=m.device, dtype=q.dtype).masked_fill(m, low) if m.dtype == torch.bool else m
-    mask = None
-    if attn_mask is not None: mask = add(attn_mask).reshape(*((q.shape[0], -1) if attn_mask.ndim == 3 else (1, 1)), 1, q.shape[-2], k.shape[-2])
-    if padding is not None: mask = add(padding)[:, None, None, None] + (0. if mask is None else mask)
-    return mask
-
-# %% ../../nbs/12_tap.ipynb #a1c0df02
-def _projected(h, query, key, value, width, heads, weight, bias, bias_k, bias_v, add_zero_attn, *rest,
-               use_separate_proj_weight=False, q_proj_weight=None, k_proj_weight=None, **more):
-    if bias_k is not None or add_zero_attn or more.get("is_causal"):
-        raise UnsupportedModel(f"{h.ear.name}: bias_k, add_zero_attn and is_causal leave no map of places")
-    wq, wk = (q_proj_weight, k_proj_weight) if use_separate_proj_weight else weight.chunk(3)[:2]
-    bq, bk = bias.chunk(3)[:2] if bias is not None else (None, None)
-    q, k = (rearrange(F.linear(x, w, b), "n b (h d) -> b h 1 n d", h=heads) for x, w, b in ((query, wq, bq), (key, wk, bk)))
-    mask = _multihead_mask(more.get("attn_mask"), more.get("key_padding_mask"), q, k)
-    _read(h, q, k, mask, q.shape[-1]**-.5)
-
-# %% ../../nbs/12_tap.ipynb #8c74e669
-def _fill(s, seen):
-    "Give unseen cells the mean of the seen ones, less its rounding, so that no threshold at the mean takes them."
-    s = torch.where(seen, s, 0.)
-    mean = s.sum((-2, -1), keepdim=True)/seen.sum((-2, -1), keepdim=True).clamp_min(1)
-    rounding = 16*torch.finfo(s.dtype).eps*s.detach().abs().amax((-2, -1), keepdim=True)
-    return torch.where(seen, s, mean - rounding)
-
-def _map(h, anchor=None):
-    if h.map is None or torch.is_grad_enabled() > h.graded:                # or first read without gradients, for a log
-        h.graded, seen = torch.is_grad_enabled(), h.seen
-        several = h.raster.pictures > 1 and h.raster.cells is not None
-        if seen is None and (h.raster.per_image or several): seen = torch.ones_like(h.row, dtype=torch.bool)
-        s = h.raster.lay(h.row)
-        h.shown = None if seen is None else h.raster.lay(seen.expand(h.row.shape).to(h.row.dtype)) > 0
-        h.map = _anchored(s if h.shown is None or h.ear.tap.softmax else _fill(s, h.shown), anchor)
-    return h.map
-
-# %% ../../nbs/12_tap.ipynb #b1e976f4
-def _silence(ear, now):
-    "Why nothing was heard in a layer."
-    start, ears = f"no map was heard in {ear.name}", ear.module.__dict__.get("_ear")
-    if now.ran.get(ear.number):
-        return (f"{start}, though it ran: its attention is neither scaled_dot_product_attention nor a softmax over keys "
-                "(a flash or flex kernel?); load the model with attn_implementation=\"sdpa\"")
-    if ears is not None and ears.copied: return f"{start}: a copy of the layer ran, not the layer itself"
-    own = ear.module.__dict__.get("forward")
-    if own is not None and not isinstance(own, _Forward) and not hasattr(ear.module, "_old_forward"):
-        return f"{start}: its forward was replaced on the object after it was tapped; tap the model after that"
-    if now.began and ear.tap._grew(now):
-        return f"{start}: the latest pass did not come to it (a part of the model, an early exit, a copy in its place?)"
-    return "no map was heard: run the model on a batch inside `with AttentionTap(model) as tap:` first"
-
-AttentionTap._grew = lambda self, now: now.grid is not None or bool(now.ran)
-
-# %% ../../nbs/12_tap.ipynb #ee522122
-def _of_pass(self, heard, run, now):
-    "One hearing for each layer. Raises RuntimeError where there is none, or several and `run` is None."
-    chosen = []
-    for ear in self._ears:
-        runs = heard.get(ear.number, [])
-        if not runs: raise RuntimeError(_silence(ear, now))
-        if run is None and (len(runs) > 1 or now.repeated.get(ear.number) and not now.used):
-            raise RuntimeError(f"{ear.name} ran {max(2, len(runs))} times in one pass (shared by several depths, or a part of the "
-                               "model called by itself): read the maps after each run, or say which with maps(run=…)")
-        if run is not None and not -len(runs) <= run < len(runs):
-            raise ValueError(f"run: got {run}, expected a number from {-len(runs)} to {len(runs) - 1}: {ear.name} ran {len(runs)} time(s)")
-        chosen.append(runs[-1 if run is None else run])
-    if any(torch._C._functorch.is_functorch_wrapped_tensor(h.row) for h in chosen) and not _inside_transform():
-        raise RuntimeError("the latest pass ran inside a transform of torch.func; read its maps there, in the function")
-    if any(_is_traced(h.row) for h in chosen):
-        raise RuntimeError("the latest pass was traced (torch.export), and its maps hold no values; run the model on a batch")
-    return chosen
-
 # %% ../../nbs/12_tap.ipynb #d069254d
-def _is_traced(t): return isinstance(t, FakeTensor) or torch._is_functional_tensor(t)
-def _inside_transform(): return torch._C._functorch.maybe_current_level() is not None
-
-def _maps(self, run: int | None = None): # (B, H, h, w) for one block, {layer number: (B, H, h, w)} for several
-    """The maps of this thread's latest forward pass, float32, in the graph.
-
-    `run` chooses among the runs of a layer that is called several times in a pass. Raises RuntimeError, with the cause,
-    when no pass was heard, when a layer ran several times and `run` is None, or when the pass was only traced.
-    """
-    now = self._passes.read()
-    maps = {h.ear.number: _map(h, now.anchor) for h in _of_pass(self, now.heard, run, now)}
+def _maps_of(tap, run=None):
+    "The maps of the latest pass, by layer if there are several."
+    now = tap._passes.read()
+    hearings = _of_pass(tap, now.heard, run, now)
+    maps = {h.ear.number: _map_of(h, now.anchor) for h in hearings}
     now.used = True
-    return maps[self.blocks[0]] if self.single else maps
+    return _by_layer(tap, maps)
 
-def _valid(self, run: int | None = None): # bool, shaped as the maps; None where every cell is a patch
-    "Which cells of the maps hold a patch: packed and masked models pad theirs."
-    self.maps(run)
-    now = self._passes.read()
-    valid = {h.ear.number: h.shown for h in _of_pass(self, now.heard, run, now)}
-    return valid[self.blocks[0]] if self.single else valid
-
-AttentionTap.maps, AttentionTap.valid = _maps, _valid
+def _valid_of(tap, run=None):
+    _maps_of(tap, run)
+    now = tap._passes.read()
+    return _by_layer(tap, {h.ear.number: h.shown for h in _of_pass(tap, now.heard, run, now)})
 
 # %% ../../nbs/12_tap.ipynb #4a1adf03
-def _take(self) -> list: # one entry a pass, oldest first, each as `maps` gives them
-    """The maps of the passes since the last call, at most `keep` of them, which are then forgotten.
-
-    Raises RuntimeError as `maps`.
-    """
-    latest, now = self.maps(), self._passes.read()
-    earlier = [{h.ear.number: _map(h, now.anchor) for h in _of_pass(self, heard, None, now)} for heard in now.earlier]
+def _taken(tap):
+    latest, now, earlier = _maps_of(tap), tap._passes.read(), []
+    for heard in now.earlier:
+        hearings = _of_pass(tap, heard, None, now)
+        earlier.append(_by_layer(tap, {h.ear.number: _map_of(h, now.anchor) for h in hearings}))
     now.earlier, now.taken = [], True
-    return [*(m[self.blocks[0]] if self.single else m for m in earlier), latest]
+    return [*earlier, latest]
 
-AttentionTap.take = _take
-AttentionTap.trained = property(lambda self: self._passes.read().trained,
-                                doc="Passes so far, with gradients and in training mode; compiled ones are not counted.")
+# %% ../../nbs/12_tap.ipynb #12cc0015
+class _Readable(_Open):
+    "And gives what it heard, as maps."
+    def maps(self, run: int | None = None): # (B, H, h, w), or {layer number: …} for several
+        """The maps of this thread's latest forward pass, float32, in the graph.
+
+        `run` chooses among the runs of a layer that is called several times in a pass. Raises
+        RuntimeError, with the cause, when no pass was heard, when a layer ran several times and
+        `run` is None, or when the pass was only traced.
+        """
+        return _maps_of(self, run)
+
+    def valid(self, run: int | None = None): # bool, shaped as the maps; None: every cell is a patch
+        "Which cells of the maps hold a patch: packed and masked models pad theirs."
+        return _valid_of(self, run)
+
+    def take(self) -> list: # one entry a pass, oldest first, each as `maps` gives them
+        """The maps of the passes since the last call, at most `keep`, which are then forgotten.
+
+        Raises RuntimeError as `maps`.
+        """
+        return _taken(self)
+
+    @property
+    def trained(self):
+        "Passes so far, with gradients and in training mode; compiled ones are not counted."
+        return self._passes.read().trained
+
+# %% ../../nbs/12_tap.ipynb #12cc0014
+class AttentionTap(_Readable):
+    """The similarity maps of one attention layer or several, read in the model's own forward pass.
+
+    ``with AttentionTap(model) as tap: model(x); s = tap.maps()`` gives (B, H, h, w), in the graph,
+    with fused attention left on and parameter names unchanged. Without `with`, call `close` when
+    done; under checkpointing, not before the backward pass. Layers are counted in the order in
+    which they run; a pool by attention is the last one. Several taps may listen. Each thread has
+    passes of its own; a compiled model has one thread. Raises UnsupportedModel, with family and
+    reason, for a model without such a map, ValueError for a wrong block or query, RuntimeError
+    rather than ever returning nothing.
+    """
+    def __init__(self,
+                 model: nn.Module, # a vision model, also compiled, in DDP, or inside another module
+                 block=-1, # an attention layer's number, negative from the last; a list; or "all"
+                 query="auto", # follows the pooling; "cls", "mean", ("register", i), a patch (y, x)
+                 softmax: bool = False): # attention weights over all tokens, not similarities
+        super().__init__(model, block, query, softmax)
+
+    def check(self, *args, **kwargs): # what the model is called with
+        """Is the map the row, are its cells the places, is its query what the output reads?
+
+        Some passes in evaluation mode. Gives a `Report`, and warns of what is wrong. Raises
+        RuntimeError when no layer was heard.
+        """
+        return _checked(self, args, kwargs)
+
+# %% ../../nbs/12_tap.ipynb #12dd0005
+def _pairs_counted(h, rows, like, hidden): # like: (B, H, W, n, m) logits
+    "Which pairs of a query and a key count in the mean."
+    counts = torch.ones_like(like, dtype=torch.bool) if hidden is None else ~hidden.expand_as(like)
+    counts = counts & (torch.arange(like.shape[-2], device=like.device) >= rows.start)[:, None]
+    if rows.weight is not None: counts = counts & (rows.weight > 0).unsqueeze(-1)
+    if rows.region is not None: counts = counts & (rows.region[:, :, None] >= 0)
+    if h.ear.tap.softmax: return counts.any(-1, keepdim=True)
+    if rows.region is None: return counts
+    return counts & (rows.region[:, :, None] == rows.region[:, None, :])
+
+# %% ../../nbs/12_tap.ipynb #12dd0109
+def _row_of_table(h, rows, logits, table, hidden):
+    "The row again, from the whole table: each key's mean over the queries that see it."
+    whole = table if h.ear.tap.softmax else logits
+    if rows.token is not None: return whole[..., rows.token, :]
+    counts = _pairs_counted(h, rows, logits, hidden)
+    return torch.where(counts, whole, 0.).sum(-2)/counts.sum(-2).clamp_min(1)
+
+# %% ../../nbs/12_tap.ipynb #21c807cb
+def _largest(error, of): return (error.abs().amax()/of.abs().amax().clamp_min(1e-30)).item()
+
+def _error_of_row(h, logits, table, hidden):
+    row, raster, prefix, rows = h.row, h.raster, h.ear.prefix(), _rows_of(h, logits.shape[-2])
+    want = _row_of_table(h, rows, logits, table, hidden)
+    if len(h.parts) > 1: row = row[:, -want.shape[1]:, ..., -want.shape[-1]:]  # the last call's
+    error = (want[..., prefix:prefix + row.shape[-1]] - row).abs()
+    if h.seen is not None: error = torch.where(h.seen, error, 0.)
+    whole = len(h.parts) < 2 or h.ear.kind.heads is not None               # a call has every key
+    if raster.cells is not None and whole and not raster.per_image:
+        error = error[..., raster.cells < raster.grid[0]*raster.grid[1]]   # the rest is padding
+    return dict(map_error=(error.amax()/want.abs().amax().clamp_min(1)).item())
 
 # %% ../../nbs/12_tap.ipynb #acdbe182
-def _compare(h, out, func, args, kwargs):
-    "The same row by another way: from the whole table, in float64."
-    if h.row is None or h.ear.name in h.ear.tap.checks: return
-    if func in _SOFTMAX: _compare_logits(h, _table_of(*args, **kwargs)[0])
-    else: _compare_fused(h, out, *args, **kwargs)
-
-def _compare_fused(h, out, query, key, value, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
+def _compare_fused(h, out, query, key, value, attn_mask=None, dropout_p=0., is_causal=False,
+                   scale=None, enable_gqa=False):
     q, k, v, o = (_canonical(h, t).double() for t in (query, key, value, out))
-    if 1 < k.shape[1] < q.shape[1]: k, v = (t.repeat_interleave(q.shape[1]//k.shape[1], 1) for t in (k, v))
+    if 1 < k.shape[1] < q.shape[1]:
+        k, v = (t.repeat_interleave(q.shape[1]//k.shape[1], 1) for t in (k, v))
     logits = q @ k.mT*(scale if scale is not None else q.shape[-1]**-.5)
     mask = _canonical_mask(h, attn_mask, out.shape[:-2])
-    if mask is not None: logits = torch.where(mask, logits, -torch.inf) if mask.dtype == torch.bool else logits + mask.double()
+    hidden = None if mask is None else masked_out(mask)
+    if mask is not None and mask.dtype == torch.bool: logits = torch.where(mask, logits, -torch.inf)
+    elif mask is not None: logits = logits + mask.double()
     table = logits.softmax(-1)
-    error = _error_of_row(h, logits, table, None if mask is None else masked_out(mask))
-    h.ear.tap.checks[h.ear.name] = dict(error, attention_error=_largest(table.nan_to_num() @ v - o, o))
+    errors = _error_of_row(h, logits, table, hidden)
+    errors["attention_error"] = _largest(table.nan_to_num() @ v - o, o)
+    h.ear.tap.checks[h.ear.name] = errors
 
 def _compare_logits(h, logits): # no kernel to compare with: only the reading of the row
     logits = _canonical(h, logits).double()
-    h.ear.tap.checks[h.ear.name] = _error_of_row(h, logits, logits.softmax(-1), masked_out(logits) if h.masks else None)
+    hidden = masked_out(logits) if h.masks else None
+    h.ear.tap.checks[h.ear.name] = _error_of_row(h, logits, logits.softmax(-1), hidden)
 
-def _largest(error, of): return (error.abs().amax()/of.abs().amax().clamp_min(1e-30)).item()
-
-# %% ../../nbs/12_tap.ipynb #21c807cb
-def _error_of_row(h, logits, table, hidden):
-    "The row again, from the whole table: each key's mean over the queries that see it."
-    tap, row, seen, raster, n = h.ear.tap, h.row, h.seen, h.raster, logits.shape[-2]
-    rows, prefix = _rows_of(h, n), _prefix(h.ear)
-    if rows.token is not None: want = (table if tap.softmax else logits)[..., rows.token, :]
-    else:
-        counts = torch.ones_like(logits, dtype=torch.bool) if hidden is None else ~hidden.expand_as(logits)
-        counts = counts & (torch.arange(n, device=logits.device) >= rows.start)[:, None]
-        if rows.weight is not None: counts = counts & (rows.weight > 0).unsqueeze(-1)
-        if rows.region is not None:
-            counts = counts & (rows.region[:, :, None] >= 0)
-            if not tap.softmax: counts = counts & (rows.region[:, :, None] == rows.region[:, None, :])
-        if tap.softmax: counts = counts.any(-1, keepdim=True)
-        want = torch.where(counts, table if tap.softmax else logits, 0.).sum(-2)/counts.sum(-2).clamp_min(1)
-    if len(h.parts) > 1: row = row[:, -want.shape[1]:, ..., -want.shape[-1]:]   # the last of several calls
-    error = (want[..., prefix:prefix + row.shape[-1]] - row).abs()
-    if seen is not None: error = torch.where(seen, error, 0.)
-    whole = len(h.parts) < 2 or h.ear.kind.heads is not None                    # a call has keys for every cell
-    if raster.cells is not None and whole and not raster.per_image:
-        error = error[..., raster.cells < raster.grid[0]*raster.grid[1]]          # the rest is padding
-    return dict(map_error=(error.amax()/want.abs().amax().clamp_min(1)).item())
+def _compare(h, out, func, args, kwargs):
+    "The same row by another way: from the whole table, in float64."
+    if h.row is None or h.ear.name in h.ear.tap.checks: return
+    if func in _SOFTMAX: _compare_logits(h, _softmax_arguments(*args, **kwargs)[0])
+    else: _compare_fused(h, out, *args, **kwargs)
 
 # %% ../../nbs/12_tap.ipynb #c7e10002
 PLACES = ((.12, .38), (.38, .88), (.62, .12), (.88, .62))   # of height and width
@@ -769,6 +979,7 @@ def peaks(change): # (boxes, h, w), how much each cell moved with each box
     only = (change - change.median(0).values).flatten(1).argmax(1)
     return [c.item() if ok else None for c, ok in zip(only, stands_out)]
 
+# %% ../../nbs/12_tap.ipynb #c7e10106
 def changes(tap, run, image, boxes, seed=0): # run: calls the model with a picture as `image`
     "{layer number: (boxes, h, w)}: how much each cell moves with the pixels of a box, in noise."
     draw = torch.Generator().manual_seed(seed)
@@ -783,10 +994,12 @@ def changes(tap, run, image, boxes, seed=0): # run: calls the model with a pictu
     return {i: moved(i).flatten(1, -3).mean(1) for i in tap.blocks}
 
 # %% ../../nbs/12_tap.ipynb #c7e10009
-def _same_place(a, b, grid, box, size): # cells a, b, as numbers; a box covers several; rolls wrap around
+def _same_place(a, b, grid, box, size): # cells a, b, as numbers; a box covers several
     apart = ((abs(u - v), n) for u, v, n in zip(divmod(a, grid[1]), divmod(b, grid[1]), grid))
-    return all(min(d, n - d) <= -(-side*n//s) for (d, n), side, s in zip(apart, box[2:], size))
+    return all(min(d, n - d) <= -(-side*n//s)                              # rolls wrap around
+               for (d, n), side, s in zip(apart, box[2:], size))
 
+# %% ../../nbs/12_tap.ipynb #c7e10109
 def misplaced(tap, run, image, near=1.): # near: cells that convolutions before may spread a patch
     """{layer number: (patches shown elsewhere, patches probed)}, of `PLACES`.
 
@@ -845,10 +1058,16 @@ def shares(grad, cls, prefix, suffix=0): # grad: (B, N, d); cls, prefix, suffix:
 class Report(dict):
     """{layer: {"map_error", "attention_error", "place_error"}}: what `AttentionTap.check` found.
 
-    `gradient`: the share of the output's gradient at the last tapped layer, by kind of token, as `shares`
-    names them; empty where it was not probed. `auto`: which of these "auto" reads there; "prefix" for
-    all before the patches, "own" for a layer with a query of its own. `warnings`: what is wrong.
-    `unprobed`: what could not be asked, and why.
+    The first two compare with float64, relative to the largest value: below 1e-5 in float32. A
+    layer that hands its softmax's input over has no "attention_error"; nn.MultiheadAttention has
+    neither. "place_error" is the share of four changed patches that show elsewhere in the map; it
+    is missing where none stands out, and without a (B, C, height, width) picture in the arguments.
+
+    `gradient`: the share of the output's gradient at the last tapped layer, by kind of token, as
+    `shares` names them; empty where it was not probed. `auto`: which of these "auto" reads there;
+    "prefix" for all before the patches, "own" for a layer with a query of its own. `warnings`: what
+    is wrong: more than half of the patches are elsewhere, or the output reads neither the layer nor
+    the token that "auto" asks. `unprobed`: what could not be asked, and why.
     """
     def __init__(self):
         super().__init__()
@@ -858,46 +1077,53 @@ def _report_places(report, tap, run, image):
     for i, (wrong, probed) in misplaced(tap, run, image).items():
         name = tap.found.layers[i][0]
         if probed: report.setdefault(name, {})["place_error"] = wrong/probed
-        if wrong > probed/2: report.warnings.append(
-            f"{name}: {wrong} of {probed} patches that were changed show elsewhere in the map; "
-            "the entry's raster is wrong for this layer")
+        if wrong > probed/2:
+            report.warnings.append(
+                f"{name}: {wrong} of {probed} patches that were changed show elsewhere in the map; "
+                "the entry's raster is wrong for this layer")
 
-# %% ../../nbs/12_tap.ipynb #c7e10011
+# %% ../../nbs/12_tap.ipynb #12ee0001
+def _asked(ear): # by "auto"
+    "Which kind of token the entry's query is, of `shares`."
+    found = ear.tap.found
+    token = _token("auto", found, ear.kind, ear.name)
+    if token is not None:
+        return "cls" if token < _special_tokens(found, ear.kind)[1] else "registers"
+    return dict(prefix="prefix", suffix="after").get(found.adapter.reads, "patches")
+
+def _shares_of(ear, grad):
+    "{kind of token: (share of the gradient, share of the tokens)}."
+    prefix, cls = _special_tokens(ear.tap.found, ear.kind)
+    if grad.ndim != 3: grad = grad.reshape(1, -1, 1)                  # places alone
+    elif not getattr(ear.module, "batch_first", True): grad = grad.transpose(0, 1)
+    return shares(grad, cls, prefix, ear.suffix())
+
+# %% ../../nbs/12_tap.ipynb #c7e10018
+def _report_shares(report, ear, grad):
+    read, report.auto = _shares_of(ear, grad), _asked(ear)
+    report.gradient = {kind: share for kind, (share, _) in read.items()}
+    asked = ("cls", "registers") if report.auto == "prefix" else (report.auto,)
+    share, tokens = (sum(read[kind][i] for kind in asked) for i in (0, 1))
+    if ear.tap.query != "auto" or share >= .1*tokens: return
+    most = max(report.gradient, key=report.gradient.get)
+    query = dict(cls="cls", patches="mean", registers="register").get(most)
+    better = f'; say query="{query}", or' if query else ", or"
+    report.warnings.append(
+        f'{ear.name}: "auto" reads {report.auto}, with {share:.1%} of the output\'s gradient, but '
+        f"the output reads {most}{better} mend the entry's `reads`")
+
 def _report_query(report, tap, run, image):
     ear = max(tap._ears, key=lambda e: e.number)
     if _is_sharded(tap.found.model): return report.unprobed.append("query: sharded parameters")
     try: grad = gradient_by_token(ear.module, lambda: run(image))
     except (RuntimeError, NotImplementedError) as e:
         return report.unprobed.append(f"query: no gradient ({str(e).splitlines()[0]})")
-    if grad is None: report.warnings.append(
-        f"{ear.name}: the output does not read this layer; tap another")
+    if grad is None:
+        report.warnings.append(f"{ear.name}: the output does not read this layer; tap another")
     elif ear.kind.one_query: report.auto = "own"
-    elif grad.ndim != 3 and _prefix(ear): report.unprobed.append(
-        f"query: the layer gives {grad.ndim} axes, expected (B, N, d)")
-    else: _report_shares(report, tap, ear, grad)
-
-def _asked(tap, ear, cls): # by "auto"
-    adapter, model = tap.found.adapter, tap.found.model
-    token = _token("auto", adapter, model, ear.kind, ear.name)
-    if token is not None: return "cls" if token < cls else "registers"
-    return dict(prefix="prefix", suffix="after").get(adapter.reads, "patches")
-
-# %% ../../nbs/12_tap.ipynb #c7e10018
-def _report_shares(report, tap, ear, grad):
-    model, prefix, suffix = tap.found.model, _prefix(ear), _suffix(ear)
-    cls = min(value_for(tap.found.adapter.cls, model), prefix)
-    if grad.ndim != 3: grad = grad.reshape(1, -1, 1)                  # places alone
-    elif not getattr(ear.module, "batch_first", True): grad = grad.transpose(0, 1)
-    read, report.auto = shares(grad, cls, prefix, suffix), _asked(tap, ear, cls)
-    report.gradient = {kind: share for kind, (share, _) in read.items()}
-    asked = ("cls", "registers") if report.auto == "prefix" else (report.auto,)
-    share, tokens = (sum(read[kind][i] for kind in asked) for i in (0, 1))
-    if tap.query != "auto" or share >= .1*tokens: return
-    most = max(report.gradient, key=report.gradient.get)
-    query = dict(cls="cls", patches="mean", registers="register").get(most)
-    report.warnings.append(
-        f'{ear.name}: "auto" reads {report.auto}, with {share:.1%} of the output\'s gradient, but the '
-        f"output reads {most}" + f'; say query="{query}"'*bool(query) + ", or mend the entry's `reads`")
+    elif grad.ndim != 3 and ear.prefix():
+        report.unprobed.append(f"query: the layer gives {grad.ndim} axes, expected (B, N, d)")
+    else: _report_shares(report, ear, grad)
 
 # %% ../../nbs/12_tap.ipynb #c7e10013
 def _compared(tap, args, kwargs): # {layer: errors}
@@ -910,44 +1136,41 @@ def _compared(tap, args, kwargs): # {layer: errors}
 
 def _is_picture(v): return isinstance(v, torch.Tensor) and v.ndim == 4 and v.is_floating_point()
 
-def _probe(report, tap, args, kwargs):
-    "Places and query. The tap's own passes are left as they are."
+def _replaced(tap, args, kwargs):
+    "A function that calls the model with another picture, and the one that came; None without one."
     named = {**dict(enumerate(args)), **kwargs}
     at = next((k for k, v in named.items() if _is_picture(v) and _has_values(v)), None)
-    if at is None: return report.unprobed.append(
-        "places and query: no (B, C, height, width) picture with values among the arguments")
+    if at is None: return None
     def run(x):
         given = {**named, at: x}
         return tap._root(*map(given.get, range(len(args))), **{k: given[k] for k in kwargs})
+    return run, named[at]
+
+# %% ../../nbs/12_tap.ipynb #12ee0102
+def _probe(report, tap, args, kwargs):
+    "Places and query. The tap's own passes are left as they are."
+    found = _replaced(tap, args, kwargs)
+    if found is None:
+        return report.unprobed.append(
+            "places and query: no (B, C, height, width) picture with values among the arguments")
     passes, tap._passes = tap._passes, _Passes()
     try:
         with torch.inference_mode(False), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            _report_places(report, tap, run, named[at])
-            _report_query(report, tap, run, named[at])
+            _report_places(report, tap, *found)
+            _report_query(report, tap, *found)
     finally: tap._passes = passes
 
-# %% ../../nbs/12_tap.ipynb #12cc5670
-@torch.no_grad()
-def _check(self, *args, **kwargs): # what the model is called with
-    """Some passes in evaluation mode: is the map the row, its cells the places, its query what is read?
-
-    Gives a `Report`, {layer: {"map_error", "attention_error", "place_error"}}. The first two compare with
-    float64, relative to the largest value: below 1e-5 in float32. A layer that hands its softmax's
-    input over has no "attention_error"; nn.MultiheadAttention has neither. "place_error" is the share
-    of four changed patches that show elsewhere in the map, 0 when right; it is missing where none
-    stands out, and without a (B, C, height, width) picture among the arguments. Warns when more
-    than half are elsewhere, and when the output reads neither the layer nor the token that "auto" asks; a query
-    that was asked for by name is not judged. Raises RuntimeError when no layer was heard.
-    """
-    training, report = [m for m in self.found.model.modules() if m.training], Report()
-    self.found.model.eval()
+# %% ../../nbs/12_tap.ipynb #12ee0003
+def _checked(tap, args, kwargs):
+    "The `Report` of a tap; says its warnings to who called `check`."
+    training, report = [m for m in tap.found.model.modules() if m.training], Report()
+    tap.found.model.eval()
     try:
-        _probe(report, self, args, kwargs)
-        for name, errors in _compared(self, args, kwargs).items():
-            report[name] = errors | report.get(name, {})
+        with torch.no_grad():
+            _probe(report, tap, args, kwargs)
+            compared = _compared(tap, args, kwargs)
     finally:
         for m in training: m.training = True
+    for name, errors in compared.items(): report[name] = errors | report.get(name, {})
     for said in report.warnings: warnings.warn(said, stacklevel=3)
     return report
-
-AttentionTap.check = _check

@@ -10,53 +10,69 @@ from fastai.callback.core import Callback
 from fastai.metrics import ValueMetric
 from .regularizer import SpatialEntropyRegularizer, run_settings, operate
 
-# %% ../../nbs/34_fastai.ipynb #a6304b6f
-class SpatialEntropyFastai(Callback):
-    """Adds the spatial entropy of a ViT's attention to fastai's training loss (arXiv 2206.04636), and the columns entropy and entropy_weight to its table.
-
-    Right under GradientAccumulation, MixedPrecision and in lr_find; validation is untouched. Give it to the Learner, or to one `fit` if the skip
-    stays. Raises UnsupportedModel when there is not exactly one model to tap, ValueError for settings that cannot be.
-    """
-    order, run_valid, _stateattrs = -1, False, ("surgery",)
-    surgery = None                                                # the handle, until the Learner is exported
-
-    def __init__(self, weight=.01, # λ, the peak; or a function of the share of the run that is done (0–1)
-                 warmup: float | None = None, # share of the run until the peak; None: a tenth
-                 schedule: bool = True, # the paper's rise and fall over the run; False: a constant weight
-                 block=-1, query="auto", # as in AttentionTap
-                 drop_skip: bool = False): # remove the last skip first
-        super().__init__()
-        self.settings, self.drop_skip = run_settings(weight, warmup, schedule, block, query), drop_skip
-        self.regularizer, self._columns, self._listens, self._operated = None, [], False, False
-
-    def after_create(self):
-        if self.drop_skip and not self._operated: self.surgery, self._operated = operate(self.learn.model), True
+# %% ../../nbs/34_fastai.ipynb #a6f7391a
+def _entropy_columns(read): # gives the logs of a regulariser
+    "Columns for fastai's table: the mean entropy since the last reading, and the weight."
+    value = lambda name: ValueMetric(lambda: read()[name], name)
+    return [value("entropy"), value("entropy_weight")]
 
 # %% ../../nbs/34_fastai.ipynb #1c3cd7f8
-def _before_fit(self):
-    self.after_fit()
-    if self.learn.lock.locked(): return                           # validate, get_preds, predict
-    self._columns = [ValueMetric(lambda name=name: self.regularizer.logs()[name], name) for name in ("entropy", "entropy_weight")]
-    self.learn.metrics = self.learn.metrics + self._columns
+class _TermInFit(Callback):
+    "Adds the term while a fit trains, and the columns to its table."
+    order, run_valid = -1, False
 
-def _before_train(self):
-    if self._listens: return                                      # a later epoch
-    if self.drop_skip and not self._operated:
-        raise ValueError("drop_skip: the optimiser exists already; give the callback to the Learner, not to fit: "
-                         "Learner(..., cbs=SpatialEntropyFastai(drop_skip=True))")
-    self.regularizer, self._listens = SpatialEntropyRegularizer(self.learn.model, **self.settings), True
+    def __init__(self, settings):
+        super().__init__()
+        self.settings, self.regularizer, self._columns, self._listens = settings, None, [], False
 
-SpatialEntropyFastai.before_fit, SpatialEntropyFastai.before_train = _before_fit, _before_train
+    def before_fit(self):
+        self.after_fit()
+        if self.learn.lock.locked(): return                       # validate, get_preds, predict
+        self._columns = _entropy_columns(lambda: self.regularizer.logs())
+        self.learn.metrics = self.learn.metrics + self._columns
 
-# %% ../../nbs/34_fastai.ipynb #8fc520e0
-def _after_loss(self):
-    if not self.training: return
-    if self.regularizer.epochs is not None: self.regularizer.step(min(1., float(self.pct_train)))
-    self.learn.loss_grad = self.learn.loss_grad + self.regularizer()
+    def before_train(self):
+        if self._listens: return                                  # a later epoch
+        self.regularizer = SpatialEntropyRegularizer(self.learn.model, **self.settings)
+        self._listens = True
 
-def _after_fit(self):
-    if self.regularizer is not None: self.regularizer.close()
-    self.learn.metrics = [m for m in self.learn.metrics if m not in self._columns]
-    self._columns, self._listens = [], False
+    def after_loss(self):
+        if not self.training: return
+        reg = self.regularizer
+        if reg.epochs is not None: reg.step(min(1., float(self.pct_train)))
+        self.learn.loss_grad = self.learn.loss_grad + reg()
 
-SpatialEntropyFastai.after_loss, SpatialEntropyFastai.after_fit = _after_loss, _after_fit
+    def after_fit(self):
+        if self.regularizer is not None: self.regularizer.close()
+        self.learn.metrics = [m for m in self.learn.metrics if m not in self._columns]
+        self._columns, self._listens = [], False
+
+# %% ../../nbs/34_fastai.ipynb #a6304b6f
+class SpatialEntropyFastai(_TermInFit):
+    """Adds the spatial entropy of a ViT's attention to fastai's training loss (arXiv 2206.04636).
+
+    Its table gets the columns entropy and entropy_weight. Right under GradientAccumulation,
+    MixedPrecision and in lr_find; validation is untouched. Give it to the Learner, or to one `fit`
+    if the skip stays. Raises UnsupportedModel when there is not exactly one model to tap,
+    ValueError for impossible settings.
+    """
+    _stateattrs, surgery = ("surgery",), None                     # until the Learner is exported
+
+    def __init__(self, weight=.01, # λ, the peak; or a function of the share that is done (0–1)
+                 warmup: float | None = None, # share of the run until the peak; None: a tenth
+                 schedule: bool = True, # the paper's rise and fall over the run; False: constant
+                 block=-1, query="auto", # as in AttentionTap
+                 drop_skip: bool = False): # remove the last skip first
+        super().__init__(run_settings(weight, warmup, schedule, block, query))
+        self.drop_skip, self._operated = drop_skip, False
+
+    def after_create(self):
+        if self.drop_skip and not self._operated:
+            self.surgery, self._operated = operate(self.learn.model), True
+
+    def before_train(self):
+        if self.drop_skip and not self._operated:
+            raise ValueError("drop_skip: the optimiser exists already; give the callback to the "
+                             "Learner, not to fit: Learner(..., "
+                             "cbs=SpatialEntropyFastai(drop_skip=True))")
+        super().before_train()

@@ -14,54 +14,13 @@ from .regularizer import SpatialEntropyRegularizer, run_settings, operate
 def _share_done(trainer, batch_idx):
     "From 0 to 1. Raises ValueError for a run without an end."
     done = []
-    if (trainer.max_epochs or -1) > 0: done.append((trainer.current_epoch + batch_idx/trainer.num_training_batches)/trainer.max_epochs)
+    if (trainer.max_epochs or -1) > 0:
+        epochs = trainer.current_epoch + batch_idx/trainer.num_training_batches
+        done.append(epochs/trainer.max_epochs)
     if trainer.max_steps > 0: done.append(trainer.global_step/trainer.max_steps)
-    if not done: raise ValueError("the Trainer has neither max_epochs nor max_steps, so the run has no known length; set one, or pass schedule=False")
-    return min(1., max(done))
-
-# %% ../../nbs/32_lightning.ipynb #6fd1255c
-class SpatialEntropyLightning(Callback):
-    """Adds the spatial entropy of a ViT's attention to the loss that `training_step` returns (arXiv 2206.04636), during `fit` only.
-
-    Right under gradient accumulation, mixed precision, DDP and `torch.compile`; logs `entropy`, `entropy_weight`, `maps_left_out`. Raises
-    ValueError for manual optimisation, UnsupportedModel when there is not exactly one model to tap.
-    """
-    def __init__(self, weight=.01, # λ, the peak; or a function of the share of the run that is done (0–1)
-                 warmup: float | None = None, # share of the run until the peak; None: a tenth
-                 schedule: bool = True, # the paper's rise and fall over the run; False: a constant weight
-                 model: str | None = None, # path of the ViT inside the LightningModule, such as "model"; None: the only one there
-                 block=-1, query="auto", # as in AttentionTap
-                 drop_skip: bool = False, # remove the last skip first
-                 log: dict | None = None): # arguments of LightningModule.log_dict, such as dict(on_epoch=True)
-        self.settings = run_settings(weight, warmup, schedule, block, query)
-        self.path, self.drop_skip, self.log_options = model, drop_skip, {} if log is None else log
-        self.regularizer, self.surgery, self._operated, self._wrapped, self._state = None, None, None, None, None
-
-    def _vit(self, pl_module):
-        if self.path is None: return pl_module
-        try: return pl_module.get_submodule(self.path)
-        except AttributeError:
-            children = ", ".join(n for n, _ in pl_module.named_children()) or "none"
-            raise ValueError(f"model: got {self.path!r}, which {type(pl_module).__name__} does not have; its parts: {children}") from None
-
-# %% ../../nbs/32_lightning.ipynb #19b818dd
-def _setup(self, trainer, pl_module, stage):
-    if self.drop_skip and self._operated is not pl_module:
-        self.surgery, self._operated = operate(self._vit(pl_module)), pl_module
-
-def _on_fit_start(self, trainer, pl_module):
-    if not pl_module.automatic_optimization:
-        raise ValueError(f"{type(pl_module).__name__} optimises manually, so its loss is used before this callback sees it; "
-                         "use SpatialEntropyRegularizer in training_step instead: loss = loss + reg()")
-    self._release()
-    self.regularizer = SpatialEntropyRegularizer(self._vit(pl_module), **self.settings)
-    if self._state is not None: self.regularizer.load_state_dict(self._state)
-    self._wrap(pl_module)
-
-def _without_handle(self): return {**self.__dict__, "surgery": None}
-
-SpatialEntropyLightning.setup, SpatialEntropyLightning.on_fit_start = _setup, _on_fit_start
-SpatialEntropyLightning.__getstate__ = _without_handle            # for strategies that start processes by pickling
+    if done: return min(1., max(done))
+    raise ValueError("the Trainer has neither max_epochs nor max_steps, so the run has no known "
+                     "length; set one, or pass schedule=False")
 
 # %% ../../nbs/32_lightning.ipynb #ca12c9eb
 def _with_term(out, regularizer):
@@ -70,44 +29,99 @@ def _with_term(out, regularizer):
     if isinstance(out, dict): return {**out, "loss": out["loss"] + regularizer()}
     return out + regularizer()
 
-def _wrap(self, pl_module):
-    stock, own = pl_module.training_step, pl_module.__dict__.get("training_step")    # compiled modules have their own
-    @wraps(stock)
-    def training_step(*args, **kwargs): return _with_term(stock(*args, **kwargs), self.regularizer)
-    pl_module.training_step, self._wrapped = training_step, (pl_module, own)
+# %% ../../nbs/32_lightning.ipynb #fc7b7af7
+class _WrappedStep:
+    "A module's training_step plus the term, until `undo`."
+    def __init__(self, pl_module, regularizer):
+        stock, self.own = pl_module.training_step, pl_module.__dict__.get("training_step")
+        @wraps(stock)
+        def training_step(*args, **kwargs): return _with_term(stock(*args, **kwargs), regularizer)
+        self.pl_module, pl_module.training_step = pl_module, training_step
 
-SpatialEntropyLightning._wrap = _wrap
+    def undo(self):
+        del self.pl_module.training_step
+        if self.own is not None: self.pl_module.training_step = self.own
 
-# %% ../../nbs/32_lightning.ipynb #1f1dfcf5
-def _release(self):
-    "Give the module its own training_step and attention back."
-    if self._wrapped is not None:
-        pl_module, own = self._wrapped
-        del pl_module.training_step
-        if own is not None: pl_module.training_step = own
+# %% ../../nbs/32_lightning.ipynb #868eaec3
+def _part_of(pl_module, path):
+    "The module at the path, or the whole. Raises ValueError for a path that leads nowhere."
+    if path is None: return pl_module
+    try: return pl_module.get_submodule(path)
+    except AttributeError:
+        children = ", ".join(name for name, _ in pl_module.named_children()) or "none"
+        raise ValueError(f"model: got {path!r}, which {type(pl_module).__name__} does not have; "
+                         f"its parts: {children}") from None
+
+def _check_automatic(pl_module):
+    "Raises ValueError where the loss is used up inside the step."
+    if pl_module.automatic_optimization: return
+    raise ValueError(f"{type(pl_module).__name__} optimises manually, so its loss is used before "
+                     "this callback sees it; use SpatialEntropyRegularizer in training_step "
+                     "instead: loss = loss + reg()")
+
+# %% ../../nbs/32_lightning.ipynb #19b818dd
+class _TermDuringFit(Callback):
+    "Adds the term to the loss while a fit lasts."
+    def __init__(self, settings, path, drop_skip):
+        self.settings, self.path, self.drop_skip = settings, path, drop_skip
+        self.regularizer, self.surgery, self._operated, self._wrapped = None, None, None, None
+
+    def setup(self, trainer, pl_module, stage):
+        if self.drop_skip and self._operated is not pl_module:
+            self.surgery, self._operated = operate(_part_of(pl_module, self.path)), pl_module
+
+    def on_fit_start(self, trainer, pl_module):
+        _check_automatic(pl_module)
+        self._release()
+        vit = _part_of(pl_module, self.path)
+        self.regularizer = SpatialEntropyRegularizer(vit, **self.settings)
+        self._wrapped = _WrappedStep(pl_module, self.regularizer)
+
+    def _release(self):
+        "Give the module its own training_step and attention back."
+        if self._wrapped is not None: self._wrapped.undo()
+        if self.regularizer is not None: self.regularizer.close()
         self._wrapped = None
-    if self.regularizer is not None: self.regularizer.close()
 
-def _teardown(self, trainer, pl_module, stage): self._release()
-def _on_exception(self, trainer, pl_module, exception): self._release()
+    def teardown(self, trainer, pl_module, stage): self._release()
+    def on_exception(self, trainer, pl_module, exception): self._release()
+    def __getstate__(self): return {**self.__dict__, "surgery": None}
 
-SpatialEntropyLightning._release = _release
-SpatialEntropyLightning.teardown, SpatialEntropyLightning.on_exception = _teardown, _on_exception
+# %% ../../nbs/32_lightning.ipynb #6fd1255c
+class _LoggedTerm(_TermDuringFit):
+    "Drives the schedule, logs, and keeps its place in the checkpoint."
+    def on_fit_start(self, trainer, pl_module):
+        super().on_fit_start(trainer, pl_module)
+        if self._state is not None: self.regularizer.load_state_dict(self._state)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        reg = self.regularizer
+        if reg.epochs is not None: reg.step(_share_done(trainer, batch_idx))
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        reg = self.regularizer
+        if reg.entropy is None: return                            # not one step returned a loss yet
+        values = {"entropy": reg.entropy, "entropy_weight": reg.weight,
+                  "maps_left_out": reg.left_out.float()}
+        pl_module.log_dict(values, **{"batch_size": reg.pictures, **self.log_options})
+
+    def state_dict(self): return {} if self.regularizer is None else self.regularizer.state_dict()
+    def load_state_dict(self, state): self._state = state or None
 
 # %% ../../nbs/32_lightning.ipynb #f9a72479
-def _on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-    if self.regularizer.epochs is not None: self.regularizer.step(_share_done(trainer, batch_idx))
+class SpatialEntropyLightning(_LoggedTerm):
+    """Adds the spatial entropy of a ViT's attention to the loss that `training_step` returns.
 
-def _on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-    reg = self.regularizer
-    if reg.entropy is None: return                                # not one step returned a loss yet
-    pl_module.log_dict({"entropy": reg.entropy, "entropy_weight": reg.weight, "maps_left_out": reg.left_out.float()},
-                       **{"batch_size": reg.pictures, **self.log_options})
-
-SpatialEntropyLightning.on_train_batch_start, SpatialEntropyLightning.on_train_batch_end = _on_train_batch_start, _on_train_batch_end
-
-# %% ../../nbs/32_lightning.ipynb #c892ce62
-def _state_dict(self): return {} if self.regularizer is None else self.regularizer.state_dict()
-def _load_state_dict(self, state): self._state = state or None
-
-SpatialEntropyLightning.state_dict, SpatialEntropyLightning.load_state_dict = _state_dict, _load_state_dict
+    During `fit` only (arXiv 2206.04636). Right under gradient accumulation, mixed precision, DDP
+    and `torch.compile`; logs `entropy`, `entropy_weight`, `maps_left_out`. Raises ValueError for
+    manual optimisation, UnsupportedModel when there is not exactly one model to tap.
+    """
+    def __init__(self, weight=.01, # λ, the peak; or a function of the share that is done (0–1)
+                 warmup: float | None = None, # share of the run until the peak; None: a tenth
+                 schedule: bool = True, # the paper's rise and fall over the run; False: constant
+                 model: str | None = None, # path of the ViT, such as "model"; None: the only one
+                 block=-1, query="auto", # as in AttentionTap
+                 drop_skip: bool = False, # remove the last skip first
+                 log: dict | None = None): # of LightningModule.log_dict, as dict(on_epoch=True)
+        super().__init__(run_settings(weight, warmup, schedule, block, query), model, drop_skip)
+        self.log_options, self._state = {} if log is None else log, None

@@ -7,6 +7,7 @@ __all__ = ['run_settings', 'operate', 'SpatialEntropyRegularizer']
 
 # %% ../../nbs/31_regularizer.ipynb #056c5d66
 import warnings
+from contextlib import contextmanager
 from weakref import ref
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -16,157 +17,243 @@ from ..attention.surgery import drop_last_skip
 from ..attention.tap import AttentionTap
 from .schedule import entropy_weight
 
+# %% ../../nbs/31_regularizer.ipynb #2c10bf96
+def _own_weight(weight, # a function of the share of the run that is done
+                epochs, # of the whole run
+                epoch): # done so far
+    "What the function gives now. Raises ValueError for a run of unknown length."
+    if epochs is None:
+        raise ValueError("weight: got a function of the share that is done, but no epochs; "
+                         "pass the length of the run")
+    return float(weight(min(1., epoch/epochs)))
+
 # %% ../../nbs/31_regularizer.ipynb #c29d076f
 def _weight_at(weight, # a number of at least 0, or a function of the share of the run that is done
                epochs, # of the whole run, or None for a constant weight
                warmup, # epochs until the peak, or None
                epoch): # done so far
     "The weight now. Raises ValueError for settings that do not fit together."
-    if epochs is not None and not epochs > 0: raise ValueError(f"epochs: got {epochs}, expected the length of the run, above 0, or None")
-    if callable(weight):
-        if epochs is None: raise ValueError("weight: got a function of the share that is done, but no epochs; pass the length of the run")
-        return float(weight(min(1., epoch/epochs)))
-    if not 0 <= weight < float("inf"): raise ValueError(f"weight: got {weight}, expected a number of at least 0; 0.01 in the paper")
+    if epochs is not None and not epochs > 0:
+        raise ValueError(f"epochs: got {epochs}, expected the length of the run, above 0, or None")
+    if callable(weight): return _own_weight(weight, epochs, epoch)
+    if not 0 <= weight < float("inf"):
+        raise ValueError(f"weight: got {weight}, expected a number of at least 0; "
+                         "0.01 in the paper")
     if epochs is None: return float(weight)
     return entropy_weight(epoch, epochs, weight, min(10, epochs/10) if warmup is None else warmup)
 
 # %% ../../nbs/31_regularizer.ipynb #941bc2f5
 def run_settings(weight, warmup, schedule, block, query):
-    "Arguments of the regulariser for a run counted from 0 to 1. Raises ValueError for a warm-up that is no share."
-    if warmup is not None and not 0 <= warmup <= 1: raise ValueError(f"warmup: got {warmup}, expected a share of the run, from 0 to 1; 0.1 in the paper")
-    return dict(weight=weight, warmup=warmup, epochs=1. if schedule or callable(weight) else None, block=block, query=query)
+    """Arguments of the regulariser for a run counted from 0 to 1.
+
+    Raises ValueError for a warm-up that is no share.
+    """
+    if warmup is not None and not 0 <= warmup <= 1:
+        raise ValueError(f"warmup: got {warmup}, expected a share of the run, from 0 to 1; "
+                         "0.1 in the paper")
+    epochs = 1. if schedule or callable(weight) else None
+    return dict(weight=weight, warmup=warmup, epochs=epochs, block=block, query=query)
+
+# %% ../../nbs/31_regularizer.ipynb #65a8c623
+class _ScheduledWeight:
+    "The weight over a run: `step` says where the run is, `weight` what it is there."
+    def __init__(self, weight, epochs, warmup):
+        _weight_at(weight, epochs, warmup, 0.)
+        self.peak, self.epochs, self.warmup = weight, epochs, warmup
+        self.epoch = 0. if epochs is None else None
+
+    @property
+    def weight(self) -> float:
+        "The weight now. Raises RuntimeError for a schedule whose `step` was never called."
+        if self.epoch is None:
+            raise RuntimeError(f"epochs={self.epochs} asks for a schedule, but step was "
+                               "not called; call reg.step(epoch) at the start of every epoch, "
+                               "from 0")
+        return _weight_at(self.peak, self.epochs, self.warmup, self.epoch)
+
+    def step(self, epoch: float): # epochs done so far, from 0, whole or fractional
+        "Tell the schedule where the run is. Raises ValueError for a negative or broken number."
+        if not 0 <= epoch < float("inf"):
+            raise ValueError(f"epoch: got {epoch}, expected the epochs done so far, from 0")
+        self.epoch = float(epoch)
+
+# %% ../../nbs/31_regularizer.ipynb #7bfbe42b
+def _maps_in(passes): # what the tap kept, oldest first
+    "The maps of each pass and each block, (B, H, h, w) each, in one list."
+    maps = []
+    for one in passes: maps += one.values() if isinstance(one, dict) else [one]
+    return maps
+
+# %% ../../nbs/31_regularizer.ipynb #5f431d1a
+def _mean_entropy(criterion, maps):
+    "The mean over blocks and views of what the loss says of each; a scalar."
+    return sum(criterion(m) for m in maps)/len(maps)
+
+# %% ../../nbs/31_regularizer.ipynb #ef36dc80
+def _why_left_out(new, # forward passes in training mode since the last call
+                  views, # that a call stands for
+                  graded): # whether the latest maps have a gradient
+    "What to tell someone whose passes do not all count; None if they do."
+    if new > 0 and not graded:
+        return ("an evaluation came between a training pass and the regulariser, which has no "
+                "gradient now; call it before")
+    if new <= views: return None
+    return (f"{new} forward passes in training mode since the regulariser was called, and only "
+            f"the latest {views} count; call it after each pass, put the views into one batch, "
+            f"or build it with views={new} for their mean")
+
+# %% ../../nbs/31_regularizer.ipynb #95543dee
+class _NewMaps:
+    "The maps of a tap, each pass's once."
+    def __init__(self, tap, views):
+        self.tap, self.views = tap, views
+        self.last, self.trained, self.warned = None, None, False
+        tap.keep = views
+
+    def take(self):
+        "The maps since the last call. Raises RuntimeError if there are none, or too few."
+        passes = self.tap.take()
+        maps = _maps_in(passes)
+        self.count(maps[-1].requires_grad)
+        if self.last is not None and self.last() is maps[-1]:
+            raise RuntimeError("the maps of this forward pass were used already; call the "
+                               "regulariser once after each forward pass, and keep its value")
+        self.last = ref(maps[-1])
+        if len(passes) < self.views and maps[-1].requires_grad:
+            raise RuntimeError(f"{len(passes)} forward pass(es) since the last call, "
+                               f"expected views={self.views}")
+        return maps
+
+    def count(self, graded):
+        "Warn once when passes are left out."
+        new = 0 if self.trained is None else self.tap.trained - self.trained
+        self.trained, why = self.tap.trained, _why_left_out(new, self.views, graded)
+        if why is not None and not self.warned: warnings.warn(why, stacklevel=4)
+        self.warned = self.warned or why is not None
+
+# %% ../../nbs/31_regularizer.ipynb #e0084254
+class _MeanSinceReading:
+    "The mean of what was added since the last reading; NaN before the first value."
+    def __init__(self): self.total, self.count, self.latest = 0., 0, float("nan")
+
+    def add(self, value):
+        self.total = self.total + value
+        self.count += 1
+
+    def read(self) -> float:
+        "This is where the host waits for the device."
+        if self.count: self.latest = float(self.total)/self.count
+        self.total, self.count = 0., 0
+        return self.latest
+
+# %% ../../nbs/31_regularizer.ipynb #c178f9e8
+class _Listening:
+    "Holds a tap until it is closed; copies and pickles are closed."
+    def __init__(self, model, block, query, views):
+        if not isinstance(views, int) or views < 1:
+            raise ValueError(f"views: got {views!r}, expected how many forward passes a call "
+                             "stands for, at least 1")
+        self.views, self.surgery = views, None
+        self._maps = _NewMaps(AttentionTap(model, block, query), views)
+
+    def _open_maps(self):
+        if self._maps is not None: return self._maps
+        raise RuntimeError("this regulariser is closed, or a copy; "
+                           "build one on the model that is trained")
+
+    def close(self):
+        """Take the tap off; the surgery stays, and the logs can still be read.
+
+        Calling it twice does nothing more.
+        """
+        if self._maps is not None: self._maps.tap.close()
+        self._maps = None
+
+    def __enter__(self): return self
+    def __exit__(self, *error): self.close()
+    def __getstate__(self): return {**self.__dict__, "_maps": None, "surgery": None}
+
+# %% ../../nbs/31_regularizer.ipynb #5fd882de
+def _what_it_is(state):
+    "A few words for the message."
+    if not isinstance(state, dict): return type(state).__name__
+    version = state.get("spatial_entropy_regularizer")
+    return f"version {version}" if version else f"keys {sorted(map(str, state))[:4]}"
+
+# %% ../../nbs/31_regularizer.ipynb #af147dec
+def _check_version(state):
+    "Raises ValueError for a state of something else or of a later version."
+    if isinstance(state, dict) and state.get("spatial_entropy_regularizer") == 1: return
+    raise ValueError(f"state: got {_what_it_is(state)}, expected the state_dict of a "
+                     "SpatialEntropyRegularizer, version 1; pass what its state_dict() gave")
+
+# %% ../../nbs/31_regularizer.ipynb #bdeeecb2
+class _EntropyTerm(_Listening, _ScheduledWeight):
+    "The term of the loss, its numbers to log, and its state."
+    def __call__(self): # a scalar, float32, in the graph
+        "Weight times mean entropy. Raises RuntimeError without a new pass, or without `step`."
+        weight, maps = self.weight, self._open_maps().take()
+        entropy = _mean_entropy(self._criterion, maps if weight else [m.detach() for m in maps])
+        self.entropy, self.pictures = entropy.detach(), len(maps[0])
+        self._mean.add(self.entropy)
+        return weight*entropy if weight else entropy.new_zeros(())
+
+    @property
+    def left_out(self): # a tensor, which waits for nothing
+        "How many maps with broken cells were left out so far."
+        return self._criterion.left_out
+
+    def logs(self) -> dict: # "entropy" in nats, "entropy_weight", "maps_left_out"; floats
+        "Mean since the last reading (NaN before any), weight, broken maps. Waits for the device."
+        weight, left_out = 0. if self.epoch is None else self.weight, float(self.left_out)
+        return dict(entropy=self._mean.read(), entropy_weight=weight, maps_left_out=left_out)
+
+    def state_dict(self) -> dict: # plain numbers
+        "Where the schedule stands, and the count of maps left out."
+        return dict(spatial_entropy_regularizer=1, epoch=self.epoch, left_out=int(self.left_out))
+
+    def load_state_dict(self, state: dict):
+        "Take up a position. Raises ValueError, and changes nothing, for another object's dict."
+        _check_version(state)
+        self.epoch = 0. if self.epochs is None else state["epoch"]
+        self.left_out.fill_(state["left_out"])
 
 # %% ../../nbs/31_regularizer.ipynb #d417423f
 def operate(model):
     "The surgery, on the vision model inside whatever holds it."
-    return drop_last_skip(model if isinstance(model, DistributedDataParallel) else find(model).model)
+    wrapped = isinstance(model, DistributedDataParallel)
+    return drop_last_skip(model if wrapped else find(model).model)
 
-def _check_views(views):
-    if not isinstance(views, int) or views < 1:
-        raise ValueError(f"views: got {views!r}, expected how many forward passes a call stands for, at least 1")
+# %% ../../nbs/31_regularizer.ipynb #3064cd0f
+@contextmanager
+def _undone_if_refused(surgery):
+    "What is refused leaves nothing behind."
+    try: yield
+    except BaseException:
+        if surgery is not None: surgery.undo()
+        raise
 
 # %% ../../nbs/31_regularizer.ipynb #f8cc1027
-class SpatialEntropyRegularizer:
-    """``loss = loss + reg()``: the current weight times the mean spatial entropy of the latest forward pass (arXiv 2206.04636).
+class SpatialEntropyRegularizer(_EntropyTerm):
+    """``loss = loss + reg()``: λ times the mean spatial entropy of the latest pass.
 
-    The scalar is in the graph, float32. Call it once after each forward pass, with gradient accumulation too: each
-    micro-batch has maps of its own, and the term is divided along with the loss. With `views`, once after so many passes.
-    Other taps may listen in the same model. Several blocks count equally. Works compiled, in DDP, under autocast and checkpointing. Copies and pickles of
-    it (of a model that holds it) are closed. Raises UnsupportedModel, TypeError or ValueError for a model or settings that cannot serve.
+    See arXiv 2206.04636. Call it once after each forward pass, with gradient accumulation too:
+    each micro-batch has maps of its own, and the term is divided along with the loss. With
+    `views`, once after so many passes. Other taps may listen in the same model. Several blocks
+    count equally. Works compiled, in DDP, under autocast and checkpointing. Copies and pickles
+    of it (of a model that holds it) are closed.
+    Raises UnsupportedModel, TypeError or ValueError for a model or settings that cannot serve.
     """
-    def __init__(self, model: nn.Module, # any model with a tappable vision tower, also compiled or in DDP
-                 weight=.01, # λ, the peak; or a function of the share of the run that is done (0–1)
-                 epochs: float | None = None, # length of the run for the paper's schedule, driven by `step`; None: a constant weight
-                 warmup: float | None = None, # epochs until the peak; None: a tenth of the run, at most 10
+    def __init__(self, model: nn.Module, # with a tappable vision tower, also compiled or in DDP
+                 weight=.01, # λ, the peak; or a function of the share that is done (0–1)
+                 epochs: float | None = None, # of the run, driven by `step`; None: constant weight
+                 warmup: float | None = None, # epochs to the peak; None: a tenth, at most 10
                  block=-1, # an attention layer's number, a list of them, or "all"
                  query="auto", # as in AttentionTap
                  drop_skip: bool = False, # remove the last skip first; before the optimiser
                  views: int = 1): # forward passes that one call stands for, by their mean
-        _check_views(views); _weight_at(weight, epochs, warmup, 0.)
-        self.peak, self.epochs, self.warmup, self.epoch = weight, epochs, warmup, 0. if epochs is None else None
-        self.surgery, self._criterion = operate(model) if drop_skip else None, SpatialEntropyLoss()
-        self._seen, self._sum, self._count, self._logs, self.entropy, self.pictures = None, 0., 0, None, None, 0
-        self.views, self._trained, self._told = views, None, False
-        try: self._tap = AttentionTap(model, block, query)
-        except BaseException:
-            if self.surgery is not None: self.surgery.undo()
-            raise
-        self._tap.keep = views
-
-# %% ../../nbs/31_regularizer.ipynb #27166d7c
-def _close(self):
-    "Take the tap off; the surgery stays, and the logs can still be read. Calling it twice does nothing more."
-    if self._tap is not None: self._tap.close()
-    self._tap = None
-
-def _enter(self): return self
-def _exit(self, *error): self.close()
-
-SpatialEntropyRegularizer.close, SpatialEntropyRegularizer.__enter__, SpatialEntropyRegularizer.__exit__ = _close, _enter, _exit
-
-# %% ../../nbs/31_regularizer.ipynb #95543dee
-def _maps_once(self):
-    "The maps of each block and view, of forward passes that were not used yet."
-    if self._tap is None: raise RuntimeError("this regulariser is closed, or a copy; build one on the model that is trained")
-    passes = self._tap.take()
-    maps = [m for p in passes for m in (p.values() if isinstance(p, dict) else [p])]
-    self._count_passes(maps[-1].requires_grad)
-    if self._seen is not None and self._seen() is maps[-1]:
-        raise RuntimeError("the maps of this forward pass were used already; call the regulariser once after each forward pass, and keep its value")
-    self._seen = ref(maps[-1])
-    if len(passes) < self.views and maps[-1].requires_grad:
-        raise RuntimeError(f"{len(passes)} forward pass(es) since the last call, expected views={self.views}")
-    return maps
-
-def _count_passes(self, graded):
-    "Say once when passes are left out."
-    new = 0 if self._trained is None else self._tap.trained - self._trained
-    self._trained, late = self._tap.trained, not graded and new > 0
-    if (new <= self.views and not late) or self._told: return
-    self._told = True
-    why = (f"{new} forward passes in training mode since the regulariser was called, and only the latest {self.views} count; call it "
-           f"after each pass, put the views into one batch, or build it with views={new} for their mean")
-    if late: why = "an evaluation came between a training pass and the regulariser, which has no gradient now; call it before"
-    warnings.warn(why, stacklevel=4)
-
-SpatialEntropyRegularizer._count_passes = _count_passes
-
-# %% ../../nbs/31_regularizer.ipynb #bdeeecb2
-def _call(self):
-    "Weight times mean entropy, a scalar. Raises RuntimeError without a new forward pass, or without `step` where there is a schedule."
-    weight, maps = self.weight, self._maps_once()
-    entropy = sum(self._criterion(m if weight else m.detach()) for m in maps)/len(maps)
-    self.entropy, self.pictures = entropy.detach(), len(maps[0])
-    self._sum, self._count = self._sum + self.entropy, self._count + 1
-    return weight*entropy if weight else entropy.new_zeros(())
-
-SpatialEntropyRegularizer._maps_once, SpatialEntropyRegularizer.__call__ = _maps_once, _call
-
-# %% ../../nbs/31_regularizer.ipynb #b86885de
-def _weight(self):
-    "The weight now. Raises RuntimeError when a schedule was asked for and `step` was never called."
-    if self.epoch is None:
-        raise RuntimeError(f"epochs={self.epochs} asks for a schedule, but step was not called; call reg.step(epoch) at the start of every epoch, from 0")
-    return _weight_at(self.peak, self.epochs, self.warmup, self.epoch)
-
-def _step(self, epoch: float): # epochs done so far, from 0, whole or fractional
-    "Tell the schedule where the run is. Raises ValueError for a negative or broken number."
-    if not 0 <= epoch < float("inf"): raise ValueError(f"epoch: got {epoch}, expected the epochs done so far, from 0")
-    self.epoch = float(epoch)
-
-SpatialEntropyRegularizer.weight, SpatialEntropyRegularizer.step = property(_weight), _step
-
-# %% ../../nbs/31_regularizer.ipynb #09ac4018
-def _read_logs(self) -> dict: # "entropy" in nats, "entropy_weight", "maps_left_out"
-    """Mean entropy over the calls since the last reading (NaN before the first), the weight now, and how many maps with broken cells were left out so far.
-
-    Floats. This is where the host waits for the device.
-    """
-    if self._count: self._logs, self._sum, self._count = float(self._sum)/self._count, 0., 0
-    return dict(entropy=float("nan") if self._logs is None else self._logs, entropy_weight=0. if self.epoch is None else self.weight,
-                maps_left_out=float(self.left_out))
-
-def _left_out(self): return self._criterion.left_out
-
-SpatialEntropyRegularizer.logs, SpatialEntropyRegularizer.left_out = _read_logs, property(_left_out)
-
-# %% ../../nbs/31_regularizer.ipynb #5fd882de
-def _state_dict(self) -> dict: # plain numbers
-    "Where the schedule stands, and the count of maps left out."
-    return dict(spatial_entropy_regularizer=1, epoch=self.epoch, left_out=int(self._criterion.left_out))
-
-def _load_state_dict(self, state: dict):
-    "Take up a position. Raises ValueError, and changes nothing, for a dict of something else or of a later version."
-    version = state.get("spatial_entropy_regularizer") if isinstance(state, dict) else None
-    if version != 1:
-        found = f"version {version}" if version else f"keys {sorted(map(str, state))[:4]}" if isinstance(state, dict) else type(state).__name__
-        raise ValueError(f"state: got {found}, expected the state_dict of a SpatialEntropyRegularizer, version 1; pass what its state_dict() gave")
-    self.epoch = 0. if self.epochs is None else state["epoch"]
-    self._criterion.left_out.fill_(state["left_out"])
-
-SpatialEntropyRegularizer.state_dict, SpatialEntropyRegularizer.load_state_dict = _state_dict, _load_state_dict
-
-# %% ../../nbs/31_regularizer.ipynb #c178f9e8
-def _without_tap(self): return {**self.__dict__, "_tap": None, "_seen": None, "surgery": None}
-
-SpatialEntropyRegularizer.__getstate__ = _without_tap
+        _ScheduledWeight.__init__(self, weight, epochs, warmup)
+        surgery = operate(model) if drop_skip else None
+        with _undone_if_refused(surgery): _Listening.__init__(self, model, block, query, views)
+        self._criterion, self._mean = SpatialEntropyLoss(), _MeanSinceReading()
+        self.surgery, self.entropy, self.pictures = surgery, None, 0

@@ -8,14 +8,23 @@ __all__ = ['entropy_weight']
 # %% ../../nbs/30_schedule.ipynb #757a0f60
 import math
 
+# %% ../../nbs/30_schedule.ipynb #48f4729d
+def _half_cosine(done): # share of the way down, 0–1
+    "From 1 to 0, level at both ends."
+    return (1 + math.cos(math.pi*done))/2
+
 # %% ../../nbs/30_schedule.ipynb #1acf06d4
 def entropy_weight(epoch: float, # epochs done so far, from 0
                    epochs: int, # of the whole run
                    weight: float = .01, # the peak λ; 0.01 in the paper
                    warmup: int = 10, # epochs until the peak; 10 in the paper
                   ) -> float: # λ, from 0 to weight
-    "Linear warm-up from 0, then cosine to 0 at the end (arXiv 2206.04636). Raises ValueError for a warm-up beyond the end."
-    if not 0 <= warmup <= epochs: raise ValueError(f"warmup: got {warmup}, expected from 0 to epochs = {epochs}")
+    """Linear warm-up from 0, then cosine to 0 at the end (arXiv 2206.04636).
+
+    Raises ValueError for a warm-up beyond the end.
+    """
+    if not 0 <= warmup <= epochs:
+        raise ValueError(f"warmup: got {warmup}, expected from 0 to epochs = {epochs}")
     if epoch < warmup: return weight*epoch/warmup
     if epochs == warmup: return weight if epoch == warmup else 0.
-    return weight*(1 + math.cos(math.pi*min(1., (epoch - warmup)/(epochs - warmup))))/2
+    return weight*_half_cosine(min(1., (epoch - warmup)/(epochs - warmup)))

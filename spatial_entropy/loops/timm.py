@@ -12,49 +12,67 @@ from .regularizer import SpatialEntropyRegularizer
 
 # %% ../../nbs/35_timm.ipynb #a3711e05
 class SpatialEntropyTask(TrainingTask):
-    "Goes in front of another task's class; made by `spatial_entropy_task`. `.regularizer` has the schedule and the logs."
+    """Goes in front of another task's class; made by `spatial_entropy_task`.
+
+    `regularizer` has the schedule and the logs.
+    """
     def forward(self, input, target): # (B, C, H, W), (B,)
+        "What the task returns, with the term in its loss while training."
         result = super().forward(input, target)
         if not self.training: return result
         term = self.regularizer()
-        return {**result, "loss": result["loss"] + term, "entropy": self.regularizer.entropy, "entropy_loss": term.detach()}
+        return {**result, "loss": result["loss"] + term, "entropy": self.regularizer.entropy,
+                "entropy_loss": term.detach()}
 
     def get_task_state(self, module=None, ema=False):
+        "The task's own state, and where the schedule stands."
         state = super().get_task_state(module=module, ema=ema)
         return state if ema else {**state, "spatial_entropy": self.regularizer.state_dict()}
 
     def load_task_state(self, state, strict=True, module=None, ema=False):
+        "Take up both; a state without ours changes nothing here."
         state = dict(state or {})
         ours = state.pop("spatial_entropy", None)
         if ours is not None and not ema: self.regularizer.load_state_dict(ours)
         super().load_task_state(state, strict=strict, module=module, ema=ema)
 
 # %% ../../nbs/35_timm.ipynb #bc0090d6
-@cache
-def _in_front_of(cls):
-    return type(f"SpatialEntropy{cls.__name__}", (SpatialEntropyTask, cls), {"__module__": cls.__module__, "__reduce_ex__": _reduce, "_task": cls})
-
-def _reduce(self, protocol): return _rebuild, (self._task,), self.__dict__
+def _reduce(task, protocol): return _rebuild, (task._task,), task.__dict__
 
 def _rebuild(cls):
     front = _in_front_of(cls)
     return front.__new__(front)
 
+@cache
+def _in_front_of(cls):
+    own = {"__module__": cls.__module__, "__reduce_ex__": _reduce, "_task": cls}
+    return type(f"SpatialEntropy{cls.__name__}", (SpatialEntropyTask, cls), own)
+
+# %% ../../nbs/35_timm.ipynb #8370a688
+def _check_task(task):
+    "Raises TypeError for what is no task, or has the term already."
+    if isinstance(task, TrainingTask) and not isinstance(task, SpatialEntropyTask): return
+    without = " without the term" if isinstance(task, TrainingTask) else ""
+    raise TypeError(f"task: got {type(task).__name__}, expected a task of timm.task{without}")
+
 # %% ../../nbs/35_timm.ipynb #8f2b9cdf
 def spatial_entropy_task(task: TrainingTask, # of timm, or your own
-                         weight=.01, # λ, the peak; or a function of the share of the run that is done (0–1)
-                         epochs: float | None = None, # length of the run for the paper's schedule; None: a constant weight
-                         warmup: float | None = None, # epochs until the peak; None: a tenth of the run, at most 10
+                         weight=.01, # λ, the peak; or a function of the share that is done (0–1)
+                         epochs: float | None = None, # of the run; None: a constant weight
+                         warmup: float | None = None, # epochs to the peak; None: a tenth, or 10
                          block=-1, query="auto", # as in AttentionTap
-                         drop_skip: bool = False, # remove the last skip first; before the optimiser
-                        ) -> SpatialEntropyTask: # the same object, of a class that is the task's own as well
-    """Add the spatial entropy of the trained model's attention (of the student's, in distillation) to a task's loss (arXiv 2206.04636).
+                         drop_skip: bool = False, # remove the last skip first
+                        ) -> SpatialEntropyTask: # the same object, also of its own class
+    """Add the spatial entropy of the trained model's attention to a task's loss (arXiv 2206.04636).
 
-    Call it first: before the optimiser, `compile`, `prepare_distributed` and `setup_ema`. With `epochs`, call `task.regularizer.step(epoch)` where the
-    script steps its learning rate. Raises TypeError for what is no task or has the term already, UnsupportedModel or ValueError as SpatialEntropyRegularizer.
+    In distillation the student is trained. Call it first: before the optimiser, `compile`,
+    `prepare_distributed` and `setup_ema`. With `epochs`, call `task.regularizer.step(epoch)` where
+    the script steps its learning rate. Raises TypeError for what is no task or has the term
+    already, UnsupportedModel or ValueError as SpatialEntropyRegularizer.
     """
-    if not isinstance(task, TrainingTask) or isinstance(task, SpatialEntropyTask):
-        raise TypeError(f"task: got {type(task).__name__}, expected a task of timm.task" + (" without the term" if isinstance(task, TrainingTask) else ""))
-    task.regularizer = SpatialEntropyRegularizer(task.get_trainable_module(), weight, epochs, warmup, block, query, drop_skip)
+    _check_task(task)
+    model = task.get_trainable_module()
+    task.regularizer = SpatialEntropyRegularizer(model, weight, epochs, warmup, block=block,
+                                                 query=query, drop_skip=drop_skip)
     task.__class__ = _in_front_of(type(task))
     return task

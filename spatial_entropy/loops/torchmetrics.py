@@ -16,28 +16,44 @@ def _sums(maps, # (B, H, h, w)
           connectivity): # 4 or 8
     "(5, H): maps with an entropy, entropy, regions, empty maps, broken maps."
     maps = maps.detach()
-    E, regions = spatial_entropy(maps, connectivity), label_regions(above_mean(maps), connectivity).amax((-2, -1))
+    E = spatial_entropy(maps, connectivity)
+    regions = label_regions(above_mean(maps), connectivity).amax((-2, -1))
     known = ~E.isnan()
-    return torch.stack([known, E.nan_to_num(), regions*known, (regions == 0) & known, ~known]).sum(1)
+    empty = (regions == 0) & known
+    return torch.stack([known, E.nan_to_num(), regions*known, empty, ~known]).sum(1)
 
 # %% ../../nbs/36_torchmetrics.ipynb #e3c577f6
-def _blocks_of(maps, heads):
-    "The maps of each block, in the order of the state."
-    several = isinstance(heads, dict)
-    if several != isinstance(maps, dict) or several and set(maps) != set(heads):
-        got = f"blocks {sorted(maps)}" if isinstance(maps, dict) else f"a {type(maps).__name__}"
-        raise TypeError(f"maps: got {got}, expected " + (f"a dict of the blocks {sorted(heads)}" if several else "one tensor (B, H, h, w)"))
-    pairs = [(maps[b], n) for b, n in heads.items()] if several else [(maps, heads)]
+def _check_blocks(maps, heads):
+    "Raises TypeError unless there is a tensor, or one for each block announced."
+    blocks, announced = (set(m) if isinstance(m, dict) else None for m in (maps, heads))
+    if blocks == announced: return
+    got = f"a {type(maps).__name__}" if blocks is None else f"blocks {sorted(blocks)}"
+    expected = "one tensor (B, H, h, w)"
+    if announced is not None: expected = f"a dict of the blocks {sorted(announced)}"
+    raise TypeError(f"maps: got {got}, expected {expected}")
+
+# %% ../../nbs/36_torchmetrics.ipynb #8c7fa846
+def _maps_by_block(maps, heads):
+    "The maps of each block, in the order of the state. Raises ValueError for another shape."
+    _check_blocks(maps, heads)
+    pairs = [(maps, heads)]
+    if isinstance(heads, dict): pairs = [(maps[block], n) for block, n in heads.items()]
     for m, n in pairs:
-        if m.ndim != 4 or m.shape[1] != n: raise ValueError(f"maps: got shape {tuple(m.shape)}, expected (B, {n}, h, w) for heads={heads}")
+        if m.ndim != 4 or m.shape[1] != n:
+            raise ValueError(f"maps: got shape {tuple(m.shape)}, expected (B, {n}, h, w) "
+                             f"for heads={heads}")
     return [m for m, _ in pairs]
 
 # %% ../../nbs/36_torchmetrics.ipynb #3a398444
-def _means(sums, name): # (5, n)
+def _means(sums, # (5, n), of n heads
+           name): # what the names end on
+    "Means over the maps of these heads, and how many were left out."
     known, E, regions, empty, broken = sums.sum(1).float()
-    return {f"entropy{name}": E/known, f"regions{name}": regions/known, f"empty{name}": empty/known, f"left_out{name}": broken}
+    return {f"entropy{name}": E/known, f"regions{name}": regions/known,
+            f"empty{name}": empty/known, f"left_out{name}": broken}
 
-def _table(sums, heads, per):
+# %% ../../nbs/36_torchmetrics.ipynb #fb34a83b
+def _all_means(sums, heads, per):
     "Means over all maps, and over those of each block or head."
     results, column = _means(sums, ""), 0
     for block, n in heads.items() if isinstance(heads, dict) else [(None, heads)]:
@@ -48,11 +64,20 @@ def _table(sums, heads, per):
         column += n
     return results
 
+# %% ../../nbs/36_torchmetrics.ipynb #50083ebf
+def _sizes(heads):
+    "Heads of each block. Raises ValueError for what is no number of heads."
+    sizes = list(heads.values()) if isinstance(heads, dict) else [heads]
+    if sizes and all(isinstance(n, int) and n > 0 for n in sizes): return sizes
+    raise ValueError(f"heads: got {heads!r}, expected a number of heads, or {{block: heads}}")
+
 # %% ../../nbs/36_torchmetrics.ipynb #a8e3564d
 class SpatialEntropyMetric(Metric):
-    """Spatial entropy (nats), regions a map, share of empty maps (0–1), and number of broken maps left out, over all maps seen (arXiv 2206.04636).
+    """Spatial entropy, regions and empty maps, over all maps seen (arXiv 2206.04636).
 
-    Exact for batches and processes of any size. Raises TypeError or ValueError when the maps are not those it was made for.
+    Entropy in nats; regions per map; the share of empty maps (0–1); the number of broken maps left
+    out. Exact for batches and processes of any size. Raises TypeError or ValueError when the maps
+    are not those it was made for.
     """
     is_differentiable, higher_is_better, full_state_update = False, False, False
 
@@ -61,15 +86,16 @@ class SpatialEntropyMetric(Metric):
                  connectivity: int = 8, # 8 as in the paper, or 4
                  **kwargs): # of torchmetrics.Metric: compute_on_cpu, sync_on_compute, …
         super().__init__(**kwargs)
-        if per not in ("all", "block", "head"): raise ValueError(f'per: got {per!r}, expected "all", "block" or "head"')
-        sizes = list(heads.values()) if isinstance(heads, dict) else [heads]
-        if not sizes or not all(isinstance(n, int) and n > 0 for n in sizes):
-            raise ValueError(f"heads: got {heads!r}, expected a number of heads, or {{block: heads}}")
+        if per not in ("all", "block", "head"):
+            raise ValueError(f'per: got {per!r}, expected "all", "block" or "head"')
         self.heads, self.per, self.connectivity = heads, per, connectivity
-        self.add_state("sums", torch.zeros(5, sum(sizes), dtype=torch.float64), dist_reduce_fx="sum")
+        start = torch.zeros(5, sum(_sizes(heads)), dtype=torch.float64)
+        self.add_state("sums", start, dist_reduce_fx="sum")
 
-    def update(self, maps): # (B, H, h, w) similarities of one block, or {block: (B, H, h, w)} as AttentionTap gives for several
-        self.sums += torch.cat([_sums(m, self.connectivity).to(self.sums) for m in _blocks_of(maps, self.heads)], 1)
+    def update(self, maps): # (B, H, h, w) similarities; of several blocks a dict of them
+        parts = [_sums(m, self.connectivity) for m in _maps_by_block(maps, self.heads)]
+        self.sums += torch.cat([part.to(self.sums) for part in parts], 1)
 
-    def compute(self) -> dict: # scalars: entropy, regions, empty, left_out; and the same for _block3, _head0, _block3_head0. NaN without a map
-        return _table(self.sums, self.heads, self.per)
+    def compute(self) -> dict: # scalars: entropy, … and entropy_block3, entropy_block3_head0, …
+        "Means, NaN without a map."
+        return _all_means(self.sums, self.heads, self.per)

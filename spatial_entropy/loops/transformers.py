@@ -9,82 +9,103 @@ __all__ = ['SpatialEntropyTrainerMixin', 'SpatialEntropyTrainer']
 from transformers import Trainer
 from .regularizer import SpatialEntropyRegularizer, run_settings, operate
 
-# %% ../../nbs/33_transformers.ipynb #19cdd05e
-class SpatialEntropyTrainerMixin:
-    """In front of any Trainer class: adds the spatial entropy of the model's attention to the training loss (arXiv 2206.04636).
+# %% ../../nbs/33_transformers.ipynb #85e71b45
+class _TapWhileTraining:
+    "Keeps a regulariser on the model while `train` runs."
+    _running = False
 
-    Right under gradient accumulation, mixed precision, DDP and resuming; evaluation keeps the model's own loss. Logs `entropy`, `entropy_weight` and
-    `maps_left_out` beside the loss. Raises UnsupportedModel or ValueError for a model or settings that cannot serve, and for nn.DataParallel.
+    def _prepare(self, model):
+        "The surgery, and a regulariser for a moment: what cannot work is said before the run."
+        if self._drop_skip: self.surgery = operate(model)
+        self._attach(model)
+        self.regularizer.close()
+
+    def _attach(self, model):
+        if self.regularizer is not None: self.regularizer.close()
+        self.regularizer = SpatialEntropyRegularizer(model, **self._entropy)
+
+    def call_model_init(self, trial=None):
+        "Trainer.call_model_init, with the surgery."
+        model = super().call_model_init(trial)
+        self._prepare(model)
+        if self._running: self._attach(model)
+        return model
+
+    def train(self, *args, **kwargs):
+        "Trainer.train, with the tap on."
+        self._attach(self.model)
+        self._running = True
+        try: return super().train(*args, **kwargs)
+        finally:
+            self.regularizer.close()
+            self._running = False
+
+# %% ../../nbs/33_transformers.ipynb #b7eb4fe1
+def _is_divided(trainer, num_items_in_batch):
+    "Whether the Trainer takes the loss as normalised over the micro-batches of a step."
+    told = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if told is not None: return told
+    if trainer.compute_loss_func is not None: return True
+    return trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+
+# %% ../../nbs/33_transformers.ipynb #664ad268
+class _TermInLoss(_TapWhileTraining):
+    "Adds the term to the loss, and the entropy to the logs."
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None, **kwargs):
+        "Trainer.compute_loss plus the term, in training."
+        result = super().compute_loss(model, inputs, return_outputs=return_outputs,
+                                      num_items_in_batch=num_items_in_batch, **kwargs)
+        if not (model.training and self._running): return result
+        loss, *outputs = result if return_outputs else (result,)
+        term = self._term()
+        if _is_divided(self, num_items_in_batch):
+            term = term/self.current_gradient_accumulation_steps
+        return (loss + term, *outputs) if return_outputs else loss + term
+
+    def _term(self):
+        reg, state = self.regularizer, self.state
+        if reg.epochs is not None: reg.step(min(1., state.global_step/state.max_steps))
+        return reg()
+
+    def log(self, logs, *args, **kwargs):
+        "Trainer.log, with the entropy beside the training loss."
+        if "loss" in logs and self._running: logs |= self.regularizer.logs()
+        super().log(logs, *args, **kwargs)
+
+# %% ../../nbs/33_transformers.ipynb #12cd6d97
+def _check_one_gpu(n):
+    "Raises ValueError where the Trainer would use nn.DataParallel."
+    if n > 1:
+        raise ValueError(f"{n} GPUs in one process mean nn.DataParallel, whose copies no tap can "
+                         "hear; start one process per GPU (torchrun --nproc-per-node), or show "
+                         "it one GPU")
+
+# %% ../../nbs/33_transformers.ipynb #19cdd05e
+class SpatialEntropyTrainerMixin(_TermInLoss):
+    """In front of any Trainer class: adds the spatial entropy of the attention to its loss.
+
+    See arXiv 2206.04636. Right under gradient accumulation, mixed precision, DDP and resuming;
+    evaluation keeps the model's own loss. Logs `entropy`, `entropy_weight` and `maps_left_out`
+    beside the loss. Raises UnsupportedModel or ValueError for a model or settings that cannot
+    serve, and for nn.DataParallel.
     """
     def __init__(self, *args, # of the Trainer, by position or name
-                 entropy_weight=.01, # λ, the peak; or a function of the share of the run that is done (0–1)
-                 entropy_warmup: float | None = None, # share of the run until the peak; None: a tenth
-                 entropy_schedule: bool = True, # the paper's rise and fall over the run; False: a constant weight
+                 entropy_weight=.01, # λ, the peak; or a function of the share that is done (0–1)
+                 entropy_warmup: float | None = None, # share until the peak; None: a tenth
+                 entropy_schedule: bool = True, # the paper's rise and fall; False: constant
                  entropy_block=-1, entropy_query="auto", # as in AttentionTap
                  drop_skip: bool = False, # remove the last skip first
                  **kwargs):
         self.regularizer, self.surgery, self._drop_skip = None, None, drop_skip
-        self._entropy = run_settings(entropy_weight, entropy_warmup, entropy_schedule, entropy_block, entropy_query)
+        self._entropy = run_settings(entropy_weight, entropy_warmup, entropy_schedule,
+                                     entropy_block, entropy_query)
         super().__init__(*args, **kwargs)
         if self.model_init is None: self._prepare(self.model)
-        if self.args.n_gpu > 1:
-            raise ValueError(f"{self.args.n_gpu} GPUs in one process mean nn.DataParallel, whose copies no tap can hear; start one process a GPU "
-                             "(torchrun --nproc-per-node), or show it one GPU")
-
-# %% ../../nbs/33_transformers.ipynb #894711ba
-def _prepare(self, model):
-    "The surgery, and a regulariser that is built and closed at once: what cannot work is said before the run."
-    if self._drop_skip: self.surgery = operate(model)
-    self._attach(model); self.regularizer.close()
-
-def _attach(self, model):
-    if self.regularizer is not None: self.regularizer.close()
-    self.regularizer = SpatialEntropyRegularizer(model, **self._entropy)
-
-def _call_model_init(self, trial=None):
-    model = super(SpatialEntropyTrainerMixin, self).call_model_init(trial)
-    self._prepare(model)
-    if self._running: self._attach(model)
-    return model
-
-SpatialEntropyTrainerMixin._prepare, SpatialEntropyTrainerMixin._attach = _prepare, _attach
-SpatialEntropyTrainerMixin.call_model_init, SpatialEntropyTrainerMixin._running = _call_model_init, False
-
-# %% ../../nbs/33_transformers.ipynb #85e71b45
-def _train(self, *args, **kwargs):
-    "Trainer.train with the tap on."
-    self._attach(self.model); self._running = True
-    try: return super(SpatialEntropyTrainerMixin, self).train(*args, **kwargs)
-    finally: self.regularizer.close(); self._running = False
-
-SpatialEntropyTrainerMixin.train = _train
-
-# %% ../../nbs/33_transformers.ipynb #664ad268
-def _is_divided(self, num_items_in_batch):
-    "Whether the Trainer takes the loss as normalised over the micro-batches of a step."
-    told = getattr(self, "loss_is_scaled_for_ga", None)
-    if told is not None: return told
-    return self.model_accepts_loss_kwargs and num_items_in_batch is not None or self.compute_loss_func is not None
-
-def _compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None, **kwargs):
-    result = super(SpatialEntropyTrainerMixin, self).compute_loss(model, inputs, return_outputs=return_outputs,
-                                                                  num_items_in_batch=num_items_in_batch, **kwargs)
-    if not (model.training and self._running): return result
-    loss, *outputs = result if return_outputs else (result,)
-    if self.regularizer.epochs is not None: self.regularizer.step(min(1., self.state.global_step/self.state.max_steps))
-    term = self.regularizer()
-    if self._is_divided(num_items_in_batch): term = term/self.current_gradient_accumulation_steps
-    return (loss + term, *outputs) if return_outputs else loss + term
-
-SpatialEntropyTrainerMixin._is_divided, SpatialEntropyTrainerMixin.compute_loss = _is_divided, _compute_loss
+        _check_one_gpu(self.args.n_gpu)
 
 # %% ../../nbs/33_transformers.ipynb #04fb7a5c
-def _log(self, logs, *args, **kwargs):
-    "Trainer.log, with the entropy beside the training loss."
-    if "loss" in logs and self._running: logs |= self.regularizer.logs()
-    super(SpatialEntropyTrainerMixin, self).log(logs, *args, **kwargs)
-
-SpatialEntropyTrainerMixin.log = _log
-
 class SpatialEntropyTrainer(SpatialEntropyTrainerMixin, Trainer):
-    "Hugging Face's Trainer with the spatial entropy in its loss. Arguments and errors are those of SpatialEntropyTrainerMixin."
+    """Hugging Face's Trainer with the spatial entropy in its loss.
+
+    Arguments and errors are those of SpatialEntropyTrainerMixin.
+    """

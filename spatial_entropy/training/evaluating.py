@@ -17,35 +17,52 @@ from .models import load_run
 # %% ../../nbs/59_evaluating.ipynb #72f5b8c0
 def _is_own(data, config):
     "Whether a name is that of the data a run was trained on."
+    if data is None or data == config.data: return True
     place = lambda d: os.path.realpath(Path(config.data_dir or "")/d)
-    return data is None or data == config.data or os.path.exists(place(data)) and place(data) == place(config.data)
+    return os.path.exists(place(data)) and place(data) == place(config.data)
 
+# %% ../../nbs/59_evaluating.ipynb #2a2a40c1
 def _to_measure(data, config, split, norm):
     "Loaders whose second set holds what is to be measured."
-    from_ = dict(data_dir=config.data_dir, train_split=config.train_split, val_split=config.val_split,
-                 leave_out=[config.output], split=split or ("val" if _is_own(data, config) else "auto"))
-    return loaders(config.data if data is None else data, config.img_size, config.batch_size, config.seed,
-                   workers=config.workers, crop_pct=config.crop_pct, from_=from_, **norm)
+    split = split or ("val" if _is_own(data, config) else "auto")
+    from_ = dict(data_dir=config.data_dir, train_split=config.train_split,
+                 val_split=config.val_split, leave_out=[config.output], split=split)
+    return loaders(config.data if data is None else data, img_size=config.img_size,
+                   batch_size=config.batch_size, seed=config.seed, workers=config.workers,
+                   crop_pct=config.crop_pct, from_=from_, **norm)
+
+# %% ../../nbs/59_evaluating.ipynb #2c9815fc
+def _check_classes(found, trained, data):
+    "Raise ValueError where data have other classes than a run."
+    if list(found) == list(trained): return
+    first = ", ".join(found[:3])
+    raise ValueError(f"{data}: its classes ({first}, …) are not the {len(trained)} that the run "
+                     "was trained on")
 
 # %% ../../nbs/59_evaluating.ipynb #c637ffb2
 @loading()
 def evaluate(run: str, # a run folder
-             data: str | None = None, # an image folder with the same classes; default: the run's own data
-             masks: str | None = None, # a folder with images/ and masks/; default: the embedded masks, if the run saw them
+             data: str | None = None, # an image folder with the same classes; the run's own data
+             masks: str | None = None, # a folder with images/ and masks/; the embedded, if seen
              device="cpu",
              weights: str = "model", # or "best"
-             split: str | None = None, # "val", "train" or "all"; None: all of data that were named, val where they have parts
+             split: str | None = None, # "val", "train" or "all"; all of what is named, or its val
             ) -> dict: # top1 %, entropy, regions, and Jaccard where there are masks
-    """Measure a trained run. Raises FileNotFoundError, OSError or ValueError that name what is wrong."""
+    """Measure a trained run.
+
+    Raises FileNotFoundError, OSError or ValueError that name what is wrong."""
     device = usable_device(device)
     model, config, facts = load_run(run, weights, ("mean", "std"))
     norm = dict(mean=tuple(facts["mean"]), std=tuple(facts["std"]))
     batches = _to_measure(data, config, split, norm)
-    if list(batches.classes) != list(facts["classes"]):
-        raise ValueError(f"{data}: its classes ({', '.join(batches.classes[:3])}, …) are not the {len(facts['classes'])} that the run was trained on")
+    _check_classes(batches.classes, facts["classes"], data)
     masks = masks or ("shapes" if config.data == "shapes" else None)
     pairs = mask_pairs(masks, config.img_size, **norm) if masks else None
     with AttentionTap(model.to(device)) as tap: v = validate(model, tap, batches.val, device)
-    scores = dict(data=str(data or config.data), split=batches.val.dataset.source.part, **{k: v[k] for k in ("top1", "loss", "entropy", "regions", "pictures")})
-    if pairs: scores |= dict(masks=str(masks), **score_masks(model, pairs, config.batch_size, device=device))
-    return scores | dict(skipped=batches.skipped(), notes=[*batches.notes(), *(pairs.notes if pairs else ())])
+    measured = {k: v[k] for k in ("top1", "loss", "entropy", "regions", "pictures")}
+    scores = dict(data=str(data or config.data), split=batches.val.dataset.source.part, **measured)
+    if pairs:
+        found = score_masks(model, pairs, config.batch_size, device=device)
+        scores |= dict(masks=str(masks), **found)
+    notes = [*batches.notes(), *(pairs.notes if pairs else ())]
+    return scores | dict(skipped=batches.skipped(), notes=notes)

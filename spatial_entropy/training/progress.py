@@ -11,7 +11,7 @@ from collections import deque
 from contextlib import ExitStack, contextmanager
 from html import escape
 from importlib import import_module
-from io import BytesIO, StringIO
+from io import StringIO
 from multiprocessing import parent_process
 from pathlib import Path
 from subprocess import CalledProcessError
@@ -28,15 +28,31 @@ from rich.text import Text
 
 # %% ../../nbs/56_progress.ipynb #f99536cd
 from .files import Lenient
+from ..pictures import Drawing
+
+# %% ../../nbs/56_progress.ipynb #81a3efcd
+def _mark(marks, now, updates, images, seconds):
+    "Add a mark; those older than `seconds` go, and so does one too close to its neighbour."
+    if len(marks) > 2 and marks[-1][0] - marks[-2][0] < seconds/60: marks.pop()
+    marks.append((now, updates, images))
+    while len(marks) > 2 and now - marks[1][0] >= seconds: marks.popleft()
+
+def _speeds(marks):
+    "(updates a second, images a second) from the first mark to the last."
+    (t0, u0, i0), (t1, u1, i1) = marks[0], marks[-1]
+    return ((u1 - u0)/(t1 - t0), (i1 - i0)/(t1 - t0)) if t1 > t0 else (0., 0.)
 
 # %% ../../nbs/56_progress.ipynb #0588e142
 class Rate:
     "Updates and images a second, over the last seconds of work."
     def __init__(self, seconds=30., clock=time.monotonic):
-        self.seconds, self.clock, self.updates, self.images, self.still = seconds, clock, 0, 0, 0.
+        self.seconds, self.clock = seconds, clock
+        self.updates, self.images, self.still = 0, 0, 0.
         self.marks = deque([(clock(), 0, 0)])
 
-    def since(self): return self.clock() - self.still - self.marks[-1][0] # seconds since the last update
+    def since(self) -> float: # seconds
+        "How long ago the last update was."
+        return self.clock() - self.still - self.marks[-1][0]
 
     def go(self) -> float: # seconds that it stood
         "Work goes on: what passed since the last update does not count."
@@ -45,134 +61,175 @@ class Rate:
         return stood
 
     def add(self, images):
-        self.updates += 1; self.images += images
-        now, m = self.clock() - self.still, self.marks
-        if len(m) > 2 and m[-1][0] - m[-2][0] < self.seconds/60: m.pop()            # some sixty marks are enough
-        m.append((now, self.updates, self.images))
-        while len(m) > 2 and now - m[1][0] >= self.seconds: m.popleft()
+        "An update with so many images."
+        self.updates += 1
+        self.images += images
+        _mark(self.marks, self.clock() - self.still, self.updates, self.images, self.seconds)
 
     def __call__(self): # (updates a second, images a second)
-        (t0, u0, i0), (t1, u1, i1) = self.marks[0], self.marks[-1]
-        return ((u1 - u0)/(t1 - t0), (i1 - i0)/(t1 - t0)) if t1 > t0 else (0., 0.)
+        return _speeds(self.marks)
 
 # %% ../../nbs/56_progress.ipynb #3213cac6
 class _Where:
     "How far a run is."
     def __init__(self, epochs, per_epoch, clock):
-        self.epochs, self.per_epoch, self.clock, self.rate = epochs, per_epoch, clock, Rate(clock=clock)
+        self.epochs, self.per_epoch, self.clock = epochs, per_epoch, clock
+        self.rate = Rate(clock=clock)
         self.number, self.done, self.means, self.pause = 0, 0, {}, 0.
 
     def epoch(self, number, done):
+        "An epoch begins, of which so many updates are done."
         stood = self.rate.go()
-        self.number, self.done, self.means, self.pause = number, done, {}, stood if self.rate.updates else 0.
+        self.number, self.done, self.means = number, done, {}
+        self.pause = stood if self.rate.updates else 0.
 
     def update(self, images, means):
-        self.done += 1; self.rate.add(images)
-        if means: self.means = {**self.means, **means}      # a new one: another thread may be reading
+        "An update is done."
+        self.done += 1
+        self.rate.add(images)
+        if means: self.means = {**self.means, **means}  # a new one: another thread may be reading
 
     def left(self): # seconds, or None as long as nobody knows
         updates, epochs = self.rate()[0], self.epochs - self.number
-        return (epochs*self.per_epoch - self.done)/updates + epochs*self.pause if updates else None
+        if not updates: return None
+        return (epochs*self.per_epoch - self.done)/updates + epochs*self.pause
 
 # %% ../../nbs/56_progress.ipynb #b4be2b6d
-def _time(seconds):
-    s = round(seconds)
-    return f"{s//86400} d {s//3600 % 24:02}:{s//60 % 60:02}" if s >= 86400 else f"{s//3600}:{s//60 % 60:02}:{s % 60:02}"
-
-_columns = {"train_ce": "train loss {:.3f}", "train_top1": "top-1 {:5.1f}%", "train_entropy": "entropy {:.3f}",
-            "val_top1": "|  val top-1 {:5.1f}%", "val_entropy": "entropy {:.3f}", "val_regions": "regions {:.2f}"}
-_forms = {"loss": "loss {:.3f}", "top1": "top-1 {:.1f}%", "entropy": "entropy {:.3f}"}
+_column_forms = {"train_ce": "train loss {:.3f}", "train_top1": "top-1 {:5.1f}%",
+            "train_entropy": "entropy {:.3f}", "val_top1": "|  val top-1 {:5.1f}%",
+            "val_entropy": "entropy {:.3f}", "val_regions": "regions {:.2f}"}
 
 def epoch_line(row: dict, # of metrics.csv; what is missing is left out
                epochs: int, # of the whole run
               ) -> str:
     "One line for a finished epoch."
-    return "  ".join([f"epoch {row['epoch']:>3}/{epochs}"] + [form.format(row[k]) for k, form in _columns.items() if row.get(k) is not None])
+    parts = [form.format(row[k]) for k, form in _column_forms.items() if row.get(k) is not None]
+    return "  ".join([f"epoch {row['epoch']:>3}/{epochs}", *parts])
 
 # %% ../../nbs/56_progress.ipynb #e787fdbc
-def _means_of(where):
-    return "  ".join(_forms.get(k, k + " {:.3f}").format(v) for k, v in where.means.items() if v is not None)
+_forms = {"loss": "loss {:.3f}", "top1": "top-1 {:.1f}%", "entropy": "entropy {:.3f}"}
+
+def _means_in_words(where):
+    "The running means, in words."
+    known = {k: v for k, v in where.means.items() if v is not None}
+    return "  ".join(_forms.get(k, k + " {:.3f}").format(v) for k, v in known.items())
+
+def _duration(seconds):
+    "h:mm:ss, with days where there are any."
+    s = round(seconds)
+    if s >= 86400: return f"{s//86400} d {s//3600 % 24:02}:{s//60 % 60:02}"
+    return f"{s//3600}:{s//60 % 60:02}:{s % 60:02}"
 
 def _speed_of(where):
+    "How fast, how long still, and how long nothing has happened."
     (updates, images), left, since = where.rate(), where.left(), where.rate.since()
-    said = [f"{images:,.{0 if images >= 10 else 2}f} images/s", f"{_time(left)} left"] if left is not None else []
-    return "  ".join(said + [f"{_time(since)} since the last update"]*bool(updates and since > max(5, 10/updates)))
+    if left is None: return ""
+    said = [f"{images:,.{0 if images >= 10 else 2}f} images/s", f"{_duration(left)} left"]
+    if since > max(5, 10/updates): said.append(f"{_duration(since)} since the last update")
+    return "  ".join(said)
 
+# %% ../../nbs/56_progress.ipynb #feaf8933
 def _line_of(where):
-    return "  ".join(filter(None, [f"epoch {where.number + 1:>3}/{where.epochs}  update {where.done}/{where.per_epoch}", _means_of(where), _speed_of(where)]))
+    "The moment in one line."
+    at = f"epoch {where.number + 1:>3}/{where.epochs}  update {where.done}/{where.per_epoch}"
+    return "  ".join(filter(None, [at, _means_in_words(where), _speed_of(where)]))
 
 # %% ../../nbs/56_progress.ipynb #3c5035d4
 def _bars_of(where, width):
     "Two bars, as something that rich can draw; in a narrow window their words stand below."
     at, total = where.number*where.per_epoch + where.done, where.epochs*where.per_epoch
-    grid, words = Table.grid(padding=(0, 1), expand=True), [_means_of(where), _speed_of(where)]
-    for options in (dict(), dict(ratio=1, min_width=8), dict(justify="right"), dict()): grid.add_column(no_wrap=True, **options)
-    for name, n, of, more in ((f"epoch {where.number + 1}/{where.epochs}", where.done, where.per_epoch, words[0]), ("run", at, total, words[1])):
-        grid.add_row(name, ProgressBar(total=of, completed=n), f"{n}/{of}", more if width >= 90 else "")
-    return grid if width >= 90 else Group(grid, *(Text(w, no_wrap=True, overflow="ellipsis") for w in words))
+    words, wide = [_means_in_words(where), _speed_of(where)], width >= 90
+    grid = Table.grid(padding=(0, 1), expand=True)
+    for options in (dict(), dict(ratio=1, min_width=8), dict(justify="right"), dict()):
+        grid.add_column(no_wrap=True, **options)
+    epoch = f"epoch {where.number + 1}/{where.epochs}"
+    bars = (epoch, where.done, where.per_epoch), ("run", at, total)
+    for (name, n, of), said in zip(bars, words):
+        bar = ProgressBar(total=of, completed=n)
+        grid.add_row(name, bar, f"{n}/{of}", said if wide else "")
+    if wide: return grid
+    return Group(grid, *(Text(w, no_wrap=True, overflow="ellipsis") for w in words))
 
 def _text_of(drawn, width):
     "What rich would draw, as plain text."
-    console = Console(file=StringIO(), width=width, color_system=None, force_terminal=False, force_jupyter=False)
+    plain = dict(color_system=None, force_terminal=False, force_jupyter=False)
+    console = Console(file=StringIO(), width=width, **plain)
     console.print(drawn)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
 # %% ../../nbs/56_progress.ipynb #4dc3927d
-class _Curves(Figure):
-    def _repr_png_(self):
-        file = BytesIO()
-        self.savefig(file, format="png", dpi=self.dpi)
-        return file.getvalue()
-
-def _points(rows, key): # (epochs, values) where there is a value; a row may come from a file, as text
-    at = [(float(r.get("epoch", i)), float(r[key])) for i, r in enumerate(rows, 1) if r.get(key) not in (None, "")]
+def _points(rows, key):
+    "(epochs, values) where there is a value."
+    at = [(float(r.get("epoch", i)), float(r[key])) for i, r in enumerate(rows, 1)
+          if r.get(key) not in (None, "")]
     return tuple(zip(*at)) or ((), ())
 
 # %% ../../nbs/56_progress.ipynb #bc4bbdf2
+def _draw_curves(ax, rows, kind, title):
+    "Training dashed, validation solid."
+    for part, style, color in (("train", "--", "C0"), ("val", "-", "C1")):
+        x, y = _points(rows, f"{part}_{kind}")
+        marker = "." if len(x) < 20 else None
+        if x: ax.plot(x, y, style, color=color, label=part, marker=marker)
+    ax.set_title(title, fontsize=9)
+    ax.set_xlabel("epoch", fontsize=8)
+    ax.tick_params(labelsize=7)
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+    if ax.lines: ax.legend(fontsize=7)
+
+def _draw_behind(ax, x, weight):
+    "The weight as a grey area, on an axis of its own."
+    other = ax.twinx()
+    other.fill_between(x, weight, color="0.9", step="mid")
+    other.set_ylim(0, 1.1*max(weight) or 1)
+    other.set_ylabel("its weight λ", color="0.5", fontsize=8)
+    other.tick_params(labelsize=7, colors="0.5")
+    ax.set_zorder(other.get_zorder() + 1)
+    ax.patch.set_visible(False)
+
+# %% ../../nbs/56_progress.ipynb #f1ed16a6
 def plot_metrics(rows: list[dict], # the rows of metrics.csv; what is missing is left out
                 ) -> Figure:
-    "Loss, top-1 accuracy and spatial entropy of training and validation over the epochs, and the entropy's weight."
-    fig = _Curves(figsize=(9, 2.4), dpi=90, layout="constrained")
+    "Loss, top-1 accuracy and spatial entropy of training and validation, and its weight."
+    fig = Drawing(figsize=(9, 2.4), dpi=90, layout="constrained")
     axes = fig.subplots(1, 3)
-    for ax, kind, title in zip(axes, ("loss", "top1", "entropy"), ("loss", "top-1 accuracy, %", "spatial entropy, nats")):
-        for part, style in (("train", "--"), ("val", "-")):
-            x, y = _points(rows, f"{part}_{kind}")
-            if x: ax.plot(x, y, style, color="C0" if part == "train" else "C1", label=part, marker="." if len(x) < 20 else None)
-        ax.set_title(title, fontsize=9); ax.set_xlabel("epoch", fontsize=8); ax.tick_params(labelsize=7)
-        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
-        if ax.lines: ax.legend(fontsize=7)
+    kinds = {"loss": "loss", "top1": "top-1 accuracy, %", "entropy": "spatial entropy, nats"}
+    for ax, (kind, title) in zip(axes, kinds.items()): _draw_curves(ax, rows, kind, title)
     x, weight = _points(rows, "entropy_weight")
-    if x: _behind(axes[2], x, weight)
+    if x: _draw_behind(axes[2], x, weight)
     return fig
-
-def _behind(ax, x, weight):
-    other = ax.twinx()
-    other.fill_between(x, weight, color="0.9", step="mid"); other.set_ylim(0, 1.1*max(weight) or 1)
-    other.set_ylabel("its weight λ", color="0.5", fontsize=8); other.tick_params(labelsize=7, colors="0.5")
-    ax.set_zorder(other.get_zorder() + 1); ax.patch.set_visible(False)
 
 # %% ../../nbs/56_progress.ipynb #c73ea844
 class _Log:
     "A file or a pipe."
-    def __init__(self, where, console, seconds): self.where, self.console, self.seconds, self.said = where, console, seconds, where.clock()
-    def start(self): pass
-    def stop(self): pass
+    def __init__(self, where, console, seconds):
+        self.where, self.console, self.seconds = where, console, seconds
+        self.said = where.clock()
+
+    def start(self): "Nothing to set up."
+    def stop(self): "Nothing to clear away."
+
     def tick(self):
+        "An update was made: a line, if the last one is old."
         if self.where.clock() - self.said >= self.seconds: self.note(_line_of(self.where))
+
     def note(self, text):
+        "A line that stays."
         self.said = self.where.clock()
         self.console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 # %% ../../nbs/56_progress.ipynb #8bbeffb0
+def _standard():
+    "stdout and stderr, also where rich has put something in front of them."
+    return [getattr(s, "rich_proxied_file", s) for s in (sys.stdout, sys.stderr)]
+
 @contextmanager
 def lenient(console: Console):
     "Inside, a console that cannot show something leaves it out."
     before = console.file
     console.file = Lenient(before or open(os.devnull, "w", encoding="utf-8"))
     try: yield console
-    finally: console.file = None if before in _standard() else before         # None: whatever these are then
-
-def _standard(): return [getattr(s, "rich_proxied_file", s) for s in (sys.stdout, sys.stderr)]
+    finally: console.file = None if before in _standard() else before   # None: what they are then
 
 def teller(console: Console | None = None):
     "A function that shows one line, as it is, and never fails."
@@ -185,16 +242,21 @@ def teller(console: Console | None = None):
 class _Terminal(_Log):
     "A terminal that can redraw."
     def start(self):
-        self.live = Live(get_renderable=lambda: _bars_of(self.where, self.console.width), console=self.console, refresh_per_second=4, transient=True)
+        bars = lambda: _bars_of(self.where, self.console.width)
+        self.live = Live(get_renderable=bars, console=self.console, refresh_per_second=4,
+                         transient=True)
         try: self.live.start(refresh=True)
-        except LiveError: self.live = None                  # an older rich, and someone else's bars are up: lines, then
+        except LiveError: self.live = None      # an older rich, and other bars are up: lines, then
+
     def stop(self):
         if self.live: self.live.stop()
+
     def tick(self):
         if not self.live: super().tick()
 
 def _print_past_bars():
-    for name in ("stdout", "stderr"): setattr(sys, name, getattr(getattr(sys, name), "rich_proxied_file", getattr(sys, name)))
+    "stdout and stderr as they were before rich put something in front of them."
+    sys.stdout, sys.stderr = _standard()
 
 if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=_print_past_bars)
 
@@ -202,8 +264,9 @@ if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=_print_pa
 def _in_kernel() -> bool:
     "Whether this is a Jupyter kernel, and not a fork of one: what a fork shows is lost."
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    kernel = getattr(shell, "kernel", None)
-    return kernel is not None and getattr(getattr(kernel, "session", None), "pid", os.getpid()) == os.getpid() and parent_process() is None
+    session = getattr(getattr(shell, "kernel", None), "session", None)
+    if getattr(shell, "kernel", None) is None or parent_process() is not None: return False
+    return getattr(session, "pid", os.getpid()) == os.getpid()
 
 class _Shown:
     "An output of a cell that is replaced when it is shown again."
@@ -214,29 +277,43 @@ class _Shown:
         else: self.handle.update(thing, raw=raw)
 
 # %% ../../nbs/56_progress.ipynb #3f14ce3c
+_style = "margin: 0; font-size: 12px; white-space: pre; overflow-x: auto"
+
 class _Cell(_Log):
     "The text below a notebook's cell."
     def start(self): self.lines, self.show, self.began = [], _Shown(), self.where.clock()
+
     def draw(self, lines, bars):
+        "Show these lines, and these bars below."
         self.said = self.where.clock()
         text = "\n".join(lines + bars)
-        style = "margin: 0; font-size: 12px; white-space: pre; overflow-x: auto"
-        self.show({"text/plain": text, "text/html": f'<pre style="{style}">{escape(text)}</pre>'}, raw=True)
+        html = f'<pre style="{_style}">{escape(text)}</pre>'
+        self.show({"text/plain": text, "text/html": html}, raw=True)
+
     def now(self):
+        "Show the last lines, and the bars as they are."
         earlier = [f"… {len(self.lines) - 20} earlier lines"] if len(self.lines) > 20 else []
         width = min(self.console.width, 96)                   # of the bars; a cell is seldom wider
         self.draw(earlier + self.lines[-20:], [_text_of(_bars_of(self.where, width), width)])
+
     def tick(self):
         now = self.where.clock()
         if now - self.said >= min(5, max(1, (now - self.began)/600)): self.now()
-    def note(self, text): self.lines.append(text); self.now()
+
+    def note(self, text):
+        self.lines.append(text)
+        self.now()
+
     def stop(self):
         if self.lines or self.show.handle: self.draw(self.lines, [])
 
 # %% ../../nbs/56_progress.ipynb #6780ac29
 class _Plot:
     "The curves below a notebook's cell."
-    def __init__(self, clock): self.clock, self.show, self.drawn, self.took, self.at = clock, _Shown(), 0, 0., clock()
+    def __init__(self, clock):
+        self.clock, self.show = clock, _Shown()
+        self.drawn, self.took, self.at = 0, 0., clock()     # rows, seconds, and when
+
     def __call__(self, rows, last=False):
         start = self.clock()
         if len(rows) == self.drawn or not last and start - self.at < 10*self.took: return
@@ -246,6 +323,7 @@ class _Plot:
 
 # %% ../../nbs/56_progress.ipynb #74fc5ceb
 def _redraws(console):
+    "Whether a console is a terminal that can go back."
     below_a_cell = "JPY_PARENT_PID" in os.environ and console.file in (sys.stdout, sys.stderr)
     return console.is_interactive and not console.quiet and not below_a_cell
 
@@ -257,16 +335,18 @@ def _screen(where, console, seconds):
     return (_Terminal if _redraws(console) else _Log)(where, console, seconds)
 
 # %% ../../nbs/56_progress.ipynb #2d927951
-class _Told:
+class _Listener:
+    "What a loop says to its display."
     def epoch(self, number: int, # from 0
               done: int = 0): # updates that are behind us, of a run that goes on
         "An epoch starts."
         self.where.epoch(number, done)
 
     def update(self, images: int, # pictures it used, over all processes
-               **means): # running means to show: loss, top1 (%), entropy; without them the last ones stay
+               **means): # to show: loss, top1 (%), entropy; without them the last ones stay
         "The weights were changed once."
-        self.where.update(images, means); self.screen.tick()
+        self.where.update(images, means)
+        self.screen.tick()
 
     def finish(self, row: dict): # of metrics.csv
         "An epoch is done: its line, and the curves."
@@ -279,27 +359,29 @@ class _Told:
         self.screen.note(text)
 
 # %% ../../nbs/56_progress.ipynb #7fa20484
-class RunProgress(_Told):
-    """What a run shows: two bars in a terminal, lines in a log file or a pipe, a text and the curves in a notebook.
+class RunProgress(_Listener):
+    """What a run shows: bars in a terminal, lines in a log file, text and curves in a notebook.
 
-    A context; inside, say `epoch(number)`, `update(images)` after every update, `finish(row)` after an epoch, `note(text)` for what must be seen.
+    A context; inside, say `epoch(number)`, `update(images)`, `finish(row)`, and `note(text)`.
     """
     def __init__(self,
                  epochs: int, # of the whole run
                  updates_per_epoch: int, # of the optimiser
-                 console: Console | None = None, # None: rich's standard console; a quiet one shows nothing
-                 plot: bool | None = None, # curves after every epoch; None or True: in a notebook, the one place that can
+                 console: Console | None = None, # None: rich's own; a quiet one shows nothing
+                 plot: bool | None = None, # curves after every epoch; True or None: in a notebook
                  log_seconds: float = 60., # between two lines of a log file
                  clock=time.monotonic): # seconds
         console = console or Console()
         self.history = [] # the rows so far; set it when a run goes on
         self.where = _Where(epochs, updates_per_epoch, clock)
         self.screen = _screen(self.where, console, log_seconds)
-        self.plot = _Plot(clock) if plot is not False and not console.quiet and _in_kernel() else None
+        drawn = plot is not False and not console.quiet and _in_kernel()
+        self.plot = _Plot(clock) if drawn else None
 
     def __enter__(self):
         self.shown = ExitStack()
-        self.shown.enter_context(lenient(self.screen.console)); self.screen.start()
+        self.shown.enter_context(lenient(self.screen.console))
+        self.screen.start()
         return self
 
     def __exit__(self, *error):
@@ -307,41 +389,58 @@ class RunProgress(_Told):
         if self.plot: self.plot(self.history, last=True)
 
 # %% ../../nbs/56_progress.ipynb #ca62dbaf
-def _picture(path):
+def _readable(path):
+    "A picture file, opened. Raises OSError that names it."
     try: return Image.open(path).convert("RGBA")
     except FileNotFoundError: raise
-    except (OSError, SyntaxError, ValueError) as e: raise OSError(f"{path}: is no picture that can be read ({e})") from None
+    except (OSError, SyntaxError, ValueError) as e:
+        raise OSError(f"{path}: is no picture that can be read ({e})") from None
 
 def _frames(paths):
-    images = [_picture(p) for p in paths]
-    size = tuple((max(i.size[k] for i in images) + 1)//2*2 for k in (0, 1))         # even, as video wants it
+    "Pictures of one size, each in the middle of a white frame."
+    images = [_readable(p) for p in paths]
+    width = max(i.width for i in images)
+    height = max(i.height for i in images)
+    size = (width + 1)//2*2, (height + 1)//2*2              # even, as video wants it
     for image in images:
         frame = Image.new("RGB", size, "white")
-        frame.paste(image, tuple((s - i)//2 for s, i in zip(size, image.size)), image)
+        frame.paste(image, ((size[0] - image.width)//2, (size[1] - image.height)//2), image)
         yield frame
 
-def _mp4(frames, path, seconds):
-    if not FFMpegWriter.isAvailable(): raise OSError(f"{path}: an MP4 needs ffmpeg, which is not installed; write a .gif")
+# %% ../../nbs/56_progress.ipynb #d15794ee
+def _write_gif(frames, path, seconds):
+    "An endless film of at most 256 colours a frame."
+    first, *others = (f.quantize(256, dither=Image.Dither.NONE) for f in frames)
+    first.save(path, save_all=True, append_images=others, duration=round(1000*seconds), loop=0)
+
+def _write_mp4(frames, path, seconds):
+    "A video. Raises OSError where ffmpeg is missing or fails."
+    if not FFMpegWriter.isAvailable():
+        raise OSError(f"{path}: an MP4 needs ffmpeg, which is not installed; write a .gif")
     first, *others = frames
     fig = Figure(figsize=(first.width/100, first.height/100), dpi=100)
     shown, writer = fig.figimage(first), FFMpegWriter(fps=1/seconds)
     try:
         with writer.saving(fig, path, 100):
-            for frame in (first, *others): shown.set_data(frame); writer.grab_frame()
-    except (CalledProcessError, BrokenPipeError): raise OSError(f"{path}: ffmpeg could not write it; write a .gif") from None
+            for frame in (first, *others):
+                shown.set_data(frame)
+                writer.grab_frame()
+    except (CalledProcessError, BrokenPipeError):
+        raise OSError(f"{path}: ffmpeg could not write it; write a .gif") from None
 
-# %% ../../nbs/56_progress.ipynb #d15794ee
+# %% ../../nbs/56_progress.ipynb #ca795a59
 def film(frames: list, # picture files, in order
          path, # ending in .gif or .mp4
          seconds_a_frame: float = .6): # 0.02 or more: browsers slow down a GIF that is faster
     """Write a film of pictures.
 
-    Raises ValueError for no frames, another ending or a wrong time; OSError for a frame that is no picture and an MP4 without ffmpeg.
+    Raises ValueError for no frames, another ending or a wrong time; OSError for a frame that is no
+    picture and an MP4 without ffmpeg.
     """
-    path = Path(path)
+    path, kinds = Path(path), {".gif": _write_gif, ".mp4": _write_mp4}
     if not frames: raise ValueError("frames: got none, expected one picture file or more")
-    if path.suffix not in (".gif", ".mp4"): raise ValueError(f"path: got {path.name}, expected a name that ends in .gif or .mp4")
-    if not .02 <= seconds_a_frame <= 600: raise ValueError(f"seconds_a_frame: got {seconds_a_frame}, expected from 0.02 to 600")
-    if path.suffix == ".mp4": return _mp4(_frames(frames), path, seconds_a_frame)
-    first, *others = (f.quantize(256, dither=Image.Dither.NONE) for f in _frames(frames))
-    first.save(path, save_all=True, append_images=others, duration=round(1000*seconds_a_frame), loop=0)
+    if path.suffix not in kinds:
+        raise ValueError(f"path: got {path.name}, expected a name that ends in .gif or .mp4")
+    if not .02 <= seconds_a_frame <= 600:
+        raise ValueError(f"seconds_a_frame: got {seconds_a_frame}, expected from 0.02 to 600")
+    kinds[path.suffix](_frames(frames), path, seconds_a_frame)

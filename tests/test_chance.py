@@ -1,0 +1,255 @@
+"""Chance levels and scores of objects: independent computations, hostile maps, and a model that can know nothing."""
+import math
+
+import numpy as np
+import pytest
+import timm
+import torch
+from scipy.fft import dctn
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+import spatial_entropy as se
+from spatial_entropy.analysis.chance import entropy_against_chance, surrogate_maps
+from spatial_entropy.analysis.intervals import bootstrap, bootstrap_both, paired, sign_flip_test, student
+from spatial_entropy.analysis.objects import (
+    PooledPrecision,
+    against_others,
+    best_overlaps,
+    boxes_of,
+    center_gaussian,
+    corloc,
+    grid_jaccard,
+    max_box_accuracy,
+    pixel_ap,
+    pixel_auc,
+    pixels_on_grid,
+    pointing,
+)
+from spatial_entropy.analysis.scoring import MasksBefore, score_objects, scores_to_csv
+from spatial_entropy.data import mask_pairs
+
+
+def smooth(n, size, sigma, seed=0):
+    k = torch.fft.fftfreq(3 * size)
+    noise = torch.randn(n, 3 * size, 3 * size, generator=torch.Generator().manual_seed(seed))
+    blur = torch.exp(-2 * (math.pi * sigma) ** 2 * (k[:, None] ** 2 + k**2))
+    return torch.fft.ifft2(torch.fft.fft2(noise) * blur).real[:, size:2 * size, size:2 * size]
+
+
+@pytest.mark.parametrize("size", [(14, 14), (8, 14), (5, 3), (1, 7)])
+def test_surrogates_keep_values_exactly_and_the_spectrum_nearly(size):
+    maps = smooth(40, 14, 1)[:, :size[0], :size[1]]
+    drawn = surrogate_maps(maps, 3)
+    assert drawn.shape == (3, *maps.shape) and drawn.dtype == maps.dtype
+    assert torch.equal(drawn.flatten(-2).sort(-1).values, maps.flatten(-2).sort(-1).values.expand(3, -1, -1))
+    size_of = lambda m: np.abs(dctn(m.numpy(), axes=(-2, -1), norm="ortho"))
+    error = np.linalg.norm(size_of(drawn[0]) - size_of(maps))/np.linalg.norm(size_of(maps))
+    assert error < .35
+    shuffled = maps.flatten(-2)[:, torch.randperm(maps[0].numel())].view(maps.shape)
+    if min(size) > 5:
+        assert error < .5*np.linalg.norm(size_of(shuffled) - size_of(maps))/np.linalg.norm(size_of(maps))
+
+
+@pytest.mark.parametrize("size", [8, 14, 28])
+@pytest.mark.parametrize("sigma", [0, 1, 2])
+def test_maps_that_hold_nothing_are_at_chance_on_every_grid(size, sigma):
+    "Within 0.08 nats, where E itself lies between 0.1 and 0.9."
+    torch.manual_seed(0)
+    maps = smooth(300, size, sigma) if sigma else torch.randn(300, size, size)
+    found = entropy_against_chance(maps, 2)
+    assert found.difference.mean().abs() < .08
+
+
+def test_one_object_is_found_and_a_dense_map_is_not():
+    y, x = torch.meshgrid(torch.arange(14), torch.arange(14), indexing="ij")
+    disc = ((y - 4) ** 2 + (x - 9) ** 2 < 9).float()
+    torch.manual_seed(0)
+    strong = entropy_against_chance(torch.randn(50, 14, 14) + 8*disc, 8)
+    dense = entropy_against_chance((torch.rand(50, 14, 14) < .69) + .01*torch.randn(50, 14, 14), 8)
+    assert strong.difference.mean() < -.4 and dense.difference.mean().abs() < .02
+    assert dense.entropy.mean() < strong.entropy.mean()           # what E alone says
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int32])
+def test_chance_takes_any_real_type(dtype):
+    maps = (torch.randn(6, 9, 9)*5).to(dtype)
+    found = entropy_against_chance(maps, 2)
+    assert_close(found.entropy, se.spatial_entropy(maps).to(found.entropy))
+    assert found.difference.isfinite().all()
+
+
+def test_a_seed_means_the_same_surrogates_and_leaves_the_generator_alone():
+    maps = torch.randn(3, 2, 8, 8)
+    before = torch.get_rng_state()
+    assert torch.equal(surrogate_maps(maps, 2, seed=5), surrogate_maps(maps, 2, seed=5))
+    assert torch.equal(before, torch.get_rng_state())
+    assert not torch.equal(surrogate_maps(maps, 2, seed=5), surrogate_maps(maps, 2, seed=6))
+
+
+def test_one_broken_map_spoils_no_other():
+    maps = torch.randn(4, 8, 8)
+    clean = entropy_against_chance(maps[[0, 2, 3]], 2)
+    maps[1, 0, 0] = torch.nan
+    found = entropy_against_chance(maps, 2)
+    assert found.difference.isnan().tolist() == [False, True, False, False]
+    assert_close(found.entropy[[0, 2, 3]], clean.entropy)
+    assert math.isfinite(found.mean()["difference"])
+
+
+CASES = [((14, 14), (224, 224)), ((7, 5), (33, 20)), ((3, 4), (3, 4)), ((16, 16), (8, 8))]
+
+
+@pytest.mark.parametrize("grid, size", CASES)
+@pytest.mark.parametrize("ties", [False, True])
+def test_scores_are_those_of_scikit_learn_on_the_stretched_map(grid, size, ties):
+    metrics = pytest.importorskip("sklearn.metrics")
+    g = torch.Generator().manual_seed(0)
+    maps = torch.randint(0, 4, (3, 2, *grid), generator=g).float() if ties else torch.randn(3, 2, *grid, generator=g)
+    masks = torch.rand(3, *size, generator=g) < .3
+    valid = torch.rand(3, *size, generator=g) < .8
+    auc, ap, jac = (f(maps, masks, valid) for f in (pixel_auc, pixel_ap, grid_jaccard))
+    kept = se.keep_mass(maps.flatten(2).softmax(-1).view(maps.shape), .6)
+    full, chosen = (F.interpolate(m.float(), size=size, mode="nearest") for m in (maps, kept))
+    for i in range(3):
+        for h in range(2):
+            truth, value = masks[i][valid[i]].numpy(), full[i, h][valid[i]].numpy()
+            assert abs(auc[i, h] - metrics.roc_auc_score(truth, value)) < 1e-9
+            assert abs(ap[i, h] - metrics.average_precision_score(truth, value)) < 1e-9
+            assert abs(jac[i, h] - metrics.jaccard_score(truth, chosen[i, h][valid[i]].bool().numpy())) < 1e-9
+
+
+def test_pooled_precision_is_that_of_scikit_learn_over_all_pixels():
+    metrics = pytest.importorskip("sklearn.metrics")
+    g = torch.Generator().manual_seed(1)
+    maps, masks = torch.randint(0, 11, (12, 2, 6, 6), generator=g)/10, torch.rand(12, 18, 18, generator=g) < .3
+    maps[:, :, 0, 0], maps[:, :, 5, 5] = 0, 1                           # already from 0 to 1
+    pooled = PooledPrecision(2)
+    pooled.add(maps[:7], masks[:7])
+    pooled.add(maps[7:], masks[7:])
+    full = F.interpolate(maps, size=(18, 18), mode="nearest")
+    for h in range(2):
+        theirs = metrics.average_precision_score(masks.flatten().numpy(), full[:, h].flatten().numpy())
+        assert abs(pooled.value()[h] - theirs) < 1e-9
+
+
+def test_soft_masks_count_by_their_value():
+    soft = torch.tensor([[[1., .5], [.25, 0.]]])
+    on, off = pixels_on_grid(soft, (2, 2))
+    assert_close(on + off, torch.ones(1, 2, 2).double())
+    assert pointing(torch.tensor([[[[0., 1.], [0., 0.]]]]), soft).item() == .5
+
+
+@pytest.mark.parametrize("score", [pixel_auc, pixel_ap, pointing, grid_jaccard])
+def test_degenerate_maps_and_masks(score):
+    masks = torch.zeros(4, 8, 8, dtype=torch.bool)
+    masks[1] = True
+    masks[2:, :4] = True
+    maps = torch.randn(4, 1, 4, 4)
+    maps[3, 0, 0, 0] = torch.nan
+    found = score(maps, masks)[:, 0]
+    assert found[3].isnan() and found[2].isfinite()
+    for i in (0, 1):
+        assert found[i].isnan() or 0 <= found[i] <= 1                   # nothing, or everything, is object
+    with pytest.raises(ValueError, match="expected"):
+        score(maps, masks[:2])
+    with pytest.raises(ValueError, match="outside 0–1"):
+        score(maps, masks*255.)
+
+
+def test_boxes_by_hand():
+    m = torch.zeros(4, 8)
+    m[1:3, 2:4], m[0, 7] = 1., .9
+    assert boxes_of(m, .95).tolist() == [[.25, .25, .5, .75]]
+    assert len(boxes_of(m, .5)) == 2 and len(boxes_of(m*torch.nan, .5)) == 0
+    assert boxes_of(torch.ones(4, 8), .5).tolist() == [[0, 0, 1, 1]]
+    true = torch.tensor([[.25, .25, .5, .75]])
+    found = best_overlaps(m, true, [0., .95])
+    assert_close(found, torch.tensor([.125, 1.]).double())
+    assert max_box_accuracy(torch.stack([found, found*.6]))["max_box_acc_v2"] == pytest.approx((1 + 1 + .5)/3)
+    assert corloc(m[None, None], [true], .95).item() == 1 and corloc(m[None, None], [torch.zeros(0, 4)]).item() == 0
+
+
+def test_a_map_that_is_the_same_for_all_pictures_is_exactly_at_chance():
+    masks = torch.rand(40, 28, 28) < torch.rand(40, 1, 1)
+    maps = center_gaussian(14, 14).expand(40, 1, 14, 14)
+    own, chance = pixel_ap(maps, masks), against_others(pixel_ap, maps, masks, shifts=39)
+    assert abs(own.mean() - chance.mean()) < 1e-9
+    with pytest.raises(ValueError, match="at least 2"):
+        against_others(pixel_ap, maps[:1], masks[:1])
+
+
+@pytest.mark.parametrize("sizes", [[4, 4, 2], [2, 1, 7], [10]])
+def test_masks_before_are_those_before(sizes):
+    before, all_ = MasksBefore(3), torch.arange(1, 11)[:, None, None]
+    seen = 0
+    for part in all_.split(sizes):
+        found = before(part)
+        assert len(found) == 3
+        for k, others in enumerate(found, 1):
+            assert others.shape == part.shape and not (others == part).any()
+            if k <= seen:
+                assert (part - others == k).all()
+        seen += len(part)
+    with pytest.raises(ValueError, match="at least 2"):
+        MasksBefore(3)(all_[:1])
+
+
+@pytest.fixture(scope="module")
+def scored():
+    torch.manual_seed(3)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, patch_size=8, depth=2, embed_dim=96, num_heads=3)
+    pairs = mask_pairs("shapes", 64)
+    return model, pairs, score_objects(model, pairs, block="all", surrogates=1)
+
+
+def test_scores_come_back_to_their_pictures(scored):
+    model, pairs, scores = scored
+    assert scores.own["pixel_auc"].shape == (1000, 2, 3) and scores.chance["pixel_auc"].shape == (1000, 4, 2, 3)
+    x, masks = (torch.stack(v) for v in zip(*(pairs[i] for i in (0, 17, 999))))
+    with se.AttentionTap(model.eval(), "all") as tap, torch.no_grad():
+        model(x)
+        for n, maps in enumerate(tap.maps().values()):
+            assert_close(scores.own["pixel_auc"][[0, 17, 999], n].double(), pixel_auc(maps, masks), atol=1e-4, rtol=0)
+
+
+def test_a_blind_model_is_at_chance_for_the_best_head_too(scored):
+    "Its chance level chooses the best head for each wrong mask, as its own score does for the right one."
+    model, pairs, _ = scored
+    weight = model.patch_embed.proj.weight
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight.zero_()
+    blind = score_objects(model, pairs, surrogates=0)
+    with torch.no_grad():
+        weight.copy_(kept)
+    for line in blind.summary("best") + blind.summary("mean"):
+        assert abs(line["above_chance"]["mean"]) < .003, line["score"]
+
+
+def test_the_table_of_pictures(scored, tmp_path):
+    scores_to_csv(scored[2], tmp_path/"s.csv")
+    lines = (tmp_path/"s.csv").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 1001 and lines[0].startswith("picture,pixel_auc,pixel_auc_chance")
+    assert float(lines[1].split(",")[1]) == pytest.approx(scored[2].own["pixel_auc"][0].max().item())
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    rng = np.random.default_rng(0)
+    held = np.mean([not student(rng.normal(0, 1, 4)).excludes_zero for _ in range(400)])
+    assert .92 < held < .98
+    held = np.mean([not bootstrap(rng.exponential(1, 60) - 1, resamples=400).excludes_zero for _ in range(400)])
+    assert .88 < held < .98
+    tables = (rng.normal(0, 1, (12, 1)) + rng.normal(0, 1, (1, 40)) + rng.normal(0, 1, (12, 40)) for _ in range(60))
+    held = np.mean([not bootstrap_both(t, resamples=200).excludes_zero for t in tables])
+    assert .8 < held <= 1
+
+
+def test_sign_flips_against_all_of_them_and_missing_pairs():
+    d = [.3, -.1, .5, .2]
+    signs = np.array(np.meshgrid(*[[1, -1]]*4)).reshape(4, -1).T
+    assert sign_flip_test(d) == np.mean(np.abs(signs@np.array(d)) >= sum(d) - 1e-12)
+    interval, _ = paired([1, 2, np.nan, 4], [0, 1, 5, 3.5])
+    assert interval.n == 3 and interval.mean == pytest.approx(2.5/3)
+    many = np.random.default_rng(0).normal(.5, 1, 200)
+    assert sign_flip_test(many) < .001 and sign_flip_test(many - many.mean()) > .9
