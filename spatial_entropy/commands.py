@@ -210,12 +210,12 @@ _measures = { # of `evaluate`: what it is called, and how it is written
     "pictures": ("pictures", "{}"), "jaccard_best_head": ("mask Jaccard, best head", "{:.3f}"),
     "jaccard_mean_head": ("mask Jaccard, mean head", "{:.3f}"),
     "mask_pairs": ("pictures with masks", "{}")}
-_parts = {"val": "validation pictures", "train": "training pictures", "all": "all pictures"}
+_part_names = {"val": "validation pictures", "train": "training pictures", "all": "all pictures"}
 
 def _title_of(scores):
     "Which pictures, and which masks."
     masks = f", masks: {scores['masks']}" if "masks" in scores else ""
-    return f"{scores['data']} ({_parts[scores['split']]}){masks}"
+    return f"{scores['data']} ({_part_names[scores['split']]}){masks}"
 
 # %% ../nbs/60_commands.ipynb #e536be21
 def _print_scores(scores):
@@ -247,7 +247,7 @@ def _measure(run, output=None, **options):
     _print_scores(scores)
     print(f"as JSON: {path}")
 
-def _evaluate(args):
+def _prepare_evaluation(args):
     "The command `evaluate`."
     given = {k: v for k, v in vars(args).items() if k not in ("command", "run", "output")}
     load_config(args.run)
@@ -285,7 +285,7 @@ def _check_resume(args):
                          "a run goes on with its own configuration")
     if not (Path(args.resume)/"checkpoints").is_dir(): load_config(args.resume)
 
-def _train(args):
+def _prepare_training(args):
     "The command `train`."
     ours = ("command", "resume", "recipe", "config", "allow_changes")
     settings = {k: v for k, v in vars(args).items() if k not in ours}
@@ -344,7 +344,7 @@ def _model_to_draw(args):
     return model.eval(), config.img_size, known["mean"], known["std"]
 
 # %% ../nbs/60_commands.ipynb #58b06d00
-def _bytes_of(figure, args):
+def _drawn_file(figure, args):
     "The bytes of the file to write; `figure`: of names, gives what is drawn."
     from io import BytesIO
     from warnings import catch_warnings, simplefilter
@@ -370,7 +370,7 @@ def _check_drawing(args):
                          "draw them in several")
 
 # %% ../nbs/60_commands.ipynb #b7cb8b50
-def _draw(args):
+def _prepare_drawing(args):
     "The command `draw`."
     import torch
     from numpy import array
@@ -387,7 +387,7 @@ def _draw(args):
         model(x)
         maps = tap.maps()
     pixels = torch.stack([torch.tensor(array(p.resize((size, size)))) for p in pictures])
-    file = _bytes_of(lambda names: picture_of_maps(pixels, maps, names), args)
+    file = _drawn_file(lambda names: picture_of_maps(pixels, maps, names), args)
 
     def work():
         write_whole(args.output, lambda path: path.write_bytes(file))
@@ -396,7 +396,7 @@ def _draw(args):
     return work
 
 # %% ../nbs/60_commands.ipynb #0e202b83
-_commands = {"train": _train, "evaluate": _evaluate, "draw": _draw}
+_commands = {"train": _prepare_training, "evaluate": _prepare_evaluation, "draw": _prepare_drawing}
 
 def _main(argv):
     "Parse, and hand over to the command."

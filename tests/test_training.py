@@ -98,7 +98,7 @@ tiny = dict(limit=32, batch_size=8, epochs=2, img_size=32, model_kwargs=dict(dep
 ], ids=lambda s: " ".join(s))
 def test_every_setting_trains_stops_and_goes_on(tmp_path, settings, monkeypatch):
     "In one go, and interrupted in the second epoch: the same weights. (The pictures, which take most of the time, are others' affair.)"
-    monkeypatch.setattr(training, "_draw", lambda job, epochs=None: None)
+    monkeypatch.setattr(training, "_draw_frames", lambda job, epochs=None: None)
     monkeypatch.setattr(training, "_last_pictures", lambda job: None)
     settings = {**tiny, **settings}
     if "fraction" in settings:

@@ -15,6 +15,26 @@ from ..measure.operators import label_regions, spatial_entropy
 from ..measure.regions import above_mean
 from ..attention.tap import AttentionTap
 
+# %% ../../nbs/41_evaluation.ipynb #6dd95148
+def _sums_of(logits, # (B, classes)
+             label, # (B,)
+             maps): # (B, H, h, w)
+    "Six sums over a batch: pictures, loss, hits, entropy, regions, maps with an entropy."
+    E, regions = spatial_entropy(maps), label_regions(above_mean(maps)).amax((-2, -1))
+    pictures, with_entropy = torch.tensor(float(len(label)), device=logits.device), ~E.isnan()
+    loss = F.cross_entropy(logits, label, reduction="sum")
+    hits = (logits.argmax(-1) == label).sum()
+    sums = [pictures, loss, hits, E.nansum(), regions.sum(), with_entropy.sum()]
+    return torch.stack(sums).double()
+
+def _scores_of(sums): # the six, over all batches
+    "Means. Raises ValueError when there was not one picture."
+    n, loss, hits, entropy, regions, maps = sums.tolist()
+    if not n: raise ValueError("the loader gave no picture that could be read")
+    maps = max(maps, 1)
+    return dict(loss=loss/n, top1=100*hits/n, entropy=entropy/maps, regions=regions/maps,
+                pictures=int(n))
+
 # %% ../../nbs/41_evaluation.ipynb #668d1d01
 @torch.no_grad()
 def validate(model: nn.Module, tap: AttentionTap, loader, # batches (x, label)
@@ -25,24 +45,21 @@ def validate(model: nn.Module, tap: AttentionTap, loader, # batches (x, label)
     was, sums = model.training, torch.zeros(6, device=device, dtype=torch.float64)
     model.eval()
     for x, label in loader:
-        logits, label = model(x.to(device)).float(), label.to(device)
-        maps = tap.maps()
-        E, regions = spatial_entropy(maps), label_regions(above_mean(maps)).amax((-2, -1))
-        sums += torch.stack([torch.tensor(float(len(x)), device=device), F.cross_entropy(logits, label, reduction="sum"),
-                             (logits.argmax(-1) == label).sum(), E.nansum(), regions.sum(), (~E.isnan()).sum()]).double()
+        logits = model(x.to(device)).float()
+        sums += _sums_of(logits, label.to(device), tap.maps())
     model.train(was)
-    n, loss, hits, entropy, regions, maps = add(sums).tolist()
-    if not n: raise ValueError("the loader gave no picture that could be read")
-    return dict(loss=loss/n, top1=100*hits/n, entropy=entropy/max(maps, 1), regions=regions/max(maps, 1), pictures=int(n))
+    return _scores_of(add(sums))
 
 # %% ../../nbs/41_evaluation.ipynb #7fe5738c
 def accuracy(model: nn.Module, loader, device="cpu") -> float: # top-1 in %
     "Share of pictures whose class is guessed first. `loader` gives batches (x, label)."
     with AttentionTap(model) as tap: return validate(model, tap, loader, device)["top1"]
 
+# %% ../../nbs/41_evaluation.ipynb #5e0b2164
 @torch.no_grad()
 def score_masks(model: nn.Module, pairs, # items (x, mask), as mask_pairs gives them
-                batch_size=32, mass=.6, device="cpu") -> dict: # best head and mean head, 0–1, and the number of pairs
+                batch_size=32, mass=.6, device="cpu",
+               ) -> dict: # best head and mean head, 0–1, and the number of pairs
     "Mean Jaccard over pictures: of each picture's best head, and of the average head."
     scores = []
     with AttentionTap(model.eval()) as tap:
@@ -56,7 +73,8 @@ def score_masks(model: nn.Module, pairs, # items (x, mask), as mask_pairs gives 
 def usable_device(name):
     "The torch.device of that name, tried. Raises ValueError for one that cannot be used here."
     try:
-        one = torch.ones(1, device=name); one.cpu()     # "meta" holds nothing that could come back
+        one = torch.ones(1, device=name)
+        one.cpu()                                       # "meta" holds nothing that could come back
         return one.device
     except Exception as e:
         said = " ".join(str(e).split())[:150]

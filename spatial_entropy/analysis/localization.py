@@ -15,109 +15,162 @@ from ..measure.regions import centered, check_maps, as_float, as_float64
 
 # %% ../../nbs/43_localization.ipynb #b91b9cce
 def _check_weights(maps):
+    "Raises ValueError for what is no attention after the softmax."
     check_maps(maps)
     if (((maps < 0) | (maps > 1.01)) & maps.isfinite()).any():
-        raise ValueError("maps: got cells below 0 or above 1, expected attention after the softmax; tap it with softmax=True")
+        raise ValueError("maps: got cells below 0 or above 1, expected attention after the "
+                         "softmax; tap it with softmax=True")
 
 def _check_variant(variant):
-    if variant not in ("paper", "as_released"): raise ValueError(f'variant: got {variant!r}, expected "paper" or "as_released"')
+    "Raises ValueError for an unknown name."
+    if variant not in ("paper", "as_released"):
+        raise ValueError(f'variant: got {variant!r}, expected "paper" or "as_released"')
+
+# %% ../../nbs/43_localization.ipynb #9a15a73c
+def _with_the_rest(E, # (...) entropy of the cells that count
+                   mass, # (...) of these cells
+                   total): # (...) of all cells above the mean
+    "The entropy whose shares divide by the mass of all cells above the mean; ∞ without any."
+    q = mass/torch.where(total > 0, total, 1)
+    return torch.where(total > 0, q*E - torch.xlogy(q, q), torch.inf)
 
 # %% ../../nbs/43_localization.ipynb #d2add0e8
 @torch.no_grad()
 def localization_entropy(maps: Tensor, # (..., h, w) attention after the softmax, cells in 0–1
                          variant: str = "paper", # "paper" or "as_released"
-                         threshold: float = 1e-3, # a cell counts when it exceeds the mean by more than this
+                         threshold: float = 1e-3, # how far a cell that counts exceeds the mean
                         ) -> Tensor: # (...) in nats, float32 or float64; ∞ where no cell counts
-    """Spatial entropy as the localisation-head criterion has it (arXiv 2503.06287), without gradient.
+    """Spatial entropy as the localisation-head criterion has it (arXiv 2503.06287), no gradient.
 
-    "as_released" follows the published code (seilk/LocalizationHeads, commit 8ce33b0): the mass of cells up to the threshold stays in
-    the denominator, and a map with such cells only has entropy 0. A map with a NaN or infinite cell gives NaN (and on a CPU a warning,
-    once). Raises ValueError for cells outside 0–1, for an unknown variant or a negative threshold.
+    "as_released" follows the published code (seilk/LocalizationHeads, commit 8ce33b0): the mass
+    of cells up to the threshold stays in the denominator, and a map with such cells only has
+    entropy 0. A map with a NaN or infinite cell gives NaN (and on a CPU a warning, once). Raises
+    ValueError for cells outside 0–1, for an unknown variant or a negative threshold.
     """
-    _check_weights(maps); _check_variant(variant)
-    if not threshold >= 0: raise ValueError(f"threshold: got {threshold}, expected at least 0; 0.001 is usual")
+    _check_weights(maps)
+    _check_variant(variant)
+    if not threshold >= 0:
+        raise ValueError(f"threshold: got {threshold}, expected at least 0; 0.001 is usual")
     a = centered(maps).relu()
     counted = torch.where(a > threshold, a, a*0)
     E, mass, total = spatial_entropy(counted, times_mean=0), counted.sum((-2, -1)), a.sum((-2, -1))
     if variant == "paper": E = torch.where(mass > 0, E, torch.inf)
-    else:
-        q = mass/torch.where(total > 0, total, 1)
-        E = torch.where(total > 0, q*E - torch.xlogy(q, q), torch.inf)
+    else: E = _with_the_rest(E, mass, total)
     return torch.where(total.isfinite(), E, torch.nan).to(as_float(maps).dtype)
 
 # %% ../../nbs/43_localization.ipynb #5e233f1f
-def _elbow(sums, eps): # eps: relative rounding of the sums
-    "The position in `sums` (..., N) float64 of the point furthest from the chord; NaN is left out."
-    y, order = sums.sort(dim=-1, stable=True)                            # NaN comes last
-    known = (~y.isnan()).sum(-1, keepdim=True)
-    i, last = torch.arange(y.shape[-1], device=y.device), (known - 1).clamp_min(0)
+def _gap_to_chord(y, # (..., N) sorted, NaN last
+                  last): # (..., 1) where the largest number is
+    "How far each number lies from the chord, vertically."
+    i = torch.arange(y.shape[-1], device=y.device)
     first, end = y[..., :1], y.gather(-1, last)
-    gap = (first + (end - first)*i/last.clamp_min(1) - y).abs()
-    gap = torch.where(gap > 4*eps*(first.abs() + end.abs()), gap, 0)      # rounding is no elbow
+    return (first + (end - first)*i/last.clamp_min(1) - y).abs()
+
+# %% ../../nbs/43_localization.ipynb #b481f155
+def _elbow(sums, # (..., N) float64
+           eps): # relative rounding of the sums
+    "The position in `sums` of the point furthest from the chord; NaN is left out."
+    y, order = sums.sort(dim=-1, stable=True)                     # NaN comes last
+    known = (~y.isnan()).sum(-1, keepdim=True)
+    last = (known - 1).clamp_min(0)
+    gap, rounding = _gap_to_chord(y, last), 4*eps*(y[..., :1].abs() + y.gather(-1, last).abs())
+    gap = torch.where(gap > rounding, gap, 0)                     # rounding is no elbow
+    i = torch.arange(y.shape[-1], device=y.device)
     return order.gather(-1, torch.where(i < known, gap, -1).argmax(-1, keepdim=True)).squeeze(-1)
 
 def elbow(sums # (..., N) numbers in any order, a tensor or a list
          ) -> Tensor: # (...) int64: the position in `sums` of the elbow
-    """Where the sorted numbers bend most: furthest from the chord between the smallest and the largest.
+    """Where the sorted numbers bend most: furthest from the chord between smallest and largest.
 
-    `sums[elbow(sums)]` is the threshold of arXiv 2503.06287. NaN is left out; a straight line gives the smallest number.
-    Raises ValueError when there is no number, or an infinite one.
+    `sums[elbow(sums)]` is the threshold of arXiv 2503.06287. NaN is left out; a straight line gives
+    the smallest number. Raises ValueError for NaN alone, or for an infinite number.
     """
     sums = torch.as_tensor(sums, dtype=None if isinstance(sums, Tensor) else torch.float64)
     if not sums.ndim or not sums.shape[-1] or sums.isinf().any() or sums.isnan().all(-1).any():
-        raise ValueError(f"sums: got shape {tuple(sums.shape)} with {int(sums.isfinite().sum())} finite numbers, expected (..., N), all finite or some NaN")
+        raise ValueError(f"sums: got shape {tuple(sums.shape)} with {int(sums.isfinite().sum())} "
+                         "finite numbers, expected (..., N), all finite or some NaN")
     return _elbow(as_float64(sums), torch.finfo(as_float(sums).dtype).eps)
 
 # %% ../../nbs/43_localization.ipynb #66d3c48a
-def _layers_of(maps):
-    "{layer: (B, H, h, w)} in order, of a tensor (B, L, H, h, w) or of such a mapping."
-    if isinstance(maps, Tensor):
-        if maps.ndim != 5: raise ValueError(f"maps: got shape {tuple(maps.shape)}, expected images × layers × heads × h × w, or a dictionary by layer")
-        return dict(enumerate(maps.unbind(1)))
-    if not isinstance(maps, Mapping) or not maps: raise TypeError(f"maps: got {type(maps).__name__}, expected a tensor or a dictionary {{layer: (B, H, h, w)}}")
+def _check_layers(maps):
+    "Raises TypeError or ValueError for what is no {layer: (B, H, h, w)} of one batch."
+    if not isinstance(maps, Mapping) or not maps:
+        raise TypeError(f"maps: got {type(maps).__name__}, expected a tensor or a dictionary "
+                        "{layer: (B, H, h, w)}")
     for m in maps.values():
         check_maps(m)
-        if m.ndim != 4: raise ValueError(f"maps: got shape {tuple(m.shape)}, expected (B, H, h, w) for each layer")
-    if len({len(m) for m in maps.values()}) > 1: raise ValueError(f"maps: got {[len(m) for m in maps.values()]} images, expected as many for each layer")
-    return {k: maps[k] for k in sorted(maps)}
+        if m.ndim != 4:
+            raise ValueError(f"maps: got shape {tuple(m.shape)}, expected (B, H, h, w) "
+                             "for each layer")
+    sizes = [len(m) for m in maps.values()]
+    if len(set(sizes)) > 1:
+        raise ValueError(f"maps: got {sizes} images, expected as many for each layer")
+
+def _layers_of(maps):
+    "{layer: (B, H, h, w)} in order, of a tensor (B, L, H, h, w) or of such a mapping."
+    if not isinstance(maps, Tensor):
+        _check_layers(maps)
+        return {layer: maps[layer] for layer in sorted(maps)}
+    if maps.ndim != 5:
+        raise ValueError(f"maps: got shape {tuple(maps.shape)}, expected images × layers × heads "
+                         "× h × w, or a dictionary by layer")
+    return dict(enumerate(maps.unbind(1)))
 
 # %% ../../nbs/43_localization.ipynb #864c068a
-def _select(maps, variant, top, threshold):
-    "(B, N) of all heads of all layers: entropy, attention, which pass the filter, which are selected."
+def _passing(sums, # (B, N) attention of all heads of all layers, NaN for broken maps
+             variant, eps):
+    "Which heads lie at or above the elbow; as released, their numbers do."
+    at = _elbow(sums, eps)[:, None]
+    number = torch.arange(sums.shape[1], device=sums.device)
+    passed = sums >= sums.gather(1, at) if variant == "paper" else number >= at
+    return passed & ~sums.isnan()
+
+def _lowest(E, # (B, N)
+            passed, top):
+    "Which are among the `top` lowest of those that passed; none with an infinite entropy."
+    E = torch.where(passed, E, torch.inf)
+    rank = E.argsort(dim=1, stable=True).argsort(dim=1)
+    return (rank < top) & E.isfinite()
+
+# %% ../../nbs/43_localization.ipynb #86d43087
+def _selection(maps, variant, top, threshold): # maps: {layer: (B, H, h, w)}
+    "The columns of the ranking, (B, N) over all heads of all layers; NaN for broken maps."
     E = torch.cat([localization_entropy(m, variant, threshold) for m in maps.values()], 1)
-    sums = torch.cat([as_float64(m).sum((-2, -1)) for m in maps.values()], 1).masked_fill(E.isnan(), torch.nan)
-    at, number = _elbow(sums, torch.finfo(E.dtype).eps)[:, None], torch.arange(E.shape[1], device=E.device)
-    passed = (sums >= sums.gather(1, at) if variant == "paper" else number >= at) & ~E.isnan()
-    E_passed = torch.where(passed, E, torch.inf)
-    rank = E_passed.argsort(dim=1, stable=True).argsort(dim=1)
-    return E, sums, passed, (rank < top) & E_passed.isfinite()
+    sums = torch.cat([as_float64(m).sum((-2, -1)) for m in maps.values()], 1)
+    sums = sums.masked_fill(E.isnan(), torch.nan)
+    passed = _passing(sums, variant, torch.finfo(E.dtype).eps)
+    columns = dict(selected=_lowest(E, passed, top), entropy=E.masked_fill(E.isinf(), torch.nan),
+                   attention=sums, passed=passed, empty=E.isinf())
+    return {name: as_float64(v).masked_fill(E.isnan(), torch.nan) for name, v in columns.items()}
 
 def _add_selection(means, maps, variant, top, threshold):
-    E, sums, passed, selected = _select(maps, variant, top, threshold)
-    columns = dict(selected=selected, entropy=E.masked_fill(E.isinf(), torch.nan), attention=sums, passed=passed, empty=E.isinf())
-    columns = {k: as_float64(v).masked_fill(E.isnan(), torch.nan) for k, v in columns.items()}
-    cut = lambda v: v.split([m.shape[1] for m in maps.values()], 1)
-    for i, layer in enumerate(maps): means.add(layer, {k: cut(v)[i] for k, v in columns.items()})
+    "Add the columns of a batch, cut into layers again."
+    heads = [m.shape[1] for m in maps.values()]
+    columns = _selection(maps, variant, top, threshold)
+    parts = {name: v.split(heads, 1) for name, v in columns.items()}
+    for i, layer in enumerate(maps): means.add(layer, {name: v[i] for name, v in parts.items()})
 
 # %% ../../nbs/43_localization.ipynb #aec26f07
 @torch.no_grad()
-def localization_heads(maps, # attention (images, layers, heads, h, w), or {layer: (images, heads, h, w)}, or a stream of either
+def localization_heads(maps, # (images, layers, heads, h, w), {layer: maps}, or a stream of either
                        variant: str = "paper", # "paper" or "as_released"
                        top: int = 10, # heads selected in a picture, at most
-                       threshold: float = 1e-3, # a cell counts when it exceeds the mean by more than this
+                       threshold: float = 1e-3, # how far a cell that counts exceeds the mean
                       ) -> Heads: # most often selected first
-    """Rank heads by the share of pictures that select them as localisation heads (arXiv 2503.06287).
+    """Rank heads by the share of pictures that select them (arXiv 2503.06287).
 
-    "as_released" filters by the heads' numbers, counted over all layers in order, as seilk/LocalizationHeads did at commit 8ce33b0.
-    Columns: selected; entropy, the mean where it is finite; attention; passed, the share of pictures whose elbow lets the head
-    pass; empty, the share in which no cell counts; images; broken, maps with NaN or infinite cells, which are left out. Ties go
-    to the first layer and head. Raises TypeError or ValueError for other shapes, and for what `localization_entropy` refuses.
+    "as_released" filters by the heads' numbers over all layers, as seilk/LocalizationHeads did at
+    commit 8ce33b0. Columns: selected; entropy, the mean where it is finite; attention; passed, the
+    share of pictures whose elbow lets the head pass; empty, the share in which no cell counts;
+    images; broken, maps with NaN or infinite cells, which are left out. Ties go to the first layer
+    and head. Raises TypeError or ValueError for other shapes, and as `localization_entropy` does.
     """
     _check_variant(variant)
-    if not isinstance(top, int) or top < 1: raise ValueError(f"top: got {top!r}, expected a number of heads, at least 1")
+    if not isinstance(top, int) or top < 1:
+        raise ValueError(f"top: got {top!r}, expected a number of heads, at least 1")
     means = Means()
     for batch in [maps] if isinstance(maps, (Tensor, Mapping)) else maps:
-        batch = _layers_of(batch)
-        if len(next(iter(batch.values()))): _add_selection(means, batch, variant, top, threshold)
+        layers = _layers_of(batch)
+        if len(next(iter(layers.values()))): _add_selection(means, layers, variant, top, threshold)
     if not means.sums: raise ValueError("maps: got no image")
     return Heads(means.rows("passed"), "selected")

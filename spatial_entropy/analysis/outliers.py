@@ -13,17 +13,35 @@ from ..measure.operators import spatial_entropy
 from ..measure.regions import check_maps, as_float, as_float64
 
 # %% ../../nbs/44_outliers.ipynb #c1a97334
-def _far(s, k, most, eps): # (..., h, w) float64; eps: relative rounding of the cells
-    "Cells more than k times as far above the median as the cell that a share `most` of them reaches."
-    d = s.flatten(-2)
-    rounding = 4*eps*d.abs().amax(-1, keepdim=True)
-    d = d - d[..., :1]                                                    # equal cells become exact zeros
+def _above_median(d, # (..., N) sorted or not
+                  most): # the share of the cells whose reach is the unit
+    "How far from the median each cell, the one that the share `most` reaches, and the mean lie."
     o, n = d.sort(dim=-1).values, d.shape[-1]
     top = int((1 - most)*(n - 1) + 1e-9)
     middle = (o[..., (n - 1)//2] + o[..., n//2]).unsqueeze(-1)/2
     reach, mean = o[..., top:top + 1] - middle, (d - middle).abs().mean(-1, keepdim=True)
-    d = d - middle
-    return ((d > k*torch.where(reach > rounding, reach, mean)) & (d > rounding)).view(s.shape)
+    return d - middle, reach, mean
+
+# %% ../../nbs/44_outliers.ipynb #46460ad7
+def _far(s, k, most, eps): # (..., h, w) float64; eps: relative rounding of the cells
+    "Cells more than k times as far above the median as the cell that a share `most` reaches."
+    d = s.flatten(-2)
+    rounding = 4*eps*d.abs().amax(-1, keepdim=True)
+    d = d - d[..., :1]                                            # equal cells become exact zeros
+    d, reach, mean = _above_median(d, most)
+    unit = torch.where(reach > rounding, reach, mean)
+    return ((d > k*unit) & (d > rounding)).view(s.shape)
+
+# %% ../../nbs/44_outliers.ipynb #1f0f08ef
+def _entropy_without(maps, gone): # (B, H, h, w), (B, h, w) bool
+    "Spatial entropy (B, H) of the cells that are left."
+    s, kept = as_float64(maps), ~gone[:, None]
+    lowest = torch.where(kept, s, torch.inf).amin((-2, -1), keepdim=True)
+    d = s - lowest                                                # equal cells become exact zeros
+    count = kept.sum((-2, -1), keepdim=True).clamp_min(1)
+    mean = torch.where(kept, d, 0).sum((-2, -1), keepdim=True)/count
+    E = spatial_entropy(torch.where(kept & (d > mean), d - mean, 0), times_mean=0)
+    return torch.where(s.isfinite().all(-1).all(-1), E, torch.nan).to(as_float(maps).dtype)
 
 # %% ../../nbs/44_outliers.ipynb #fe14a029
 @dataclass(repr=False)
@@ -37,58 +55,28 @@ class Outliers:
     broken: Tensor # (B,) maps with NaN or infinite cells, which have no vote
 
     @property
-    def change(self) -> Tensor: # (B, H) after - before
+    def change(self) -> Tensor: # (B, H)
+        "after - before"
         return self.after - self.before
 
     def __repr__(self):
         images, found = len(self.mask), int(self.mask.any(-1).any(-1).sum())
-        return (f"Outliers: {int(self.mask.sum())} cells in {found} of {images} images, {100*self.mask.double().mean().nan_to_num().item():.2f} % of all; "
-                f"mean entropy {self.before.nanmean().item():.3f} before, {self.after.nanmean().item():.3f} after; {int(self.broken.sum())} broken maps")
+        share = 100*self.mask.double().mean().nan_to_num().item()
+        before, after = self.before.nanmean().item(), self.after.nanmean().item()
+        return (f"Outliers: {int(self.mask.sum())} cells in {found} of {images} images, "
+                f"{share:.2f} % of all; mean entropy {before:.3f} before, {after:.3f} after; "
+                f"{int(self.broken.sum())} broken maps")
 
 # %% ../../nbs/44_outliers.ipynb #2c3f5f56
-def _entropy_without(maps, gone): # (B, H, h, w), (B, h, w) bool
-    "Spatial entropy (B, H) of the cells that are left."
-    s, kept = as_float64(maps), ~gone[:, None]
-    d = s - torch.where(kept, s, torch.inf).amin((-2, -1), keepdim=True)  # equal cells become exact zeros
-    mean = torch.where(kept, d, 0).sum((-2, -1), keepdim=True)/kept.sum((-2, -1), keepdim=True).clamp_min(1)
-    E = spatial_entropy(torch.where(kept & (d > mean), d - mean, 0), times_mean=0)
-    return torch.where(s.isfinite().all(-1).all(-1), E, torch.nan).to(as_float(maps).dtype)
-
-def _are_weights(maps): # broken cells have no say
+def _are_weights(maps):
+    "Whether maps look like attention after the softmax; broken cells have no say."
     total = maps.sum((-2, -1))
-    return not bool((((maps < 0) & maps.isfinite()).any() | ((total > 1.01) & total.isfinite()).any()).item())
+    negative = ((maps < 0) & maps.isfinite()).any()
+    large = ((total > 1.01) & total.isfinite()).any()
+    return not bool((negative | large).item())
 
-# %% ../../nbs/44_outliers.ipynb #0b9d1041
-@torch.no_grad()
-def outliers(maps: Tensor, # (B, H, h, w) similarities or attention, or (B, h, w) norms of the patch tokens
-             k: float = 5., # how many times as far above the median as the top `most` begins
-             recur: float = .5, # share of the heads in which a cell is loud, in (0, 1]
-             *, most: float = .1, # artefacts are at most this share of the cells, in (0, 0.5)
-             softmax: bool | None = None, # attention after the softmax; default: cells from 0 that sum to at most 1
-             of: Tensor | None = None, # (B, H, h, w) maps whose entropy is of interest; default: the maps themselves
-            ) -> Outliers:
-    """Find artefact cells (arXiv 2309.16588): in each map far above the median, s - med > k (q - med), and recurring over the heads.
-
-    q is the cell at the quantile 1 - `most`, or where that is the median itself, the mean distance takes the place of q - med.
-
-    Adding a constant to a map or multiplying it by a positive number changes nothing (of attention: multiplying alone). Constant maps have
-    no outliers; maps with NaN or infinite cells have no vote and are counted. No images give an empty answer. Raises TypeError or ValueError for other
-    shapes and ranges.
-    """
-    check_maps(maps)
-    if maps.ndim not in (3, 4): raise ValueError(f"maps: got shape {tuple(maps.shape)}, expected (B, H, h, w), or (B, h, w) for norms")
-    if not k > 0: raise ValueError(f"k: got {k}, expected a number above 0")
-    if not 0 < most < .5: raise ValueError(f"most: got {most}, expected a share between 0 and 0.5")
-    if not 0 < recur <= 1: raise ValueError(f"recur: got {recur}, expected a share in (0, 1]")
-    heads = maps if maps.ndim == 4 else maps[:, None]
-    of = heads if of is None else of
-    check_maps(of, "of")
-    if of.ndim != 4 or len(of) != len(heads) or of.shape[-2:] != heads.shape[-2:]:
-        raise ValueError(f"of: got shape {tuple(of.shape)}, expected ({len(heads)}, H, {heads.shape[-2]}, {heads.shape[-1]})")
-    return _outliers(heads, (k, most), recur, maps.ndim == 4 and _are_weights(maps) if softmax is None else softmax, of)
-
-# %% ../../nbs/44_outliers.ipynb #1c8967b5
-def _outliers(maps, rule, recur, softmax, of):
+def _found_in(maps, rule, recur, softmax, of): # rule: k and most
+    "The loud cells, and the entropy of the maps `of` with and without them."
     fine = maps.isfinite().all(-1).all(-1)
     s = torch.where(fine[..., None, None], as_float64(maps), 0)
     if softmax: s = s.clamp_min(torch.finfo(torch.float32).tiny).log()
@@ -99,3 +87,45 @@ def _outliers(maps, rule, recur, softmax, of):
     share = as_float64(mask).mean((-2, -1)).masked_fill(~fine.any(1), torch.nan)
     E = spatial_entropy(of)
     return Outliers(mask, votes, share.to(E.dtype), E, _entropy_without(of, mask), (~fine).sum(1))
+
+# %% ../../nbs/44_outliers.ipynb #104adee4
+def _check_rule(k, recur, most):
+    "Raises ValueError for numbers out of their range."
+    if not k > 0: raise ValueError(f"k: got {k}, expected a number above 0")
+    if not 0 < most < .5: raise ValueError(f"most: got {most}, expected a share between 0 and 0.5")
+    if not 0 < recur <= 1: raise ValueError(f"recur: got {recur}, expected a share in (0, 1]")
+
+def _check_of(of, heads): # the maps whose entropy is of interest, and those that are judged
+    "Raises ValueError where they do not belong to the same images and cells."
+    check_maps(of, "of")
+    if of.ndim != 4 or len(of) != len(heads) or of.shape[-2:] != heads.shape[-2:]:
+        raise ValueError(f"of: got shape {tuple(of.shape)}, expected ({len(heads)}, H, "
+                         f"{heads.shape[-2]}, {heads.shape[-1]})")
+
+# %% ../../nbs/44_outliers.ipynb #0b9d1041
+@torch.no_grad()
+def outliers(maps: Tensor, # (B, H, h, w) similarities or attention, or (B, h, w) norms of tokens
+             k: float = 5., # how many times as far above the median as the top `most` begins
+             recur: float = .5, # share of the heads in which a cell is loud, in (0, 1]
+             *, most: float = .1, # artefacts are at most this share of the cells, in (0, 0.5)
+             softmax: bool | None = None, # attention; default: cells from 0 that sum to at most 1
+             of: Tensor | None = None, # (B, H, h, w) maps whose entropy is asked; default: the same
+            ) -> Outliers:
+    """Find artefact cells (arXiv 2309.16588), far above the median in many heads.
+
+    A cell is loud when s - med > k (q - med); q is the cell at the quantile 1 - `most`, or where
+    that is the median itself, the mean distance takes the place of q - med. Adding a constant to
+    a map or multiplying it by a positive number changes nothing (of attention: multiplying alone).
+    Constant maps have no outliers; maps with NaN or infinite cells have no vote and are counted.
+    No images give an empty answer. Raises TypeError or ValueError for other shapes and ranges.
+    """
+    check_maps(maps)
+    if maps.ndim not in (3, 4):
+        raise ValueError(f"maps: got shape {tuple(maps.shape)}, expected (B, H, h, w), "
+                         "or (B, h, w) for norms")
+    _check_rule(k, recur, most)
+    heads = maps if maps.ndim == 4 else maps[:, None]
+    of = heads if of is None else of
+    _check_of(of, heads)
+    if softmax is None: softmax = maps.ndim == 4 and _are_weights(maps)
+    return _found_in(heads, (k, most), recur, softmax, of)

@@ -38,35 +38,40 @@ def _checked_query(query):
     return tuple(query) if isinstance(query, list) else query
 
 # %% ../../nbs/12_tap.ipynb #9943f2b7
-def _prefix(adapter, model, kind):
+def _prefix(found, kind): # found: a model and its entry; kind: of the layer
     "How many tokens stand before the patches."
-    return value_for(adapter.prefix if kind.prefix is None else kind.prefix, model)
+    return value_for(found.adapter.prefix if kind.prefix is None else kind.prefix, found.model)
 
-def _special_tokens(adapter, model, kind):
+def _special_tokens(found, kind):
     "The same, and how many of them are [CLS]."
-    prefix = _prefix(adapter, model, kind)
-    return prefix, min(value_for(adapter.cls, model), prefix)
+    prefix = _prefix(found, kind)
+    return prefix, min(value_for(found.adapter.cls, found.model), prefix)
 
 # %% ../../nbs/12_tap.ipynb #12aa0101
-def _token(query, adapter, model, kind, name):
+def _register(query, prefix, cls, name):
+    "The number of a register token."
+    i = 0 if query == "register" else query[1]
+    if i < prefix - cls: return cls + i
+    raise UnsupportedModel(f"{name}: query={query!r}, but this layer has {prefix - cls} register "
+                           "token(s)")
+
+def _token(query, found, kind, name):
     "The number of the token that is asked; None for a mean or a patch. Raises UnsupportedModel."
     if kind.one_query:
         if query in ("auto", "cls"): return 0
         raise UnsupportedModel(f"{name}: query={query!r}, but this layer has a single query of its "
                                'own; use query="auto"')
-    prefix, cls = _special_tokens(adapter, model, kind)
+    prefix, cls = _special_tokens(found, kind)
     if query == "auto":
-        reads = adapter.reads(model) if callable(adapter.reads) else adapter.reads
+        reads = found.adapter.reads
+        if callable(reads): reads = reads(found.model)
         query = "cls" if reads == "cls" and cls else "mean"
+    if query == "cls" and cls: return 0
     if query == "cls":
-        if cls: return 0
         raise UnsupportedModel(f'{name}: query="cls", but there is no [CLS] token here; '
                                'use query="mean"')
-    if query == "register": query = ("register", 0)
-    if query == "mean" or query[0] != "register": return None
-    n = prefix - cls
-    if query[1] < n: return cls + query[1]
-    raise UnsupportedModel(f"{name}: query={query!r}, but this layer has {n} register token(s)")
+    asks_register = query == "register" or query[0] == "register"
+    return _register(query, prefix, cls, name) if asks_register else None
 
 # %% ../../nbs/12_tap.ipynb #61f3246f
 class _Pass:
@@ -121,12 +126,11 @@ class _Ear:
 
     def token(self, name=None):
         "The number of the token that is asked, or None. Raises UnsupportedModel."
-        found = self.tap.found
-        return _token(self.tap.query, found.adapter, found.model, self.kind, name or self.name)
+        return _token(self.tap.query, self.tap.found, self.kind, name or self.name)
 
     def prefix(self):
         "How many tokens stand before the patches."
-        return _prefix(self.tap.found.adapter, self.tap.found.model, self.kind)
+        return _prefix(self.tap.found, self.kind)
 
     def suffix(self):
         "How many tokens stand after them."
@@ -1081,14 +1085,15 @@ def _report_places(report, tap, run, image):
 # %% ../../nbs/12_tap.ipynb #12ee0001
 def _asked(ear): # by "auto"
     "Which kind of token the entry's query is, of `shares`."
-    adapter, model = ear.tap.found.adapter, ear.tap.found.model
-    token = _token("auto", adapter, model, ear.kind, ear.name)
-    if token is None: return dict(prefix="prefix", suffix="after").get(adapter.reads, "patches")
-    return "cls" if token < _special_tokens(adapter, model, ear.kind)[1] else "registers"
+    found = ear.tap.found
+    token = _token("auto", found, ear.kind, ear.name)
+    if token is not None:
+        return "cls" if token < _special_tokens(found, ear.kind)[1] else "registers"
+    return dict(prefix="prefix", suffix="after").get(found.adapter.reads, "patches")
 
 def _shares_of(ear, grad):
     "{kind of token: (share of the gradient, share of the tokens)}."
-    prefix, cls = _special_tokens(ear.tap.found.adapter, ear.tap.found.model, ear.kind)
+    prefix, cls = _special_tokens(ear.tap.found, ear.kind)
     if grad.ndim != 3: grad = grad.reshape(1, -1, 1)                  # places alone
     elif not getattr(ear.module, "batch_first", True): grad = grad.transpose(0, 1)
     return shares(grad, cls, prefix, ear.suffix())
@@ -1131,21 +1136,28 @@ def _compared(tap, args, kwargs): # {layer: errors}
 
 def _is_picture(v): return isinstance(v, torch.Tensor) and v.ndim == 4 and v.is_floating_point()
 
-def _probe(report, tap, args, kwargs):
-    "Places and query. The tap's own passes are left as they are."
+def _replaced(tap, args, kwargs):
+    "A function that calls the model with another picture, and the one that came; None without one."
     named = {**dict(enumerate(args)), **kwargs}
     at = next((k for k, v in named.items() if _is_picture(v) and _has_values(v)), None)
-    if at is None:
-        return report.unprobed.append(
-            "places and query: no (B, C, height, width) picture with values among the arguments")
+    if at is None: return None
     def run(x):
         given = {**named, at: x}
         return tap._root(*map(given.get, range(len(args))), **{k: given[k] for k in kwargs})
+    return run, named[at]
+
+# %% ../../nbs/12_tap.ipynb #12ee0102
+def _probe(report, tap, args, kwargs):
+    "Places and query. The tap's own passes are left as they are."
+    found = _replaced(tap, args, kwargs)
+    if found is None:
+        return report.unprobed.append(
+            "places and query: no (B, C, height, width) picture with values among the arguments")
     passes, tap._passes = tap._passes, _Passes()
     try:
         with torch.inference_mode(False), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            _report_places(report, tap, run, named[at])
-            _report_query(report, tap, run, named[at])
+            _report_places(report, tap, *found)
+            _report_query(report, tap, *found)
     finally: tap._passes = passes
 
 # %% ../../nbs/12_tap.ipynb #12ee0003

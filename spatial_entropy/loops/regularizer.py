@@ -199,13 +199,14 @@ class _EntropyTerm(_Listening, _ScheduledWeight):
         return weight*entropy if weight else entropy.new_zeros(())
 
     @property
-    def left_out(self): return self._criterion.left_out
+    def left_out(self): # a tensor, which waits for nothing
+        "How many maps with broken cells were left out so far."
+        return self._criterion.left_out
 
     def logs(self) -> dict: # "entropy" in nats, "entropy_weight", "maps_left_out"; floats
-        "Mean since the last reading, weight now, broken maps so far. Waits for the device."
-        weight = 0. if self.epoch is None else self.weight
-        return dict(entropy=self._mean.read(), entropy_weight=weight,
-                    maps_left_out=float(self.left_out))
+        "Mean since the last reading (NaN before any), weight, broken maps. Waits for the device."
+        weight, left_out = 0. if self.epoch is None else self.weight, float(self.left_out)
+        return dict(entropy=self._mean.read(), entropy_weight=weight, maps_left_out=left_out)
 
     def state_dict(self) -> dict: # plain numbers
         "Where the schedule stands, and the count of maps left out."

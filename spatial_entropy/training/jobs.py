@@ -107,7 +107,7 @@ def _where_from(c):
     return dict(fraction=c.fraction, data_dir=c.data_dir, download=c.download,
                 leave_out=[c.output], train_split=c.train_split, val_split=c.val_split)
 
-def _augmentation(c):
+def _augmentation_of(c):
     "How training pictures are changed, as `loaders` takes it."
     return dict(reprob=c.reprob, scale=(c.scale, 1.), hflip=c.hflip,
                 color_jitter=c.color_jitter, auto_augment=c.aa)
@@ -127,7 +127,7 @@ def _data(c, accelerator):
                    update=update, crop_pct=c.crop_pct,
                    interpolation=c.interpolation or known["interpolation"],
                    repeats=c.aug_repeats, from_=_where_from(c), mixing=_mixing(c),
-                   **_augmentation(c))
+                   **_augmentation_of(c))
     if not len(data.train):
         more = f", and {update} pictures an update" if update > c.batch_size else ""
         raise ValueError(f"batch_size: got {c.batch_size}{more}, but there are "
@@ -332,14 +332,14 @@ def _checkpoint(folder, say):
 machine_settings = ("device", "workers", "grad_accum_steps", "checkpoint_hist", "recovery_interval",
                     "max_skips", "trackers")
 
-def _as_read(value):
+def _through_json(value):
     "A value as it comes back from a JSON file: lists for tuples."
     return json.loads(json.dumps(value))
 
 def _changes(config, record):
     "What differs from the configuration that a checkpoint was made with, as text."
     free = (*machine_settings, "output", "experiment", "download")
-    now, then = _as_read(asdict(config)), record.get("config", {})
+    now, then = _through_json(asdict(config)), record.get("config", {})
     other = [k for k, v in now.items() if k not in free and k in then and then[k] != v]
     return [f"{k} was {then[k]!r}, is {now[k]!r}" for k in other]
 
@@ -431,7 +431,7 @@ def _versions():
 def _facts_of(job):
     "What a reader of the results needs beside the settings."
     a, data = job.accelerator, job.loaders
-    return _as_read(dict(
+    return _through_json(dict(
         classes=list(data.classes), mean=data.mean, std=data.std, pictures=len(data.train.dataset),
         update=job.update, updates_per_epoch=job.updates,
         parameters=sum(p.numel() for p in job.model.parameters()),
@@ -473,7 +473,7 @@ def _keep_sums(job, sums):
     mine = torch.tensor(sums, dtype=torch.float64) if job.main else torch.zeros(5)
     job.sums.copy_(mine)
 
-def _record(job):
+def _checkpoint_record(job):
     "What a checkpoint says about itself, readable without torch."
     p = job.place
     needs = [step_name(n) for n in (p.epoch*p.per_epoch, p.best_at) if 0 < n < p.updates]
@@ -493,7 +493,7 @@ def save_checkpoint(job: Job) -> Path:
     with writing(path), _temporary(job, path) as temporary:
         _write_state(job, temporary)
         if job.main:
-            seal(temporary, path, **_record(job))
+            seal(temporary, path, **_checkpoint_record(job))
             _prune(job)
     job.saved = p.updates
     a.wait_for_everyone()

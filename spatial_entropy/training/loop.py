@@ -49,7 +49,7 @@ def _seed_of_batch(job, number):
     torch.manual_seed(place_seed(job.config.seed, job.place.epoch, at, 2))
 
 # %% ../../nbs/58_loop.ipynb #04b895e8
-def _sums(result, label, loss, entropy):
+def _batch_sums(result, label, loss, entropy):
     "Of one batch: pictures, loss, cross-entropy, hits, entropy."
     classes = label if label.ndim == 1 else label.argmax(-1)
     hits = (result["output"].detach().argmax(-1) == classes).float().mean()
@@ -64,7 +64,8 @@ def _forward(job, x, label, weight):
         maps = job.tap.maps()
         entropy = job.criterion(maps if weight else maps.detach())
         loss = result["loss"] + weight*entropy
-    return loss*torch.where(loss.isfinite(), 1., math.nan), _sums(result, label, loss, entropy)
+    unbroken = torch.where(loss.isfinite(), 1., math.nan)
+    return loss*unbroken, _batch_sums(result, label, loss, entropy)
 
 # %% ../../nbs/58_loop.ipynb #dd90a6f7
 def _broken(job, losses):
@@ -114,7 +115,7 @@ class Stopped(Exception):
         super().__init__(signal.Signals(number).name)
         self.signal = number
 
-def _asks():
+def _ending_signals():
     "The signals that ask a process to end; only the main thread can listen."
     if threading.current_thread() is not threading.main_thread(): return []
     always, here = [signal.SIGTERM, signal.SIGINT], ("SIGHUP", "SIGXCPU", "SIGBREAK")
@@ -125,7 +126,7 @@ def _asks():
 @contextmanager
 def _signals():
     "Collects them in a list; a second one acts as if nobody listened."
-    asked, before = [], {n: signal.getsignal(n) for n in _asks()}
+    asked, before = [], {n: signal.getsignal(n) for n in _ending_signals()}
     def listen(number, frame):
         asked.append(number)
         default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
@@ -153,7 +154,7 @@ def _save_if_due(job, stop):
     _stop_if_asked(job, stop)
 
 # %% ../../nbs/58_loop.ipynb #9dd8917d
-def _means(job):
+def _epoch_means(job):
     "Of the epoch so far, to be shown."
     n, loss, ce, hits, entropy = job.sums.tolist()
     return dict(loss=loss/n, top1=100*hits/n, entropy=entropy/n) if n else {}
@@ -173,7 +174,7 @@ def train_epoch(job, progress, stop):
         _apply(job, losses, progress)
         losses = []
         p.update += 1
-        progress.update(job.update, **_means(job) if p.update % 10 == 0 else {})
+        progress.update(job.update, **_epoch_means(job) if p.update % 10 == 0 else {})
         _save_if_due(job, stop)
 
 # %% ../../nbs/58_loop.ipynb #8f1988fd
@@ -191,7 +192,7 @@ def _validated(job):
         return validate(model, tap, job.loaders.val, job.accelerator.device, job.accelerator.reduce)
 
 # %% ../../nbs/58_loop.ipynb #06a4b2f7
-def _check_weights(job):
+def _check_finite(job):
     "Raise FloatingPointError when weights are NaN or infinite: no update brings them back."
     names, weights = zip(*job.model.named_parameters())
     whole = torch.stack([w.detach().isfinite().all() for w in weights]).tolist()
@@ -209,9 +210,9 @@ def _trained(job):
                                  "lower --lr, and look at the data")
     return dict(train_loss=loss/n, train_ce=ce/n, train_top1=100*hits/n, train_entropy=entropy/n)
 
-def _row(job, rate, start):
+def _metrics_row(job, rate, start):
     "The line of metrics.csv at the end of an epoch."
-    _check_weights(job)
+    _check_finite(job)
     trained, v = _trained(job), _validated(job)
     return dict(epoch=job.place.epoch + 1, lr=max(g["lr"] for g in job.optimizer.param_groups),
                 entropy_weight=_entropy_weight(job), **trained, val_loss=v["loss"],
@@ -299,7 +300,7 @@ def _draw_frame(job, epoch):
     _write_picture(job, _frame(job, epoch), lambda f: figure.savefig(f, dpi=100, metadata=about))
     plt.close(figure)
 
-def _maps_in(path):
+def _read_maps(path):
     "The maps in a file; none if it cannot be read."
     try: return load_file(path)["maps"]
     except Exception: return torch.empty(0)             # errors of safetensors have no common kind
@@ -311,7 +312,7 @@ def _draw_frames(job, epochs=None): # those of the film; None: the one of the pl
         maps = job.film.get(epoch)
         if maps is not None and not _shows(_frame(job, epoch), maps): _draw_frame(job, epoch)
     before = job.folder/"pictures"/"before.safetensors"
-    if 0 in job.film and not torch.equal(_maps_in(before), job.film[0]):
+    if 0 in job.film and not torch.equal(_read_maps(before), job.film[0]):
         maps = {"maps": job.film[0].contiguous()}
         _write_picture(job, before, lambda f: save_file(maps, f))
 
@@ -427,7 +428,7 @@ def _run(job, progress, stop):
         progress.epoch(job.place.epoch, first)
         train_epoch(job, progress, stop)
         rate = (job.updates - first)*job.update/max(time.perf_counter() - start, 1e-9)
-        row = _row(job, rate, start)
+        row = _metrics_row(job, rate, start)
         _end_epoch(job, row)
         progress.finish(row)
         if job.place.epoch < job.config.epochs: _stop_if_asked(job, stop)
@@ -437,7 +438,7 @@ def _start(job):
     "Before the first update: the first maps, and every file of a run that goes on as it should be."
     if job.main: _mend(job)
     if job.place.epoch not in job.film: _keep_maps(job)
-    first = _maps_in(job.folder/"pictures"/"before.safetensors")
+    first = _read_maps(job.folder/"pictures"/"before.safetensors")
     if 0 not in job.film and len(first): job.film[0] = first    # an earlier version began this run
     _draw_frames(job, sorted(job.film))
 

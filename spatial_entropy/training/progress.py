@@ -95,7 +95,7 @@ class _Where:
         return (epochs*self.per_epoch - self.done)/updates + epochs*self.pause
 
 # %% ../../nbs/56_progress.ipynb #b4be2b6d
-_columns = {"train_ce": "train loss {:.3f}", "train_top1": "top-1 {:5.1f}%",
+_column_forms = {"train_ce": "train loss {:.3f}", "train_top1": "top-1 {:5.1f}%",
             "train_entropy": "entropy {:.3f}", "val_top1": "|  val top-1 {:5.1f}%",
             "val_entropy": "entropy {:.3f}", "val_regions": "regions {:.2f}"}
 
@@ -103,13 +103,13 @@ def epoch_line(row: dict, # of metrics.csv; what is missing is left out
                epochs: int, # of the whole run
               ) -> str:
     "One line for a finished epoch."
-    parts = [form.format(row[k]) for k, form in _columns.items() if row.get(k) is not None]
+    parts = [form.format(row[k]) for k, form in _column_forms.items() if row.get(k) is not None]
     return "  ".join([f"epoch {row['epoch']:>3}/{epochs}", *parts])
 
 # %% ../../nbs/56_progress.ipynb #e787fdbc
 _forms = {"loss": "loss {:.3f}", "top1": "top-1 {:.1f}%", "entropy": "entropy {:.3f}"}
 
-def _means_of(where):
+def _means_in_words(where):
     "The running means, in words."
     known = {k: v for k, v in where.means.items() if v is not None}
     return "  ".join(_forms.get(k, k + " {:.3f}").format(v) for k, v in known.items())
@@ -132,13 +132,13 @@ def _speed_of(where):
 def _line_of(where):
     "The moment in one line."
     at = f"epoch {where.number + 1:>3}/{where.epochs}  update {where.done}/{where.per_epoch}"
-    return "  ".join(filter(None, [at, _means_of(where), _speed_of(where)]))
+    return "  ".join(filter(None, [at, _means_in_words(where), _speed_of(where)]))
 
 # %% ../../nbs/56_progress.ipynb #3c5035d4
 def _bars_of(where, width):
     "Two bars, as something that rich can draw; in a narrow window their words stand below."
     at, total = where.number*where.per_epoch + where.done, where.epochs*where.per_epoch
-    words, wide = [_means_of(where), _speed_of(where)], width >= 90
+    words, wide = [_means_in_words(where), _speed_of(where)], width >= 90
     grid = Table.grid(padding=(0, 1), expand=True)
     for options in (dict(), dict(ratio=1, min_width=8), dict(justify="right"), dict()):
         grid.add_column(no_wrap=True, **options)
@@ -335,7 +335,7 @@ def _screen(where, console, seconds):
     return (_Terminal if _redraws(console) else _Log)(where, console, seconds)
 
 # %% ../../nbs/56_progress.ipynb #2d927951
-class _Told:
+class _Listener:
     "What a loop says to its display."
     def epoch(self, number: int, # from 0
               done: int = 0): # updates that are behind us, of a run that goes on
@@ -359,7 +359,7 @@ class _Told:
         self.screen.note(text)
 
 # %% ../../nbs/56_progress.ipynb #7fa20484
-class RunProgress(_Told):
+class RunProgress(_Listener):
     """What a run shows: bars in a terminal, lines in a log file, text and curves in a notebook.
 
     A context; inside, say `epoch(number)`, `update(images)`, `finish(row)`, and `note(text)`.
