@@ -14,7 +14,7 @@ __doc__ = "Spatial entropy for Vision Transformers: attention that falls on conn
 # %% ../nbs/69_names.ipynb #11fee6cb
 _modules = { # module: the names that users need of it
     "pictures": "show_maps show_regions overlay", "measure.regions": "above_mean keep_mass",
-    "measure.entropy": "region_mass", "data": "shapes mask_pairs",
+    "measure.entropy": "region_mass", "data": "shapes mask_pairs", "demo": "demo_model",
     "attention.rows": "similarity_maps",
     "attention.families": "Adapter Layer UnsupportedModel register_adapter",
     "attention.tap": "AttentionTap", "attention.surgery": "drop_last_skip register_surgery",
@@ -23,6 +23,10 @@ _modules = { # module: the names that users need of it
     "loops.timm": "spatial_entropy_task", "analysis.masks": "mask_jaccard",
     "analysis.evaluation": "accuracy", "analysis.heads": "rank_heads head_maps entropy_heatmap",
     "analysis.localization": "localization_entropy localization_heads",
+    "analysis.chance": "entropy_against_chance surrogate_maps",
+    "analysis.objects": "pixel_auc pixel_ap pointing against_others",
+    "analysis.intervals": "bootstrap paired",
+    "analysis.scoring": "score_objects draw_extremes",
     "analysis.outliers": "outliers", "training.config": "TrainConfig configure",
     "training.sources": "Source", "training.batches": "loaders", "training.models": "load_run",
     "training.progress": "plot_metrics", "training.loop": "train resume",
