@@ -15,7 +15,7 @@ from torch import nn
 DEMO = dict(img_size=112, patch_size=8, embed_dim=96, depth=4, num_heads=3, num_classes=10)
 
 def demo_model() -> nn.Module: # a timm VisionTransformer in evaluation mode; input (B, 3, 112, 112)
-    """The trained ViT of the documentation: 10 classes of `shapes`, mean and std 0.5, 14×14 patches.
+    """The trained ViT of these pages: 10 classes of `shapes`, mean and std 0.5, 14×14 patches.
 
     Raises FileNotFoundError where the package was installed without its weights.
     """
