@@ -6,9 +6,10 @@ Needs the package's requirements and nothing of its development tools. Every par
 the device, the versions and the commit; a part that fails says so, and the next one runs. Exit code 1 if any failed. About ten minutes.
 """
 import argparse
-import importlib.util
+import importlib
 import itertools
 import json
+import re
 import subprocess
 import sys
 import time
@@ -157,16 +158,19 @@ def replay_us(call, replays=200):
 
 
 def variant(folder, number, **constants):
-    "The module of the kernels with other constants, from a file of its own, since Triton reads the source."
-    text = (ROOT / "spatial_entropy/measure/cuda.py").read_text(encoding="utf-8")
-    lines = [next((f"{n} = {v}" for n, v in constants.items() if line.startswith(f"{n} = ")), line) for line in text.splitlines()]
-    path = folder / f"variant_{number}.py"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
+    "The kernels with other constants, from files of their own, since Triton reads the source."
+    package = folder / f"variant_{number}"
+    package.mkdir()
+    for name in ("gather", "tiled", "cuda"):
+        text = (ROOT / f"spatial_entropy/measure/{name}.py").read_text(encoding="utf-8")
+        text = text.replace("from .entropy", "from spatial_entropy.measure.entropy")
+        for constant, value in constants.items():
+            text = re.sub(rf"^{constant} = .*$", f"{constant} = {value}", text, flags=re.M)
+        (package / f"{name}.py").write_text(text, encoding="utf-8")
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
+    return importlib.import_module(f"variant_{number}.cuda")
 
 
 def tune():
@@ -182,8 +186,7 @@ def tune():
             m = variant(Path(temporary), next(number), GATHER_WARPS={1024: warps}, JUMPS=f"tl.constexpr({jumps})", REGIONS=regions)
             rows.append(dict(form="gather", warps=warps, jumps=jumps, regions=regions, **timed(m, maps, small)))
         for tile, warps in itertools.product((512, 1024, 2048), (2, 4, 8)):
-            m = variant(Path(temporary), next(number))
-            m.TILE, m.TILE_WARPS = tile, warps
+            m = variant(Path(temporary), next(number), **{"TILE, TILE_WARPS": f"{tile}, {warps}"})
             rows.append(dict(form="tiled", tile=tile, warps=warps, **timed(m, maps, large)))
     best = {s: min((r for r in rows if f"{s}.mix" in r), key=lambda r: r[f"{s}.mix"], default={}) for s in (*small, *large)}
     for s, r in best.items():

@@ -22,6 +22,7 @@ def _polygon(u, v, n):
     turn = 2*np.pi/n
     return np.hypot(u, v)*np.cos((np.arctan2(v, u) + np.pi/2) % turn - turn/2) < np.cos(turn/2)
 
+# %% ../nbs/03_data.ipynb #fa81e3b8
 def _heart(u, v):
     u, v = 1.15*u, -1.2*v + .05
     return (u**2 + v**2 - .8)**3 < u**2*v**3
@@ -32,7 +33,7 @@ def _star(u, v):
 
 # %% ../nbs/03_data.ipynb #ea8160ec
 _inside = {
-    "arrow": lambda u, v: ((abs(u) < .24) & (abs(v - .4) < .6)) | ((v <= 0) & (abs(u) < .9*(v + 1))),
+    "arrow": lambda u, v: (abs(u) < .24) & (abs(v - .4) < .6) | (v <= 0) & (abs(u) < .9*(v + 1)),
     "crescent": lambda u, v: (u*u + v*v < 1) & ((u - .5)**2 + v*v > .55),
     "cross": lambda u, v: (np.minimum(abs(u), abs(v)) < .3) & (np.maximum(abs(u), abs(v)) < 1),
     "disc": lambda u, v: u*u + v*v < .9,
@@ -45,16 +46,26 @@ _inside = {
 }
 
 # %% ../nbs/03_data.ipynb #2b2f4ba5
+def _turned(x, y, angle):
+    "Coordinates along and across a direction."
+    return np.cos(angle)*x + np.sin(angle)*y, np.cos(angle)*y - np.sin(angle)*x
+
+# %% ../nbs/03_data.ipynb #03affd59
+def _pattern(rng, x, y): # coordinates, any shape
+    "Stripes, checks, a ramp or blocks, about 0–1."
+    angle, f, phase = rng.uniform(0, np.pi), rng.uniform(4, 14), rng.uniform(0, 2*np.pi)
+    along, across = _turned(x, y, angle)
+    kind = rng.integers(4)
+    if kind == 0: return .5 + .5*np.sin(f*along + phase)
+    if kind == 1: return .5 + .5*np.sin(f*along + phase)*np.sin(f*across)
+    if kind == 2: return .5 + rng.uniform(.3, .7)*along
+    return rng.uniform(0, 1, (9, 9))[((y + 1)*4).astype(int), ((x + 1)*4).astype(int)]
+
+# %% ../nbs/03_data.ipynb #caacacea
 def _texture(rng, x, y, # coordinates, any shape
              level): # mean brightness, 0–1
     "A patterned surface at the points (x, y): x.shape + (3,)"
-    angle, f, phase = rng.uniform(0, np.pi), rng.uniform(4, 14), rng.uniform(0, 2*np.pi)
-    along, across = np.cos(angle)*x + np.sin(angle)*y, np.cos(angle)*y - np.sin(angle)*x
-    kind = rng.integers(4)
-    if kind == 0: w = .5 + .5*np.sin(f*along + phase)
-    elif kind == 1: w = .5 + .5*np.sin(f*along + phase)*np.sin(f*across)
-    elif kind == 2: w = .5 + rng.uniform(.3, .7)*along
-    else: w = rng.uniform(0, 1, (9, 9))[((y + 1)*4).astype(int), ((x + 1)*4).astype(int)]
+    w = _pattern(rng, x, y)
     a, b = rng.uniform(0, .8, (2, 3))
     t = a + (b - a)*(w*rng.uniform(.3, .8))[..., None]
     return t - t.mean() + level
@@ -64,31 +75,31 @@ def _clutter(rng, canvas, x, y):
     for _ in range(rng.integers(1, 6)):
         angle, (cx, cy) = rng.uniform(0, np.pi), rng.uniform(-1, 1, 2)
         length, width = rng.uniform(.1, .4), rng.uniform(.02, .05)
-        along = np.cos(angle)*(x - cx) + np.sin(angle)*(y - cy)
-        across = np.cos(angle)*(y - cy) - np.sin(angle)*(x - cx)
+        along, across = _turned(x - cx, y - cy, angle)
         canvas[(abs(along) < length) & (abs(across) < width)] = rng.uniform(.2, .9, 3)
 
 # %% ../nbs/03_data.ipynb #b2e2d717
-def _places(rng, count):
+def _discs(rng, count):
     "Centres and radii of up to `count` discs that do not overlap; the first always fits."
     placed = []
     for _ in range(count):
         r = rng.uniform(.4, .7) if count == 1 else rng.uniform(.3, .42)
         for c in rng.uniform(r - 1, 1 - r, (20, 2)):
             if all(np.hypot(*(c - o)) > r + q for o, q in placed):
-                placed.append((c, r)); break
+                placed.append((c, r))
+                break
     return placed
 
 # %% ../nbs/03_data.ipynb #9300ec37
-def _draw(index, seed, size):
+def _draw_shapes(index, seed, size):
     "Picture (S, S, 3) uint8 and mask (S, S) bool of one index."
     rng, label = np.random.default_rng([seed, index]), index % len(_inside)
+    inside = list(_inside.values())[label]
     y, x = np.mgrid[:size, :size].astype(np.float32)*(2/size) + (1/size - 1)
     canvas, mask = _texture(rng, x, y, rng.uniform(.2, .4)), np.zeros((size, size), bool)
     _clutter(rng, canvas, x, y)
-    for (cx, cy), r in _places(rng, rng.integers(1, 4)):
-        angle, du, dv = rng.uniform(-.4, .4), (x - cx)/r, (y - cy)/r
-        m = list(_inside.values())[label](np.cos(angle)*du + np.sin(angle)*dv, np.cos(angle)*dv - np.sin(angle)*du)
+    for (cx, cy), r in _discs(rng, rng.integers(1, 4)):
+        m = inside(*_turned((x - cx)/r, (y - cy)/r, rng.uniform(-.4, .4)))
         if m.any(): canvas[m] = _texture(rng, x[m], y[m], rng.uniform(.62, .85))
         mask |= m
     canvas += rng.normal(0, .03, canvas.shape)
@@ -98,7 +109,7 @@ def _draw(index, seed, size):
 @lru_cache(maxsize=6)
 def _drawn(n, seed, size):
     "Pictures (n, S, S, 3) and masks (n, S, S) of the first n indices."
-    drawn = [_draw(i, seed, size) for i in range(n)]
+    drawn = [_draw_shapes(i, seed, size) for i in range(n)]
     return np.stack([d[0] for d in drawn]), np.stack([d[1] for d in drawn])
 
 # %% ../nbs/03_data.ipynb #5a1e2646
@@ -128,9 +139,11 @@ def shapes(n: int = 4000, # pictures; classes take turns
            size: int = 64, # pixels a side
            seed: int = 0, # same seed, same pictures, on every machine
           ) -> Shapes: # .images (n, S, S, 3) uint8, .masks (n, S, S) bool, .labels, .classes
-    "Draw the embedded data set. Raises ValueError for an unknown split or a size or number below 1."
-    if split not in ("train", "val"): raise ValueError(f'split: got {split!r}, expected "train" or "val"')
-    if n < 1 or size < 8: raise ValueError(f"got n={n}, size={size}; expected n of at least 1 and size of at least 8")
+    "Draw the embedded data set. Raises ValueError for an unknown split, and for n < 1 or size < 8."
+    if split not in ("train", "val"):
+        raise ValueError(f'split: got {split!r}, expected "train" or "val"')
+    if n < 1 or size < 8:
+        raise ValueError(f"got n={n}, size={size}; expected n of at least 1 and size of at least 8")
     return Shapes(n, split, size, seed)
 
 # %% ../nbs/03_data.ipynb #f3a72aa9
@@ -141,6 +154,7 @@ def is_hidden(name: str) -> bool: # a path with "/", relative to the folder that
     "Whether a part of a name begins with a dot, or is one that operating systems make."
     return any(p[:1] == "." or p in _of_systems for p in name.split("/"))
 
+# %% ../nbs/03_data.ipynb #be73e942
 def is_picture(name: str) -> bool: # a path with "/", relative to the folder that the user named
     "Whether a name says that a picture is in the file, by its extension."
     if is_hidden(name): return False
@@ -151,8 +165,13 @@ def is_picture(name: str) -> bool: # a path with "/", relative to the folder tha
 # %% ../nbs/03_data.ipynb #3c0139d6
 class _Refused(ValueError): pass
 
+def _undecodable(name, e):
+    said = " ".join((e.strerror if isinstance(e, OSError) and e.strerror else str(e)).split())
+    return OSError(f"{name}: cannot be decoded ({type(e).__name__}: {said})")
+
+# %% ../nbs/03_data.ipynb #2866ee1f
 @contextmanager
-def _named(name):
+def _naming(name):
     "Every error of a decoder as an OSError that names the picture; only a MemoryError stays."
     try: yield
     except _Refused as e: raise OSError(f"{name}: {e}") from None
@@ -163,24 +182,29 @@ def _named(name):
                       f"{2*Image.MAX_IMAGE_PIXELS:,}; make it smaller") from None
     except FileNotFoundError: raise FileNotFoundError(f"{name}: no such file") from None
     except MemoryError: raise
-    except Exception as e:
-        said = " ".join((e.strerror if isinstance(e, OSError) and e.strerror else str(e)).split())
-        raise OSError(f"{name}: cannot be decoded ({type(e).__name__}: {said})") from None
+    except Exception as e: raise _undecodable(name, e) from None
 
 # %% ../nbs/03_data.ipynb #e5b18288
 _others = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket",
            stat.S_ISCHR: "a device", stat.S_ISBLK: "a device"}
 
+def _file_size(where):
+    "Bytes of a file; refuses what is none, before it is opened."
+    found = os.stat(where)
+    if stat.S_ISREG(found.st_mode): return found.st_size
+    kind = next((said for is_, said in _others.items() if is_(found.st_mode)), "something else")
+    raise _Refused(f"is {kind}, not a file")
+
+# %% ../nbs/03_data.ipynb #d5852e06
 def _decode(where):
     "A PIL picture with all its pixels, of a path, of a file's bytes or of a PIL picture."
-    if isinstance(where, Image.Image): where.load(); return where
+    if isinstance(where, Image.Image):
+        where.load()
+        return where
     if isinstance(where, bytes): return _decode(Image.open(BytesIO(where)))
-    found = os.stat(where)
-    if not stat.S_ISREG(found.st_mode):
-        kind = next((said for is_, said in _others.items() if is_(found.st_mode)), "something else")
-        raise _Refused(f"is {kind}, not a file")
+    size = _file_size(where)
     with open(where, "rb") as f:
-        return _decode(Image.open(f if found.st_size > 2**28 else BytesIO(f.read())))
+        return _decode(Image.open(f if size > 2**28 else BytesIO(f.read())))
 
 # %% ../nbs/03_data.ipynb #817427c1
 _turns = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180,
@@ -206,6 +230,7 @@ def _depth(image):
     if bits == 32 and not signed: a = a.view(np.uint32)    # Pillow reads them as if with a sign
     return a, 2**(bits - signed) - 1
 
+# %% ../nbs/03_data.ipynb #7fc646c4
 def _of_8_bits(image):
     "A deep picture, rescaled by its depth."
     a, top = _depth(image)
@@ -215,10 +240,14 @@ def _of_8_bits(image):
     return Image.fromarray((a*(255/top)).round().astype(np.uint8))
 
 # %% ../nbs/03_data.ipynb #90ff6d9c
+def _has_alpha(image):
+    return "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La")
+
+# %% ../nbs/03_data.ipynb #c159e40b
 def _rgb(image):
     "Any mode as RGB of 8 bits, on white where it is transparent."
     if image.mode[0] in "IF": image = _of_8_bits(image)
-    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+    if _has_alpha(image):
         image = image.convert("RGBA")
         if image.getextrema()[3][0] < 255:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -226,6 +255,7 @@ def _rgb(image):
     for note in (*_notes, "transparency"): image.info.pop(note, None)
     return image                                               # notes must not be obeyed twice
 
+# %% ../nbs/03_data.ipynb #0b22e44a
 def open_picture(where, # the path of a file, its bytes, or a PIL picture
                  name: str | None = None, # what to call it in an error; None: its path
                 ) -> Image.Image: # RGB, 8 bits
@@ -234,7 +264,8 @@ def open_picture(where, # the path of a file, its bytes, or a PIL picture
     Raises OSError that names the picture when it is not there, no file, no picture, cut short, or
     too large.
     """
-    with _named(name or "a picture" if isinstance(where, (bytes, Image.Image)) else name or where):
+    path = "a picture" if isinstance(where, (bytes, Image.Image)) else where
+    with _naming(name or path):
         image = _decode(where)
         return _rgb(_upright(image, _turn(image)))
 
@@ -245,6 +276,7 @@ def _of_colors(image):
     a = np.asarray(image.convert("RGB"))
     return np.where((a == _void_color).all(-1), 0, a.max(-1))
 
+# %% ../nbs/03_data.ipynb #18c5fbeb
 def _of_palette(image):
     "Indices, the void label as background; colours, where it is those that tell."
     index, colors = np.asarray(image), np.array(image.getpalette("RGB")).reshape(-1, 3)
@@ -255,40 +287,48 @@ def _of_palette(image):
     return np.where(index == 255, 0, index)
 
 # %% ../nbs/03_data.ipynb #bc122f2c
-def _mask_values(image):
-    "What a mask holds: integers (H, W), 0 for background, and the top of their range."
-    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-        image = image.convert("RGBA")
-        if image.getextrema()[3][0] < 255: return np.asarray(image)[..., 3].astype(int), 255
-    if image.mode == "P": return _of_palette(image).astype(int), 255
-    if image.mode[0] not in "IF":
-        grey = image.mode in ("L", "1")
-        return (np.asarray(image.convert("L")) if grey else _of_colors(image)).astype(int), 255
+def _of_depth(image):
+    "Values of 16 or 32 bits or floating point as integers, and the top of their range."
     a, top = _depth(image)
     if not (a.min() >= 0 and np.isfinite(a).all()):
         raise _Refused("has infinite or negative values")
     if image.mode == "F" and a.max() <= 1: return (a*255).round().astype(int), 255
     return a.round().astype(int), 65535 if image.mode == "F" else int(top)
 
+# %% ../nbs/03_data.ipynb #85b4ff95
+def _mask_values(image):
+    "What a mask holds: integers (H, W), 0 for background, and the top of their range."
+    if _has_alpha(image):
+        image = image.convert("RGBA")
+        if image.getextrema()[3][0] < 255: return np.asarray(image)[..., 3].astype(int), 255
+    if image.mode == "P": return _of_palette(image).astype(int), 255
+    if image.mode[0] not in "IF":
+        grey = image.mode in ("L", "1")
+        return (np.asarray(image.convert("L")) if grey else _of_colors(image)).astype(int), 255
+    return _of_depth(image)
+
 # %% ../nbs/03_data.ipynb #62d89c70
+def _looks(a, top):
+    "Counts of the pixels between 0 and top, of the flat ones among them, of top; values between."
+    between = (a > 0) & (a < top)
+    same = (a[:-1, :-1] == a[1:, :-1]) & (a[:-1, :-1] == a[:-1, 1:])
+    counts = np.array([between.sum(), (between[:-1, :-1] & same).sum(), (a == top).sum()])
+    return counts, set(np.unique(a[between])[:20].tolist())
+
+# %% ../nbs/03_data.ipynb #be948489
 class _Reading:
     "How a set's masks are to be read, found from some of them: (values, top) each."
     def __init__(self, some):
-        self.flat = self.between = self.full = 0
-        self.kinds, small, tops = set(), 0, 0
+        seen, kinds, small, tops = np.zeros(3, int), set(), 0, 0
         for a, top in some:
-            self._look(a, top)
-            has_top, between = bool((a == top).any()), a[(a > 0) & (a < top)]
-            tops += has_top; small += has_top and between.size > 0 and between.min() < 32
-        many = len(self.kinds) > 16 or self.full > self.between
-        self.grades = bool(self.flat < self.between/4 and many)
+            counts, values = _looks(a, top)
+            seen, kinds = seen + counts, kinds | values
+            tops += bool(counts[2])
+            small += bool(counts[2] and values and min(values) < 32)
+        between, flat, full = seen
+        many = len(kinds) > 16 or full > between
+        self.grades = bool(flat < between/4 and many)
         self.void = not self.grades and bool(small > tops/2)
-
-    def _look(self, a, top):
-        between = (a > 0) & (a < top)
-        same = (a[:-1, :-1] == a[1:, :-1]) & (a[:-1, :-1] == a[:-1, 1:])
-        self.flat += (between[:-1, :-1] & same).sum(); self.between += between.sum()
-        self.full += (a == top).sum(); self.kinds |= set(np.unique(a[between])[:20].tolist())
 
     def foreground(self, a, top, lossy=False): # (H, W) bool
         if self.grades or lossy: return a > top/2
@@ -316,7 +356,7 @@ class _Files:
 
     def stored(self, path):
         "Values and their top, whether JPEG has made grades of them, and how they are turned."
-        with _named(path):
+        with _naming(path):
             image = _decode(path)
             return *_mask_values(image), image.format in ("JPEG", "MPO"), _turn(image)
 
@@ -325,7 +365,7 @@ class _Files:
         return Image.fromarray(self.reading.foreground(*held)), turn
 
     def __call__(self, i):
-        with _named(self.pairs[i][0]):
+        with _naming(self.pairs[i][0]):
             image, (mask, own) = _decode(self.pairs[i][0]), self.mask(self.pairs[i][1])
             turn = _turn(image)
             lies_too = own == 1 and turn > 4 and mask.size == image.size != image.size[::-1]
@@ -345,7 +385,8 @@ def _by_stem(folder):
         else: found[p.stem] = p
     return found, others
 
-def _check_held(folder, files):
+# %% ../nbs/03_data.ipynb #617016e7
+def _refuse_empty(folder, files):
     "Refuse a set of masks that are background, or foreground, throughout."
     seen = set()
     for _, mask in files.pairs:
@@ -376,7 +417,7 @@ def _paired(folder):
     return [(images[k], masks[k]) for k in sorted(masks)], [said + alone[0]] if alone else []
 
 # %% ../nbs/03_data.ipynb #77515a6a
-def mask_pairs(folder: str, # with images/ and masks/, or "shapes" for the embedded validation pictures
+def mask_pairs(folder: str, # with images/ and masks/, or "shapes": the embedded validation set
                img_size: int = 64, # pixels a side
                mean=(.5, .5, .5), std=(.5, .5, .5), # normalisation, per channel
               ) -> MaskPairs:
@@ -390,5 +431,5 @@ def mask_pairs(folder: str, # with images/ and masks/, or "shapes" for the embed
         return MaskPairs(read, range(len(d)), img_size, mean, std)
     pairs, said = _paired(folder)
     files = _Files(pairs, img_size)
-    _check_held(Path(folder)/"masks", files)
+    _refuse_empty(Path(folder)/"masks", files)
     return MaskPairs(files, [image.stem for image, _ in pairs], img_size, mean, std, said)

@@ -15,12 +15,14 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 # %% ../nbs/00_pictures.ipynb #4c3b56f9
-def _rows(maps, # (..., h, w) tensor or array
-          name="maps", # what to call it in an error
-         ) -> np.ndarray: # (rows, columns, h, w)
+def _on_grid(maps, # (..., h, w) tensor or array
+             name="maps", # what to call it in an error
+            ) -> np.ndarray: # (rows, columns, h, w)
     "The last leading dimension becomes columns, the ones before it rows."
     a = maps.detach().cpu() if isinstance(maps, torch.Tensor) else torch.as_tensor(np.asarray(maps))
-    if a.ndim < 2: raise ValueError(f"{name}: got shape {tuple(a.shape)}, expected (..., h, w); add the missing axes")
+    if a.ndim < 2:
+        shape = tuple(a.shape)
+        raise ValueError(f"{name}: got shape {shape}, expected (..., h, w); add the missing axes")
     if a.is_floating_point(): a = a.float()
     lead = a.shape[:-2]
     columns = lead[-1] if lead else 1
@@ -34,7 +36,8 @@ def _pixels(image, # (3, S, S) or (S, S, 3); float in 0–1 or uint8
     if a.ndim != 3 or 3 not in (a.shape[0], a.shape[-1]):
         raise ValueError(f"image: got shape {a.shape}, expected (3, S, S) or (S, S, 3)")
     if a.shape[-1] != 3: a = rearrange(a, "c y x -> y x c")
-    return a.astype(np.float32)/255 if a.dtype == np.uint8 else a.astype(np.float32).clip(0, 1)
+    if a.dtype == np.uint8: return a.astype(np.float32)/255
+    return a.astype(np.float32).clip(0, 1)
 
 # %% ../nbs/00_pictures.ipynb #822f308d
 class Drawing(Figure):
@@ -61,6 +64,7 @@ def one_line(text, # anything; what str() makes of it counts
     said = "".join(c if c.isprintable() else "�" for c in str(text))
     return said if len(said) <= most else f"{said[:most//2]}…{said[len(said) - (most - 1)//2:]}"
 
+# %% ../nbs/00_pictures.ipynb #3e5effcb
 def _text(ax, x, y, text, **style):
     "Write beside a picture what is said, and read nothing into it."
     said = "".join(c if c.isprintable() or c == "\n" else "�" for c in str(text))
@@ -70,10 +74,19 @@ def put_caption(ax, text):
     "Write a line below the axes."
     _text(ax, .5, -.04, text, va="top", fontsize=7)
 
+# %% ../nbs/00_pictures.ipynb #e1468aed
+def _label_panels(axes, titles, captions):
+    "A heading above each column, and a text below each panel."
+    if captions is not None:
+        texts = np.asarray(captions).reshape(axes.shape)
+        for i, ax in np.ndenumerate(axes): put_caption(ax, texts[i])
+    for ax, title in zip(axes[0], titles or []): _text(ax, .5, 1.04, title, fontsize=8)
+
 # %% ../nbs/00_pictures.ipynb #f550d2a1
 def _limits(m, scale):
     "The colour limits of each map: one pair for all, or one for each."
-    if scale not in ("shared", "each"): raise ValueError(f'scale: got {scale!r}, expected "shared" or "each"')
+    if scale not in ("shared", "each"):
+        raise ValueError(f'scale: got {scale!r}, expected "shared" or "each"')
     finite = np.where(np.isfinite(m), m, np.nan)
     if not np.isfinite(m).any(): return np.zeros(m.shape[:2]), np.ones(m.shape[:2])
     axes = (-2, -1) if scale == "each" else None
@@ -87,37 +100,37 @@ def show_maps(maps, # (..., h, w) numbers; the last leading axis becomes the col
               scale="shared", # "shared": one colour scale; "each": a scale for every map
              ) -> Figure:
     "Draw maps on a grid. Raises ValueError for a wrong shape or an unknown scale."
-    m = _rows(maps)
+    m = _on_grid(maps)
     low, high = _limits(m, scale)
     fig, axes = panels(*m.shape[:2])
     for i, ax in np.ndenumerate(axes):
         im = ax.imshow(m[i], vmin=low[i], vmax=high[i], cmap="viridis")
-        if captions is not None: put_caption(ax, np.asarray(captions).reshape(axes.shape)[i])
-    for ax, t in zip(axes[0], titles or []): _text(ax, .5, 1.04, t, fontsize=8)
+    _label_panels(axes, titles, captions)
     if scale == "shared": fig.colorbar(im, ax=axes, shrink=.8, pad=.02).ax.tick_params(labelsize=7)
     return fig
 
-# %% ../nbs/00_pictures.ipynb #bd1e4e1d
+# %% ../nbs/00_pictures.ipynb #acbb2ae8
 _region_colors = ListedColormap(["white"] + [colormaps["tab20"](i) for i in range(20)])
 
+def _draw_regions(ax, labels):
+    "Paint one (h, w) label map: white background, colours cycling after twenty."
+    colors = np.where(labels > 0, (labels - 1) % 20 + 1, 0)
+    ax.imshow(colors, cmap=_region_colors, vmin=0, vmax=20, interpolation="nearest")
+    ax.set_axis_on()
+    ax.set_xticks([])
+    ax.set_yticks([])
+
+# %% ../nbs/00_pictures.ipynb #bd1e4e1d
 def show_regions(labels, # (..., h, w) integers, 0 for background
                  titles=None, # a heading for each column
                  captions=None, # a text under each map
                 ) -> Figure:
     "Draw region labels, one colour a region. Raises ValueError for a wrong shape."
-    r = _rows(labels, "labels").astype(int)
+    r = _on_grid(labels, "labels").astype(int)
     fig, axes = panels(*r.shape[:2])
-    for i, ax in np.ndenumerate(axes):
-        _draw_regions(ax, r[i])
-        if captions is not None: put_caption(ax, np.asarray(captions).reshape(axes.shape)[i])
-    for ax, t in zip(axes[0], titles or []): _text(ax, .5, 1.04, t, fontsize=8)
+    for i, ax in np.ndenumerate(axes): _draw_regions(ax, r[i])
+    _label_panels(axes, titles, captions)
     return fig
-
-# %% ../nbs/00_pictures.ipynb #acbb2ae8
-def _draw_regions(ax, labels):
-    "Paint one (h, w) label map: white background, colours cycling after twenty."
-    ax.imshow(np.where(labels > 0, (labels - 1) % 20 + 1, 0), cmap=_region_colors, vmin=0, vmax=20, interpolation="nearest")
-    ax.set_axis_on(); ax.set_xticks([]); ax.set_yticks([])
 
 # %% ../nbs/00_pictures.ipynb #37683bf3
 def overlay(image, # (3, S, S) or (S, S, 3), float in 0–1 or uint8
@@ -125,8 +138,9 @@ def overlay(image, # (3, S, S) or (S, S, 3), float in 0–1 or uint8
             alpha=.55, # weight of the map, 0–1
            ) -> np.ndarray: # (S, S, 3) float in 0–1
     "Blend a map's colours over its image. Raises ValueError for a wrong shape."
-    pixels, m = _pixels(image), _rows(map, "map")
-    if m.shape[:2] != (1, 1): raise ValueError(f"map: got {m.shape[0]*m.shape[1]} maps, expected one (h, w) map")
+    pixels, m = _pixels(image), _on_grid(map, "map")
+    if m.shape[:2] != (1, 1):
+        raise ValueError(f"map: got {m.shape[0]*m.shape[1]} maps, expected one (h, w) map")
     low, high = _limits(m, "each")
     m = (m[0, 0] - low[0, 0])/max(high[0, 0] - low[0, 0], 1e-12)
     rows, columns = (np.arange(n)*k//n for n, k in zip(pixels.shape[:2], m.shape))
@@ -134,23 +148,29 @@ def overlay(image, # (3, S, S) or (S, S, 3), float in 0–1 or uint8
     return ((1 - alpha)*pixels + alpha*colors).astype(np.float32)
 
 # %% ../nbs/00_pictures.ipynb #682d4808
+def _draw_heads(row, image, maps, labels, captions):
+    "One image, then for each head its map, on its own scale, and the regions."
+    row[0].imshow(_pixels(image))
+    for h, (m, r) in enumerate(zip(maps, labels)):
+        row[1 + 2*h].imshow(m, cmap="viridis")
+        _draw_regions(row[2 + 2*h], r)
+        put_caption(row[2 + 2*h], str(captions[h]))
+
+# %% ../nbs/00_pictures.ipynb #c487169f
 def show_heads(images, # (B, 3, S, S), float in 0–1 or uint8
                maps, # (B, H, h, w) numbers
                labels, # (B, H, h, w) region labels
                captions, # (B, H) a text under each pair
                names=None, # a text under each image
               ) -> Figure:
-    "A row an image: the picture, then map and regions of every head. Raises ValueError when the shapes disagree."
-    m, r = _rows(maps), _rows(labels, "labels").astype(int)
+    "A row an image: the picture, then map and regions of every head. ValueError for other shapes."
+    m, r = _on_grid(maps), _on_grid(labels, "labels").astype(int)
     if m.shape != r.shape or len(images) != len(m):
-        raise ValueError(f"got {len(images)} images, maps {m.shape} and labels {r.shape}; their B, H, h, w must agree")
+        raise ValueError(f"got {len(images)} images, maps {m.shape} and labels {r.shape}; "
+                         "their B, H, h, w must agree")
     fig, axes = panels(len(m), 1 + 2*m.shape[1], 1.1)
     for b, row in enumerate(axes):
-        row[0].imshow(_pixels(images[b]))
+        _draw_heads(row, images[b], m[b], r[b], np.asarray(captions)[b])
         if names is not None: put_caption(row[0], names[b])
-        for h in range(m.shape[1]):
-            row[1 + 2*h].imshow(m[b, h], cmap="viridis")
-            _draw_regions(row[2 + 2*h], r[b, h])
-            put_caption(row[2 + 2*h], str(np.asarray(captions)[b][h]))
     for h in range(m.shape[1]): axes[0, 1 + 2*h].set_title(f"head {h}", fontsize=8)
     return fig

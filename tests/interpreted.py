@@ -12,7 +12,7 @@ from scipy import ndimage
 
 import spatial_entropy as se
 from spatial_entropy.measure import cuda as gpu_kernels
-from spatial_entropy.measure import operators
+from spatial_entropy.measure import gather, operators, tiled
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 1e-5}
 done = dict(entropy=0, gradient=0, labels=0)
@@ -41,12 +41,12 @@ def both_forms(h, w, run):
     "The form that the size asks for, and for small maps the tiled one too."
     run()
     if h * w <= 100:
-        kept = gpu_kernels.GATHER_CELLS, gpu_kernels.TILE
-        gpu_kernels.GATHER_CELLS, gpu_kernels.TILE = 0, 16
+        kept = gather.GATHER_CELLS, tiled.TILE
+        gather.GATHER_CELLS, tiled.TILE = 0, 16
         try:
             run()
         finally:
-            gpu_kernels.GATHER_CELLS, gpu_kernels.TILE = kept
+            gather.GATHER_CELLS, tiled.TILE = kept
 
 
 def main():

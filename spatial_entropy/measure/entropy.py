@@ -7,7 +7,8 @@ __all__ = ['FLOOR', 'LEAST', 'region_mass', 'clear_entropy']
 
 # %% ../../nbs/02_entropy.ipynb #2b5693d8
 import torch
-from .regions import centered, check_connectivity, check_maps, as_float, as_float64, check_real, clear_labels, fit
+from .regions import (
+    as_float, as_float64, centered, check_connectivity, check_maps, check_real, clear_labels, fit)
 
 # %% ../../nbs/02_entropy.ipynb #deb57f46
 def _shares(excess, # (..., h, w) mass of each cell, at least 0
@@ -25,24 +26,30 @@ def region_mass(maps: torch.Tensor, # (..., h, w) similarities
                ) -> torch.Tensor: # (..., R) shares P_n in 0–1; R is the largest label
     """Each region's share P_n of the map's total above its mean (arXiv 2206.04636).
 
-    The shares of a map sum to 1, or are all 0 when nothing lies above its mean. float32, or float64 for float64 maps;
-    differentiable. Raises ValueError when the shapes differ, TypeError for what is no tensor of real numbers.
+    The shares of a map sum to 1, or are all 0 when nothing lies above its mean. float32, or float64
+    for float64 maps; differentiable. Raises ValueError when the shapes differ, TypeError for what
+    is no tensor of real numbers.
     """
-    check_maps(maps); check_real(maps); check_maps(labels, "labels")
+    check_maps(maps)
+    check_real(maps)
+    check_maps(labels, "labels")
     if maps.shape != labels.shape:
-        raise ValueError(f"got maps {tuple(maps.shape)} and labels {tuple(labels.shape)}; label the same maps you weigh")
+        raise ValueError(f"got maps {tuple(maps.shape)} and labels {tuple(labels.shape)}; "
+                         "label the same maps you weigh")
     return _shares(centered(fit(maps)[0]).relu(), labels)[0].to(as_float(maps).dtype)
 
 # %% ../../nbs/02_entropy.ipynb #b367f8a0
 FLOOR = 1e-3 # of the total above the mean, relative to max(1, sum |s|)
-LEAST = {torch.float32: 2.**-100, torch.float64: 2.**-1000} # total that a gradient of this type is ever divided by
+LEAST = {torch.float32: 2.**-100, torch.float64: 2.**-1000} # a gradient's least divisor
 
 # %% ../../nbs/02_entropy.ipynb #1fcdaea1
-def _gradient(P, labels, E, A, # shares (M, R), labels (M, h, w), entropy (M, 1, 1), total, at least the floor (M, 1, 1)
+def _gradient(P, labels, # shares (M, R), labels (M, h, w)
+              E, A, # entropy (M, 1, 1); total (M, 1, 1), at least the floor
               times_mean):
     "dE/ds (M, h, w) of the formulas above."
     log_P = P.clamp_min(torch.finfo(P.dtype).tiny).log()
-    slots = torch.nn.functional.pad(log_P, (1, 0)).gather(-1, labels.flatten(1).long()).view(labels.shape)
+    slots = torch.nn.functional.pad(log_P, (1, 0)).gather(-1, labels.flatten(1).long())
+    slots = slots.view(labels.shape)
     g = torch.where(labels > 0, -(slots + E)/torch.where(A > 0, A, 1), 0)
     return g - times_mean*g.mean((-2, -1), keepdim=True)
 
@@ -51,13 +58,17 @@ def clear_entropy(maps: torch.Tensor, # (M, h, w) similarities, any real dtype
                   connectivity: int = 8, # 8 as in the paper, or 4
                   times_mean: float = 1., # k: cells above k times the mean count
                   floor: float = FLOOR, # of the total mass, for the gradient
-                 ) -> tuple[torch.Tensor, torch.Tensor]: # E (M,) in nats and dE/ds (M, h, w), float32 or float64
-    """Spatial entropy and its gradient (arXiv 2206.04636): the clear answer on any device, computed in float64.
+                 ) -> tuple[torch.Tensor, torch.Tensor]: # E (M,) in nats and dE/ds (M, h, w)
+    """Spatial entropy and its gradient (arXiv 2206.04636): the clear answer, on any device.
 
-    `spatial_entropy` (the page operators) is the fast one, with autograd. NaN or infinite cells: E is NaN, the gradient 0.
-    Raises TypeError or ValueError for what is not a (M, h, w) tensor of real numbers, and for another connectivity.
+    Computed in float64, handed back in float32, or float64 for float64 maps. `spatial_entropy` (the
+    page operators) is the fast one, with autograd. NaN or infinite cells: E is NaN, the gradient 0.
+    Raises TypeError or ValueError for what is not a (M, h, w) tensor of real numbers, and for
+    another connectivity.
     """
-    check_maps(maps); check_real(maps); check_connectivity(connectivity)
+    check_maps(maps)
+    check_real(maps)
+    check_connectivity(connectivity)
     s, unit = fit(maps)
     fine = as_float64(s).abs().amax((-2, -1), keepdim=True).isfinite()
     s = torch.where(fine, s, 0) if s.is_floating_point() else s

@@ -24,18 +24,20 @@ def _halves(maps): # of a dtype in LONG
     "The upper part, in units of 2**32, and the lower 32 bits, both int64."
     full = maps.dtype == torch.uint64
     i = maps.view(torch.int64) if full else maps.to(torch.int64)
-    return (i >> 32) & 0xffffffff if full else i >> 32, i & 0xffffffff
+    high = (i >> 32) & 0xffffffff if full else i >> 32
+    return high, i & 0xffffffff
 
 # %% ../../nbs/01_regions.ipynb #4cdf403c
 def from_first(maps: torch.Tensor, # (..., h, w)
                times_mean: float = 1., # k of the threshold
               ) -> torch.Tensor: # (..., h, w) float64, float32 where the device has no other
-    "s - s[0], which has the regions and masses of s, rounded once; for another threshold than the mean s itself."
+    "s - s[0], with the regions and masses of s, rounded once; s itself for another k than 1."
     if times_mean != 1: return as_float64(maps)
     if maps.dtype not in LONG: return (s := as_float64(maps)) - s[..., :1, :1]
     high, low = (as_float64(part - part[..., :1, :1]) for part in _halves(maps))
     return 2.**32*high + low
 
+# %% ../../nbs/01_regions.ipynb #50874f65
 def centered(maps: torch.Tensor, times_mean: float = 1.) -> torch.Tensor:
     "s - k·m for every map, with exact zeros for a constant map and k = 1."
     d = from_first(maps, times_mean)
@@ -43,7 +45,7 @@ def centered(maps: torch.Tensor, times_mean: float = 1.) -> torch.Tensor:
 
 # %% ../../nbs/01_regions.ipynb #aa329ee5
 def fit(maps: torch.Tensor # (..., h, w) real
-       ) -> tuple[torch.Tensor, torch.Tensor | float]: # maps, and what they were multiplied by: (..., 1, 1), or 1.
+       ) -> tuple[torch.Tensor, torch.Tensor | float]: # maps, and their factor (..., 1, 1), or 1.
     "Maps of floating-point numbers made small enough for their sums; whole numbers as they are."
     if not maps.is_floating_point(): return maps, 1.
     s = as_float64(maps)
@@ -53,47 +55,56 @@ def fit(maps: torch.Tensor # (..., h, w) real
     return s*unit, unit
 
 # %% ../../nbs/01_regions.ipynb #2884ed1e
-REAL = {dtype for name in ("bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 float16 bfloat16 float32 float64 "
-                           "float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu").split()
-        if (dtype := getattr(torch, name, None))}
-
-def _check_dense(maps, name):
-    if maps.is_nested or maps.layout != torch.strided:
-        kind = "nested" if maps.is_nested else str(maps.layout).removeprefix("torch.")
-        mend = "pad it with torch.nested.to_padded_tensor" if maps.is_nested else "call .to_dense()"
-        raise TypeError(f"{name}: got a {kind} tensor, expected an ordinary one (..., h, w); {mend}")
+_REAL_NAMES = ("bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 "
+               "float16 bfloat16 float32 float64 "
+               "float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu")
+REAL = {dtype for name in _REAL_NAMES.split() if (dtype := getattr(torch, name, None))}
 
 def check_real(maps, name="maps"):
     "Raises TypeError for complex, quantised and packed numbers."
     if maps.dtype in REAL: return
-    mend = "take .abs() or .real" if maps.is_complex() else "convert it to a floating-point type first"
+    mend = "convert it to a floating-point type first"
+    if maps.is_complex(): mend = "take .abs() or .real"
     raise TypeError(f"{name}: got {maps.dtype}, expected real numbers, one a cell; {mend}")
+
+# %% ../../nbs/01_regions.ipynb #769c743e
+def _check_dense(maps, name):
+    if not maps.is_nested and maps.layout == torch.strided: return
+    kind, mend = str(maps.layout).removeprefix("torch."), "call .to_dense()"
+    if maps.is_nested: kind, mend = "nested", "pad it with torch.nested.to_padded_tensor"
+    raise TypeError(f"{name}: got a {kind} tensor, expected an ordinary one (..., h, w); {mend}")
 
 # %% ../../nbs/01_regions.ipynb #35756a84
 def check_maps(maps, name="maps"):
-    "Raise TypeError or ValueError for what is no dense (..., h, w) tensor of real numbers with a cell."
+    "Raise TypeError or ValueError for what is no dense (..., h, w) tensor with a cell."
     if not isinstance(maps, torch.Tensor):
-        raise TypeError(f"{name}: got {type(maps).__name__}, expected a tensor (..., h, w); wrap it in torch.as_tensor")
+        raise TypeError(f"{name}: got {type(maps).__name__}, expected a tensor (..., h, w); "
+                        "wrap it in torch.as_tensor")
     _check_dense(maps, name)
+    shape = tuple(maps.shape)
     if maps.ndim < 2:
-        raise ValueError(f"{name}: got shape {tuple(maps.shape)}, expected (..., h, w); reshape it to the patch grid")
-    if 0 in maps.shape[-2:]:
-        raise ValueError(f"{name}: got shape {tuple(maps.shape)}; a map needs at least one cell")
+        raise ValueError(f"{name}: got shape {shape}, expected (..., h, w); "
+                         "reshape it to the patch grid")
+    if 0 in shape[-2:]:
+        raise ValueError(f"{name}: got shape {shape}; a map needs at least one cell")
 
+# %% ../../nbs/01_regions.ipynb #ecb42578
 def check_connectivity(connectivity):
     "Raise ValueError for anything but 4 or 8 neighbours."
-    if connectivity not in (4, 8): raise ValueError(f"connectivity: got {connectivity!r}, expected 4 or 8")
+    if connectivity not in (4, 8):
+        raise ValueError(f"connectivity: got {connectivity!r}, expected 4 or 8")
 
 # %% ../../nbs/01_regions.ipynb #4da70429
 def above_mean(maps: torch.Tensor, # (..., h, w) similarities, any real dtype
-               times_mean: float = 1., # k: the threshold is k times the mean; other than 1 for non-negative maps
+               times_mean: float = 1., # k: the threshold in means; other than 1 for maps >= 0
               ) -> torch.Tensor: # (..., h, w) bool
     """The cells strictly above their own map's mean (arXiv 2206.04636), or above k times it.
 
-    A constant map has none with k = 1. NaN is never above anything. Raises TypeError or ValueError for anything that
-    is not a (..., h, w) tensor of real numbers.
+    A constant map has none with k = 1. NaN is never above anything. Raises TypeError or ValueError
+    for anything that is not a (..., h, w) tensor of real numbers.
     """
-    check_maps(maps); check_real(maps)
+    check_maps(maps)
+    check_real(maps)
     return centered(fit(maps)[0], times_mean) > 0
 
 # %% ../../nbs/01_regions.ipynb #a7cb8921
@@ -103,33 +114,40 @@ def _ordered(maps):
     if maps.dtype == torch.uint64: return as_float64(maps)
     return as_float(maps) if maps.dtype.itemsize == 1 or maps.is_floating_point() else maps
 
+# %% ../../nbs/01_regions.ipynb #604f5452
 @torch.library.custom_op("spatial_entropy::keep_mass", mutates_args=())
 def _keep_mass(maps: torch.Tensor, mass: float) -> torch.Tensor:
     "Of (..., h, w) the cells (..., h, w) bool that hold the mass."
-    if (maps < 0).any(): raise ValueError("maps: got negative cells, expected non-negative ones; apply a softmax first")
+    if (maps < 0).any():
+        raise ValueError("maps: got negative cells, expected non-negative ones; "
+                         "apply a softmax first")
     value, order = maps.flatten(-2).sort(dim=-1, descending=True, stable=True)
     share = as_float64(value)
-    share = share/torch.where(share[..., :1] > 0, share[..., :1], 1)      # of the largest cell: no sum can overflow
+    share = share/torch.where(share[..., :1] > 0, share[..., :1], 1) # no sum can overflow now
     before = share.cumsum(-1) - share
     kept = (before < mass*share.sum(-1, keepdim=True)*(1 - 1e-6)) & (value > 0)
     return torch.zeros_like(kept).scatter(-1, order, kept).view(maps.shape)
 
 # %% ../../nbs/01_regions.ipynb #3d4fc5b8
 @_keep_mass.register_fake
-def _keep_mass_fake(maps, mass): return torch.empty(maps.shape, dtype=torch.bool, device=maps.device)
+def _keep_mass_fake(maps, mass):
+    return torch.empty(maps.shape, dtype=torch.bool, device=maps.device)
 
 @_keep_mass.register_vmap
 def _keep_mass_vmap(info, dims, maps, mass): return _keep_mass(maps.movedim(dims[0], 0), mass), 0
 
-def keep_mass(maps: torch.Tensor, # (..., h, w) non-negative, for instance attention after the softmax
+# %% ../../nbs/01_regions.ipynb #5ebb8915
+def keep_mass(maps: torch.Tensor, # (..., h, w) non-negative, such as attention after the softmax
               mass: float = .6, # share of the total to hold, in (0, 1]
              ) -> torch.Tensor: # (..., h, w) bool
-    """The smallest set of cells that holds at least `mass` of each map's total; ties go to the first in raster order.
+    """The smallest set of cells that holds at least `mass` of each map's total.
 
-    A map that sums to zero keeps nothing. Raises TypeError or ValueError for anything that is not a (..., h, w) tensor of
-    real numbers, ValueError for a mass outside (0, 1] or a negative map.
+    Ties go to the first in raster order. A map that sums to zero keeps nothing. Raises TypeError or
+    ValueError for anything that is not a (..., h, w) tensor of real numbers, ValueError for a mass
+    outside (0, 1] or a negative map.
     """
-    check_maps(maps); check_real(maps)
+    check_maps(maps)
+    check_real(maps)
     if not 0 < mass <= 1: raise ValueError(f"mass: got {mass}, expected a share in (0, 1]")
     return _keep_mass(_ordered(maps.detach()), float(mass))
 
@@ -146,39 +164,54 @@ def _listen(label, # (M, h, w) cell indices, h*w on the background
     out[..., :-1, :] = out[..., :-1, :].minimum(over[..., 1:, :])
     return out
 
+# %% ../../nbs/01_regions.ipynb #1d88a9d9
+def _tell(label, heard, mask): # all (M, n)
+    "Every cell's value and what it is told by the cells that name it. (M, n + 1)"
+    n = mask.shape[1]
+    told = torch.nn.functional.pad(heard, (0, 1), value=n) # a cell more, which the background names
+    return told.scatter_reduce(1, torch.where(mask, label, n), heard, "amin")
+
+def _jump(told, heard): # (M, n + 1), (M, n)
+    "The value of the cell that a value names, twice."
+    label = told.gather(1, heard)
+    return torch.nn.functional.pad(label, (0, 1), value=told.shape[1] - 1).gather(1, label)
+
 # %% ../../nbs/01_regions.ipynb #e8ee1008
 def _first_cells(mask, # (M, h, w) bool
                  connectivity):
     "For every attended cell the index of its region's first cell; h*w elsewhere. (M, h*w) int64"
     M, h, w = mask.shape
-    n = h*w
-    mask = mask.flatten(1)
+    n, mask = h*w, mask.flatten(1)
     own = torch.arange(n, device=mask.device).expand(M, n)
     label = torch.where(mask, own, n)
     while True:
         heard = torch.where(mask, _listen(label.view(M, h, w), connectivity).flatten(1), n)
         if torch.equal(heard, label): return label
-        told = torch.nn.functional.pad(heard, (0, 1), value=n)          # one more cell that the background points to
-        told = told.scatter_reduce(1, torch.where(mask, label, n), heard, "amin")
-        label = told.gather(1, heard)
-        label = torch.nn.functional.pad(label, (0, 1), value=n).gather(1, label)
+        label = _jump(_tell(label, heard, mask), heard)
+
+# %% ../../nbs/01_regions.ipynb #25da07b9
+def _numbered(on, first): # both (M, n)
+    "Region numbers int32, 1.. in raster order of the first cells; 0 off the mask."
+    starts = first == torch.arange(on.shape[1], device=on.device)
+    number = torch.nn.functional.pad(starts.cumsum(1), (0, 1)) # the background's is dropped below
+    return torch.where(on, number.gather(1, first), 0).to(torch.int32)
 
 # %% ../../nbs/01_regions.ipynb #c421c985
 def clear_labels(mask: torch.Tensor, # (..., h, w) bool, or numbers of which non-zero is attended
                   connectivity: int = 8, # 8: diagonal steps count; 4: they do not
                  ) -> torch.Tensor: # (..., h, w) int32: 0 background, 1.. regions
-    """Name the connected regions of every mask, 1.. in raster order of each region's first cell: the clear answer.
+    """Name the connected regions of every mask, 1.. in raster order of each region's first cell.
 
-    `label_regions` (the page operators) is the fast one. Exact for every shape, deterministic, no gradient. Raises TypeError
-    or ValueError for what is not a (..., h, w) tensor, and for another connectivity than 4 or 8.
+    This is the clear answer; `label_regions` (the page operators) is the fast one. Exact for every
+    shape, deterministic, no gradient. Raises TypeError or ValueError for what is not a (..., h, w)
+    tensor, and for another connectivity than 4 or 8.
     """
-    check_maps(mask, "mask"); check_connectivity(connectivity)
-    if mask.is_meta: raise ValueError("mask: got a tensor of the meta device, which has no numbers; use label_regions")
+    check_maps(mask, "mask")
+    check_connectivity(connectivity)
+    if mask.is_meta:
+        raise ValueError("mask: got a tensor of the meta device, which has no numbers; "
+                         "use label_regions")
     h, w = mask.shape[-2:]
     on = (mask.detach() != 0).reshape(-1, h, w)
     if not on.numel(): return torch.zeros(mask.shape, dtype=torch.int32, device=mask.device)
-    first = _first_cells(on, connectivity)
-    starts = first == torch.arange(h*w, device=mask.device)
-    number = torch.nn.functional.pad(starts.cumsum(1), (0, 1))          # the background's number is read, then dropped
-    labels = torch.where(on.flatten(1), number.gather(1, first), 0)
-    return labels.to(torch.int32).view(mask.shape)
+    return _numbered(on.flatten(1), _first_cells(on, connectivity)).view(mask.shape)

@@ -35,44 +35,61 @@ def place_seed(*place: int) -> int: # 0 to 2⁶³ − 1
     return h & _63
 
 # %% ../../nbs/54_batches.ipynb #16a2ec6b
+def _states():
+    "Where Python's, numpy's and torch's (CPU) random numbers stand."
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+def _set_states(states):
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+
+# %% ../../nbs/54_batches.ipynb #eb312690
 @contextmanager
 def randomness(*place: int):
-    "Inside, Python's, numpy's and torch's (CPU) random numbers depend on the place alone; outside, nothing has happened."
-    before, s = (random.getstate(), np.random.get_state(), torch.get_rng_state()), place_seed(*place)
-    random.seed(s); np.random.seed(s & 0xFFFFFFFF); torch.default_generator.manual_seed(s)
+    "Inside, the three depend on the place alone; outside, nothing has happened."
+    before, seed = _states(), place_seed(*place)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(seed)
     try: yield
-    finally: random.setstate(before[0]); np.random.set_state(before[1]); torch.set_rng_state(before[2])
+    finally: _set_states(before)
 
 # %% ../../nbs/54_batches.ipynb #4f1b3a4b
 class Pictures(Dataset):
     "Pictures of a source with their augmentation; an item is (uint8 tensor (3, S, S), class)."
     def __init__(self, source: Source, transform, seed=0, train=False, repeats=1):
-        self.source, self.transform, self.seed, self.train, self.repeats = source, transform, seed, train, repeats
+        self.source, self.transform, self.seed = source, transform, seed
+        self.train, self.repeats = train, repeats
         self.broken = torch.zeros(len(source), dtype=torch.bool).share_memory_()
         self.epoch_ = torch.zeros(1, dtype=torch.long).share_memory_()
 
     def __len__(self): return len(self.source)
 
     def __getitem__(self, i): # in training i counts the repeated copies too
-        with randomness(self.seed, int(self.epoch_), i): return self._train(i//self.repeats) if self.train else self._read(i)
+        with randomness(self.seed, int(self.epoch_), i):
+            return self._train(i//self.repeats) if self.train else self._read(i)
 
     def _read(self, k):
         try: return self.transform(self.source.open(k)), self.source.labels[k]
-        except (OSError, SyntaxError, ValueError): self.broken[k] = True; return None
+        except (OSError, SyntaxError, ValueError): self.broken[k] = True
 
     def _train(self, k):
         near = [(k + j) % len(self) for j in range(min(50, len(self)))]
-        for j in near:
-            if item := self._read(j): return item
-        raise OSError(f"{len(near)} training pictures in a row could not be read, the first of them {self.source.name(near[0])}")
+        if item := next(filter(None, map(self._read, near)), None): return item
+        raise OSError(f"{len(near)} training pictures in a row could not be read, "
+                      f"the first of them {self.source.name(near[0])}")
 
-    def skipped(self): return [self.source.name(i) for i in self.broken.nonzero().flatten().tolist()]
+    def skipped(self):
+        "Names of the pictures that could not be read."
+        return [self.source.name(i) for i in self.broken.nonzero().flatten().tolist()]
 
 # %% ../../nbs/54_batches.ipynb #7c07e7e0
 class Order(Sampler):
     "Shuffled items of an epoch from a given place on, cut to whole updates."
     def __init__(self, n, update, seed=0, repeats=1):
-        self.n, self.update, self.seed, self.repeats, self.epoch_, self.start = n, update, seed, repeats, 0, 0
+        self.n, self.update, self.seed, self.repeats = n, update, seed, repeats
+        self.epoch_, self.start = 0, 0
 
     def __len__(self): return self.n//self.update*self.update - self.start
 
@@ -89,21 +106,27 @@ def _collate(items):
     if not good: return torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.long)
     return torch.stack([x for x, _ in good]), torch.tensor([label for _, label in good])
 
-def _start_worker(_):
-    "Let the main process alone decide when loading ends."
-    for name in ("SIGINT", "SIGHUP", "SIGXCPU"):           # what a terminal or a queue says to a whole group
-        if hasattr(signal, name): signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if _waits: signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_obey, args=(parent_process(), os.getppid()), daemon=True).start()
+# %% ../../nbs/54_batches.ipynb #a2af14c3
+_waits = hasattr(signal, "sigtimedwait") # not on macOS and Windows: any SIGTERM ends the process
 
-_waits = hasattr(signal, "sigtimedwait") # neither macOS nor Windows has it: there any SIGTERM ends a loading process
+def _obey(main, starter):
+    """End when the main process says SIGTERM or is gone, and for nobody else.
 
-def _obey(main, starter): # the process that the pictures are for; the one that made this one: main, or a fork server
-    "End when the main process says SIGTERM or is gone, and for nobody else."
+    `main` is the process that the pictures are for, `starter` the one that made this one: main or
+    a fork server.
+    """
     while main.is_alive() and os.getppid() == starter:
         if not _waits: main.join(1)
         elif (said := signal.sigtimedwait({signal.SIGTERM}, 1)) and said.si_pid == main.pid: break
     os._exit(0)
+
+def _start_worker(_):
+    "Let the main process alone decide when loading ends."
+    for name in ("SIGINT", "SIGHUP", "SIGXCPU"):           # what a whole group is told
+        if hasattr(signal, name): signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if _waits: signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    who = parent_process(), os.getppid()
+    threading.Thread(target=_obey, args=who, daemon=True).start()
 
 # %% ../../nbs/54_batches.ipynb #bac1e299
 class LoadingFailed(OSError):
@@ -114,8 +137,10 @@ def loading_failed(e) -> LoadingFailed | None: # None: the error is about someth
     text = str(e)
     if "DataLoader worker" in text and "Caught" not in text:
         why = " ".join(text.split("\n")[0].split())
-        return LoadingFailed(f"a process that loads pictures died ({why}); often memory has run out: try fewer --workers")
-    if isinstance(e, OSError): return LoadingFailed(text.strip().splitlines()[-1].split("OSError: ")[-1])
+        return LoadingFailed(f"a process that loads pictures died ({why}); "
+                             "often memory has run out: try fewer --workers")
+    if isinstance(e, OSError):
+        return LoadingFailed(text.strip().splitlines()[-1].split("OSError: ")[-1])
 
 # %% ../../nbs/54_batches.ipynb #e7f921bb
 @contextmanager
@@ -131,23 +156,28 @@ def _augment(batches, x, label, number):
     place = batches.dataset.seed, int(batches.dataset.epoch_), number, 1
     if x.device.type != "cpu": torch.get_device_module(x.device).manual_seed(place_seed(*place))
     with randomness(*place):
-        if batches.erase: batches.erase.device = x.device; x = batches.erase(x)
+        if batches.erase:
+            batches.erase.device = x.device
+            x = batches.erase(x)
         return batches.mix(x, label) if batches.mix else (x, label)
 
 # %% ../../nbs/54_batches.ipynb #b315c809
 class Batches:
-    "Iterates over (x, label): x (B, 3, S, S) float, normalised; label (B,) classes, or (B, C) shares where Mixup is on."
+    "Iterates over (x, label): x (B, 3, S, S) normalised; label (B,), or (B, C) where Mixup is on."
     def __init__(self, loader, mean, std, erase=None, mix=None):
-        self.loader, self.dataset, self.size, self.erase, self.mix = loader, loader.dataset, loader.batch_size, erase, mix
+        self.loader, self.dataset, self.size = loader, loader.dataset, loader.batch_size
         self.order = loader.sampler if isinstance(loader.sampler, Order) else None
-        self.scale, self.device, self.rank, self.world = [torch.tensor(t).view(3, 1, 1)*255 for t in (mean, std)], torch.device("cpu"), 0, 1
+        self.scale = [torch.tensor(t).view(3, 1, 1)*255 for t in (mean, std)]
+        self.erase, self.mix = erase, mix
+        self.device, self.rank, self.world = torch.device("cpu"), 0, 1
 
     def __len__(self): return len(self.loader)
 
     def share(self, accelerator):
         "Each process takes its own batches, to its own device."
         self.loader, self.device = accelerator.prepare(self.loader), accelerator.device
-        self.rank, self.world, self.scale = accelerator.process_index, accelerator.num_processes, [t.to(self.device) for t in self.scale]
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.scale = [t.to(self.device) for t in self.scale]
 
     def at(self, epoch, start=0): # start: pictures that are behind us, over all processes
         "This epoch, from this place on."
@@ -155,20 +185,26 @@ class Batches:
         self.dataset.epoch_.fill_(epoch)
         return self
 
-    def __iter__(self):
-        (mean, std), behind = self.scale, self.order.start//self.size//self.world if self.order else 0
-        try:
-            for i, (x, label) in enumerate(self.loader, behind):
-                if not len(x): continue
-                x = x.to(self.device, non_blocking=True).float().sub_(mean).div_(std)
-                yield _augment(self, x, label.to(self.device, non_blocking=True), i*self.world + self.rank)
-        except (OSError, RuntimeError) as e: raise loading_failed(e) or e from None
+    def __iter__(self): return _prepared(self)
+
+# %% ../../nbs/54_batches.ipynb #e5b13ca3
+def _prepared(batches):
+    "The batches of the loading processes, normalised and augmented where the model is."
+    mean, std = batches.scale
+    behind = batches.order.start//batches.size//batches.world if batches.order else 0
+    try:
+        for i, (x, label) in enumerate(batches.loader, behind):
+            if not len(x): continue
+            x = x.to(batches.device, non_blocking=True).float().sub_(mean).div_(std)
+            label = label.to(batches.device, non_blocking=True)
+            yield _augment(batches, x, label, i*batches.world + batches.rank)
+    except (OSError, RuntimeError) as e: raise loading_failed(e) or e from None
 
 # %% ../../nbs/54_batches.ipynb #e88932bc
 @dataclass
 class Loaders:
     "What a run iterates over."
-    train: Batches # (x, label), shuffled and augmented; the last, incomplete update of an epoch is dropped, as in timm
+    train: Batches # (x, label), shuffled, augmented; the last, incomplete update is dropped
     val: Batches # the same, in order, without augmentation
     classes: tuple # class names, in label order
     mean: tuple # per channel, subtracted from pixels in 0–1
@@ -176,35 +212,48 @@ class Loaders:
 
     def pixels(self, x): # (..., 3, S, S) normalised
         "Undo the normalisation: (..., 3, S, S) in 0–1."
-        view = lambda t: torch.tensor(t, device=x.device).view(3, 1, 1)
-        return (x*view(self.std) + view(self.mean)).clamp(0, 1)
+        mean, std = (torch.tensor(t, device=x.device).view(3, 1, 1) for t in (self.mean, self.std))
+        return (x*std + mean).clamp(0, 1)
 
-    def notes(self): return tuple(dict.fromkeys(self.train.dataset.source.notes + self.val.dataset.source.notes))
+    def notes(self):
+        "What was said when the pictures were found, once each."
+        train, val = (b.dataset.source.notes for b in (self.train, self.val))
+        return tuple(dict.fromkeys(train + val))
 
-    def skipped(self): return [f for d in (self.train.dataset, self.val.dataset) for f in d.skipped()]
+    def skipped(self):
+        "Names of the pictures that could not be read, of both sets."
+        return [*self.train.dataset.skipped(), *self.val.dataset.skipped()]
 
 # %% ../../nbs/54_batches.ipynb #298369a9
 def _loader(dataset, batch_size, workers, **options):
-    return DataLoader(dataset, batch_size, num_workers=workers, collate_fn=_collate, worker_init_fn=_start_worker,
-                      persistent_workers=workers > 0, pin_memory=torch.cuda.is_available(), **options)
+    "torch's loader, with our batches and our loading processes."
+    return DataLoader(dataset, batch_size, num_workers=workers, collate_fn=_collate,
+                      worker_init_fn=_start_worker, persistent_workers=workers > 0,
+                      pin_memory=torch.cuda.is_available(), **options)
 
 def _mixer(classes, batch_size, mixup=0., cutmix=0., prob=1., switch_prob=.5, smoothing=0.):
     "timm's Mixup, or None when neither is on."
     if not (mixup or cutmix): return None
-    if batch_size % 2: raise ValueError(f"batch_size: got {batch_size}, expected an even number, since Mixup and CutMix mix a batch with itself reversed")
-    return Mixup(mixup, cutmix, prob=prob, switch_prob=switch_prob, label_smoothing=smoothing, num_classes=classes)
+    if batch_size % 2:
+        raise ValueError(f"batch_size: got {batch_size}, expected an even number, "
+                         "since Mixup and CutMix mix a batch with itself reversed")
+    return Mixup(mixup, cutmix, prob=prob, switch_prob=switch_prob, label_smoothing=smoothing,
+                 num_classes=classes)
 
+# %% ../../nbs/54_batches.ipynb #f46a5739
 def _eraser(reprob): return RandomErasing(reprob, mode="pixel", device="cpu") if reprob else None
 
 def _transforms(size, mean, std, interpolation, crop_pct, augmentation):
     "timm's transforms of a training and a validation picture, to uint8."
     look = dict(mean=mean, std=std, use_prefetcher=True)
+    augmentation = {"color_jitter": None, **augmentation}
     plain = "bicubic" if interpolation == "random" else interpolation
-    return (create_transform(size, is_training=True, interpolation=interpolation, **look, **{"color_jitter": None, **augmentation}),
+    return (create_transform(size, is_training=True, interpolation=interpolation,
+                             **look, **augmentation),
             create_transform(size, crop_pct=crop_pct, interpolation=plain, **look))
 
 # %% ../../nbs/54_batches.ipynb #1828e2f3
-def loaders(data: str = "shapes", # what `sources` takes: "shapes", a folder, a .tar, torch/…, hfds/…, wds/…
+def loaders(data: str = "shapes", # what `sources` takes: a folder, a .tar, torch/…, hfds/…, wds/…
             img_size: int = 64, # pixels a side
             batch_size: int = 32, # of each process
             seed: int = 0, # of splits, order and augmentation
@@ -218,12 +267,14 @@ def loaders(data: str = "shapes", # what `sources` takes: "shapes", a folder, a 
             from_: dict | None = None, # more arguments of `sources`: fraction, data_dir, …
             mixing: dict | None = None, # mixup, cutmix, prob, switch_prob, smoothing
             reprob: float = 0., # probability that a rectangle is erased
-            **augmentation, # of timm.data.create_transform: scale, ratio, hflip, color_jitter, auto_augment, …
+            **augmentation, # of timm.data.create_transform: scale, ratio, hflip, auto_augment, …
            ) -> Loaders:
-    """Batches of training and validation pictures. Raises FileNotFoundError or ValueError that name the folder or the setting."""
+    "Batches of both sets. Raises FileNotFoundError or ValueError that name folder or setting."
     train, val = sources(data, img_size=img_size, seed=seed, limit=limit, **(from_ or {}))
     drawn, plain = _transforms(img_size, mean, std, interpolation, crop_pct, augmentation)
     mix = _mixer(**(mixing or {}), classes=len(train.classes), batch_size=batch_size)
     order = Order(len(train), update or batch_size, seed, repeats)
-    return Loaders(Batches(_loader(Pictures(train, drawn, seed, True, repeats), batch_size, workers, sampler=order), mean, std, _eraser(reprob), mix),
-                   Batches(_loader(Pictures(val, plain), batch_size, workers), mean, std), tuple(train.classes), mean, std)
+    shown = _loader(Pictures(train, drawn, seed, True, repeats), batch_size, workers, sampler=order)
+    kept = _loader(Pictures(val, plain), batch_size, workers)
+    return Loaders(Batches(shown, mean, std, _eraser(reprob), mix), Batches(kept, mean, std),
+                   tuple(train.classes), mean, std)

@@ -35,7 +35,7 @@ class Range:
         low, high = f"{self.low:,}", f"{self.high:,}"
         return f"above {low}, at most {high}" if self.above else f"from {low} to {high}"
 
-# %% ../../nbs/51_config.ipynb #f0941c53
+# %% ../../nbs/51_config.ipynb #f088e868
 class Names(tuple):
     "The only values there are."
     def __str__(self): return "one of " + ", ".join(self)
@@ -51,7 +51,7 @@ class Asked:
 
     def __str__(self): return self.said
 
-# %% ../../nbs/51_config.ipynb #58fe168a
+# %% ../../nbs/51_config.ipynb #ad9be88e
 def _interpolation(v):
     "None for a way of resizing that timm knows, or those that it knows."
     from timm.data.transforms import str_to_interp_mode
@@ -62,7 +62,7 @@ def _interpolation(v):
     names = Names([*filter(known, (m.value for m in InterpolationMode)), "random"])
     return None if v in names else str(names)
 
-# %% ../../nbs/51_config.ipynb #b862317a
+# %% ../../nbs/51_config.ipynb #7b07b5c8
 def _augmentation(v):
     "None for an automatic augmentation of timm, or what was expected. Draws no random number."
     from PIL import Image
@@ -237,7 +237,7 @@ def shown(value) -> str:
     try: return " ".join(cut.repr(value).split())
     except Exception: return f"<{type(value).__name__}>"    # a number too long to be written
 
-# %% ../../nbs/51_config.ipynb #120fef4c
+# %% ../../nbs/51_config.ipynb #4de2bbc1
 def _whole(v):
     "A whole number."
     whole = isinstance(v, Integral) or isinstance(v, float) and v.is_integer()
@@ -263,7 +263,7 @@ def _text(v):
     if not 0 < len(v) <= 4096 or not all(map(_holds, v)): raise ValueError
     return v
 
-# %% ../../nbs/51_config.ipynb #7d0e683c
+# %% ../../nbs/51_config.ipynb #b1d43e4a
 def _flag(v):
     "True or false."
     if not isinstance(v, bool): raise ValueError
@@ -307,7 +307,7 @@ def plain_type(hint):
     if not isinstance(hint, types.UnionType): return hint
     return next(t for t in get_args(hint) if t is not type(None))
 
-# %% ../../nbs/51_config.ipynb #bc4181ce
+# %% ../../nbs/51_config.ipynb #4038a102
 _none = {"aa": "", "amp_dtype": "none"} # texts that stand for no value
 
 def _as(name, hint, value, where):
@@ -334,7 +334,7 @@ def _check_ranges(c):
         if value is not None and allowed is not None and value not in allowed:
             raise ValueError(f"{f.name}: got {shown(value)}, expected {allowed}")
 
-# %% ../../nbs/51_config.ipynb #770a9631
+# %% ../../nbs/51_config.ipynb #7bb0b04c
 def _check_name(c):
     "The folder of a run lies in the output folder, not above it nor further down."
     name = c.experiment or "name"
@@ -357,7 +357,7 @@ _together = [ # (names, whether they contradict each other, what was expected)
      lambda c: c.data == "shapes" and (c.train_split or c.val_split),
      "none; the embedded pictures have two parts of their own")]
 
-# %% ../../nbs/51_config.ipynb #02e40d6d
+# %% ../../nbs/51_config.ipynb #ab4a3f1a
 def _check_pairs(c):
     "Refuse settings that contradict each other."
     for names, both, expected in _together:
@@ -377,7 +377,7 @@ def _fill_model(c):
         raise ValueError(f"img_size: got {c.img_size}, expected {drawn} for the embedded pictures")
     c.model = c.model or "vit_tiny_patch16_224"
 
-# %% ../../nbs/51_config.ipynb #21cd9c98
+# %% ../../nbs/51_config.ipynb #b1637fb2
 def _complete(c):
     "Check every setting, then fill in what depends on others."
     _check_types(c)
@@ -397,7 +397,7 @@ recipes = {"small": {}, "paper": dict(
     scale=.08, color_jitter=.4, aa="rand-m9-mstd0.5-inc1", interpolation="bicubic", crop_pct=.875,
     model_ema=True, model_ema_decay=.99996, amp_dtype="float16", workers=10, entropy_weight=.01)}
 
-# %% ../../nbs/51_config.ipynb #07bff3eb
+# %% ../../nbs/51_config.ipynb #3e335eef
 def _shortened(settings, epochs):
     "Settings whose warm-up of the learning rate is over with the run, if not before."
     longer = epochs and settings.get("warmup_epochs", 0) > epochs
@@ -410,7 +410,7 @@ def _recipe(name, given):
     return _shortened(recipes[name], given.get("epochs") or recipes[name].get("epochs"))
 
 # %% ../../nbs/51_config.ipynb #13f66b7e
-class _Tree(yaml.SafeLoader):
+class _PlainLoader(yaml.SafeLoader):
     "YAML without aliases and without deep nesting."
     deep = 0
 
@@ -421,8 +421,8 @@ class _Tree(yaml.SafeLoader):
         try: return super().compose_node(parent, index)
         finally: self.deep -= 1
 
-# %% ../../nbs/51_config.ipynb #4ad79360
-class _Loader(_Tree):
+# %% ../../nbs/51_config.ipynb #8619b28b
+class _Loader(_PlainLoader):
     "And without keys that are given twice."
     def compose_mapping_node(self, anchor):
         node, seen = super().compose_mapping_node(anchor), {}
@@ -447,7 +447,7 @@ def _root(loader):
         raise ValueError(f"holds {held}, expected settings as `name: value` lines")
     return [(key.value, node) for key, node in root.value]
 
-# %% ../../nbs/51_config.ipynb #480d8b2d
+# %% ../../nbs/51_config.ipynb #d1aae892
 def _parsed(text):
     "{name: value} of YAML. Raises ValueError, or whatever YAML's own constructors stumble over."
     loader, hints = _Loader(text), get_type_hints(TrainConfig)
@@ -486,7 +486,7 @@ def _settings_file(path):
     if path.is_file(): return path
     raise FileNotFoundError(f"{path}: no such file of settings")
 
-# %% ../../nbs/51_config.ipynb #8853bee6
+# %% ../../nbs/51_config.ipynb #d6f53bd3
 def read_settings(path) -> dict:
     "The settings in a YAML or JSON file, or of a run folder. Raises OSError or ValueError."
     path = _settings_file(path)
@@ -497,7 +497,7 @@ def read_settings(path) -> dict:
         raise ValueError(f"{path}: {' '.join(said.split())[:200]}") from None
     return _checked(found, str(path))
 
-# %% ../../nbs/51_config.ipynb #8ef8d6ba
+# %% ../../nbs/51_config.ipynb #19919a10
 def configure(recipe: str = "small", # or "paper"
               config: str | None = None, # a file of settings, or a run folder; wins over the recipe
               **settings, # and these over both
@@ -515,7 +515,7 @@ def save_config(folder, config: TrainConfig, **facts):
     write_whole(Path(folder)/"config.yaml", lambda p: p.write_text(text, encoding="utf-8"))
     write_json(Path(folder)/"facts.json", facts)
 
-# %% ../../nbs/51_config.ipynb #f6f09662
+# %% ../../nbs/51_config.ipynb #fd930dc6
 def _several(v): return isinstance(v, list) and v and all(type(x) in (str, int) for x in v)
 
 def _counted(v): return type(v) is int and v in Range(0, 10**15)
@@ -526,7 +526,7 @@ def _three(v, allowed=Range(-1e3, 1e3)):
 
 def _three_above_0(v): return _three(v, Range(0, 1e3, above=True))
 
-# %% ../../nbs/51_config.ipynb #f5d18732
+# %% ../../nbs/51_config.ipynb #5595d9fe
 _facts = { # name: (whether a value can be one, what was expected)
     "classes": (_several, "a list of names"),
     "mean": (_three, "three numbers"),

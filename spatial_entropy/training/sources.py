@@ -18,7 +18,7 @@ from timm.utils.misc import natural_key
 # %% ../../nbs/52_sources.ipynb #2af026cd
 from ..data import is_hidden, is_picture, open_picture, shapes
 
-# %% ../../nbs/52_sources.ipynb #04e3235e
+# %% ../../nbs/52_sources.ipynb #dd632e93
 def _opened(find, name):
     "The picture that `find()` leads to; a failure of any kind is an OSError that names it."
     try: return open_picture(find(), name)
@@ -104,7 +104,7 @@ class Notes:
         over = f"{place}: passed over {n} thing(s) that are no pictures: {self.counted()}"
         return (*self.sentences, over)
 
-# %% ../../nbs/52_sources.ipynb #f9f4d12a
+# %% ../../nbs/52_sources.ipynb #5a273944
 def in_order(listed):
     "Pairs (name, …) in the natural order of the names."
     return sorted(listed, key=lambda e: (natural_key(e[0]), e[0]))
@@ -113,7 +113,7 @@ def ending_of(name):
     "The kind of a file, for notes: its ending in small letters."
     return posixpath.splitext(name)[1].lower() or "file without an ending"
 
-# %% ../../nbs/52_sources.ipynb #8e775b60
+# %% ../../nbs/52_sources.ipynb #3e12d430
 def _scan(folder):
     "What is in a folder, by name. Raises OSError that says what to do."
     try:
@@ -142,7 +142,7 @@ def _entries(folder, passed):
         else: passed[kind] += 1
     return folders, files
 
-# %% ../../nbs/52_sources.ipynb #6753485d
+# %% ../../nbs/52_sources.ipynb #f130699d
 def _identity(folder):
     "What two ways to one folder share."
     found = os.stat(folder)
@@ -168,7 +168,7 @@ def _walk(root, passed, leave_out):
             (links if link else folders).append((f"{inside}{name}/", path))
         yield inside, files
 
-# %% ../../nbs/52_sources.ipynb #b7640168
+# %% ../../nbs/52_sources.ipynb #d7468f92
 def list_folder(root, passed, leave_out=()):
     "[(name, span)] of the pictures of a folder; what is passed over is counted by kind."
     found = []
@@ -178,7 +178,7 @@ def list_folder(root, passed, leave_out=()):
             else: passed[ending_of(f)] += 1
     return in_order(found)
 
-# %% ../../nbs/52_sources.ipynb #e453735b
+# %% ../../nbs/52_sources.ipynb #7ca37ceb
 def _refuse_layout(place, a, b, why):
     raise ValueError(f"{place}: pictures lie in {a}/ and in {b}/, {why}; expected one folder per "
                      "class, side by side: move the pictures or the folders, "
@@ -204,7 +204,7 @@ def _say_layout(folders):
     return (f"the classes lie in {len(above)} folders ({', '.join(above[:3])}{more}); "
             "the innermost folder is taken as the class")
 
-# %% ../../nbs/52_sources.ipynb #25a9965d
+# %% ../../nbs/52_sources.ipynb #2f851a19
 def _check_loose(place, names):
     "Refuse pictures that lie beside the class folders."
     loose = [n for n in names if "/" not in n]
@@ -227,20 +227,20 @@ def label_by_folder(place, listed, notes):
     if said := _say_layout(folders): notes.sentences.append(f"{place}: {said}")
     return [(s, posixpath.basename(posixpath.dirname(n))) for n, s in listed]
 
-# %% ../../nbs/52_sources.ipynb #21ed4422
+# %% ../../nbs/52_sources.ipynb #907bd393
 def _occurring(labels, place):
     "The labels that occur, in natural order. Raises ValueError where names and numbers are mixed."
     if len({type(l) for l in labels}) > 1:
         raise ValueError(f"{place}: some labels are numbers and some are names; expected one kind")
     return sorted(set(labels), key=lambda l: (natural_key(str(l)), l))
 
-# %% ../../nbs/52_sources.ipynb #b8234bfa
+# %% ../../nbs/52_sources.ipynb #4b335ad2
 def _spoken(label, names):
     "What people call a class."
     known = names and isinstance(label, int) and label < len(names)
     return str(names[label] if known else label)
 
-def _check_number(found, names, place, expected):
+def _check_several(found, names, place, expected):
     "Refuse a single class."
     if len(found) < 2:
         said = ", ".join(_spoken(l, names) for l in found)
@@ -251,7 +251,7 @@ def _check_validation(found, val, place):
     if new := sorted(set(map(str, val)) - set(map(str, found))):
         raise ValueError(f"{place}: has classes that train/ has not: {', '.join(new)}")
 
-# %% ../../nbs/52_sources.ipynb #47b88f9c
+# %% ../../nbs/52_sources.ipynb #3e288656
 _most_classes = 10**6
 
 def _class_names(found, names, place):
@@ -274,14 +274,14 @@ def number_labels(labels, places, names=None, expected="a subfolder for each of 
     """
     train, val = labels[0], labels[1] if len(labels) > 1 else []
     found = _occurring(train, places[0])
-    _check_number(found, names, places[0], expected)
+    _check_several(found, names, places[0], expected)
     _check_validation(found, val, places[-1])
     classes = _class_names(found, names, places[0])
     if not isinstance(found[0], str): return labels, classes
     number = {l: i for i, l in enumerate(classes)}
     return [[number[l] for l in part] for part in labels], classes
 
-# %% ../../nbs/52_sources.ipynb #99163355
+# %% ../../nbs/52_sources.ipynb #8900b71c
 def span_sources(root, read, places, names=None, **expected):
     "A source for each part of a place, of its spans and labels. Raises ValueError."
     labels = [[label for _, label in part] for part in read]
@@ -289,7 +289,7 @@ def span_sources(root, read, places, names=None, **expected):
     spans = [[span for span, _ in part] for part in read]
     return [SpanSource(root, s, n, classes) for s, n in zip(spans, numbers)]
 
-# %% ../../nbs/52_sources.ipynb #80308247
+# %% ../../nbs/52_sources.ipynb #b3425df5
 VALIDATION = ["val", "validation", "valid", "test"]
 
 def _called(names, have):
@@ -301,7 +301,7 @@ def _called(names, have):
             raise ValueError(f"has {' and '.join(f + '/' for f in found)}; expected one of them")
         if found: return found[0]
 
-# %% ../../nbs/52_sources.ipynb #e9594ea8
+# %% ../../nbs/52_sources.ipynb #8715a0c3
 def _tops(path, listed):
     "Folders at the top: those with folders inside, or empty; and those that hold pictures."
     direct = {n.partition("/")[0] for n, _ in listed if n.count("/") == 1 and is_picture(n)}
@@ -316,7 +316,7 @@ def _is_divided(may, classes):
     both = _called(["train"], classes) and _called(VALIDATION, classes)
     return bool(both or _called(["train"], may) or _called(VALIDATION, may))
 
-# %% ../../nbs/52_sources.ipynb #0f960974
+# %% ../../nbs/52_sources.ipynb #28b8508a
 def _refuse_train(path, val, named):
     beside = "" if any(named) else f"{val}/ but "
     raise ValueError(f"{path}: has {beside}no {named[0] or 'train'}/; "
@@ -327,7 +327,7 @@ def _refuse_val(path, train, named):
     raise ValueError(f"{path}: has {train}/ but no {named[1] or VALIDATION[0]}/; add it, "
                      f"or pass {alone} to split it by seed")
 
-# %% ../../nbs/52_sources.ipynb #ca95efe5
+# %% ../../nbs/52_sources.ipynb #be2c916b
 def _say_test(val, named):
     "A sentence when a test part is taken without having been named."
     if val.lower() == "test" and not named[1]:
@@ -341,7 +341,7 @@ def _say_left_out(listed, train, val):
     said = ", ".join(f"{k}/ ({n})" for k, n in list(others.items())[:5])
     return f"left out {sum(others.values())} picture(s) beside {train}/ and {val}/: {said}"
 
-# %% ../../nbs/52_sources.ipynb #2c62f9f5
+# %% ../../nbs/52_sources.ipynb #702c6425
 def _names_of_parts(path, there, named):
     "What training and validation are called here; None for one that is not there."
     vals = [named[1]] if named[1] else VALIDATION
@@ -352,7 +352,7 @@ def _inside(part, listed):
     "What lies in a folder of a list, named from there."
     return [(n[len(part) + 1:], s) for n, s in listed if n.startswith(part + "/")]
 
-# %% ../../nbs/52_sources.ipynb #85492336
+# %% ../../nbs/52_sources.ipynb #428be6d0
 def find_parts(path, listed, notes, named=(None, None), divided=False):
     """[(place, its part of a list)]: training and validation, or one that is still to be split.
 
@@ -379,7 +379,7 @@ def _turns(labels, seed):
         seen[labels[i]] += 1
     return order, turn
 
-# %% ../../nbs/52_sources.ipynb #11f837b8
+# %% ../../nbs/52_sources.ipynb #4c82fb28
 def _by_share(labels, seed):
     """Items in an order whose beginnings hold every class by its share.
 
@@ -391,7 +391,7 @@ def _by_share(labels, seed):
     key = np.where(turn == 0, 0, (turn + offset[c])/count[c])
     return order[np.argsort(key[order], kind="stable")]
 
-# %% ../../nbs/52_sources.ipynb #d53922ed
+# %% ../../nbs/52_sources.ipynb #43cc79eb
 def _take_turns(labels, seed):
     "Items in an order whose beginnings hold every class equally often, while there are enough."
     order, turn = _turns(labels, seed)
@@ -407,14 +407,14 @@ def _split(place, source, seed, val_fraction):
     order = _by_share(source.labels, seed)
     return [source.take(order[:kept]), source.take(order[kept:])]
 
-# %% ../../nbs/52_sources.ipynb #c1cb0cf6
+# %% ../../nbs/52_sources.ipynb #ac7af38a
 def cut_source(source, seed, limit=None, fraction=None):
     "A part of the training pictures: a share of every class, or equally many up to a limit."
     if fraction is None: return source.take(_take_turns(source.labels, seed)[:limit])
     kept = max(round(len(source)*fraction), len(set(source.labels)))
     return source.take(_by_share(source.labels, seed)[:kept])
 
-# %% ../../nbs/52_sources.ipynb #7be277a7
+# %% ../../nbs/52_sources.ipynb #70daed63
 def check_wishes(limit, fraction, val_fraction):
     "Raises ValueError for numbers of which there is no part."
     if limit is not None and limit < 1:
@@ -441,7 +441,7 @@ class JoinedSource(Source):
 
     def _name(self, item): return self._joined[item[0]].name(item[1])
 
-# %% ../../nbs/52_sources.ipynb #f61301b1
+# %% ../../nbs/52_sources.ipynb #68a69e1a
 def _second(parts, split):
     "What is measured, as a source of its own."
     if split == "all": return JoinedSource(parts)
