@@ -30,7 +30,7 @@ def run(flat, shape, stages, g):
     pieces, row, base = k._room(h, w)
     kept, count, all_pieces = 0., 0, 0
     for i in range(B*H):
-        total, size = k._load(flat, i*n, w, w, 1, d)
+        total, size = k._load_map(flat, i*n, w, w, 1, np.float64(flat[i*n]), 1., d)
         kept += size
         if stages > 1: k._pack(d, total/n, bits)
         if stages > 2: count = k._regions(bits, h, w, 1, pieces, row, base)

@@ -110,6 +110,10 @@ class Api:
         self.shown[name] = "shown"
         if kind == "autoclass":
             lines += ["   :members:", "   :member-order: bysource"]
+            inside = [c for c in obj.__mro__ if c.__module__.startswith(f"{obj.__module__.split('.')[0]}.")]
+            if any(c.__name__.startswith("_") for c in inside[1:]):     # a class in steps: the last shows all
+                foreign = next(c for c in obj.__mro__ if c not in inside)
+                lines.append(f"   :inherited-members: {foreign.__name__}")
         return "\n".join(["```{eval-rst}", *lines, "```"])
 
     def hide_members(self, markdown):

@@ -215,7 +215,9 @@ def _heads_of(model, name): # from the outside in, the tower last
     "The first head around a tower that the table holds, as [(module, Head)]; or []."
     parts = name.split(".") if name else []
     around = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts) + 1)]
-    return [(m, h) for m in around for h in _heads if _is_a(m, h.model)][:1]
+    found = []
+    for m in around: found += [(m, h) for h in _heads if _is_a(m, h.model)]
+    return found[:1]
 
 def _unread(module, head, layers):
     "The numbers of the layers that a head does not read."

@@ -38,7 +38,7 @@ def _through(block, parts, x, *args, **kwargs):
 # %% ../../nbs/13_surgery.ipynb #b301080c
 def _resting(block, patterns):
     "The parameters of the parts that no longer take part."
-    wanted = [w for r in patterns for w in (r, f"{r}.*")]
+    wanted = [*patterns, *(f"{pattern}.*" for pattern in patterns)]
     return [p for n, p in block.named_parameters() if any(fnmatch(n, w) for w in wanted)]
 
 # %% ../../nbs/13_surgery.ipynb #b6116a18

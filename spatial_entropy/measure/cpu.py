@@ -29,19 +29,21 @@ def _keeps():
 _kept, _why_not = _keeps()
 _options = dict(nogil=True, error_model="numpy", cache=_kept)
 
+# %% ../../nbs/20_cpu.ipynb #645f1740
+_said = False
+
 def _say_compiled_anew(why):
     "Once a process: compilation takes seconds, and someone may wonder where they go."
     global _said
-    if not _said: warnings.warn(
-        f"spatial_entropy: numba's kept code cannot be used ({why}); it is compiled anew. To keep it, set NUMBA_CACHE_DIR "
-        "to a folder that can be written.", RuntimeWarning, stacklevel=2)
+    if not _said:
+        warnings.warn(f"spatial_entropy: numba's kept code cannot be used ({why}); it is compiled "
+                      "anew. To keep it, set NUMBA_CACHE_DIR to a folder that can be written.",
+                      RuntimeWarning, stacklevel=2)
     _said = True
-
-_said = False
 
 # %% ../../nbs/20_cpu.ipynb #90012a2e
 class _Lenient:
-    "A cache of numba's, or its stand-in that keeps nothing: with it, errors of reading and writing are said, not raised."
+    "A cache of numba's, or its stand-in that keeps nothing, whose errors are said and not raised."
     def __init__(self, cache): self._cache = cache
     def __getattr__(self, name): return getattr(vars(self).get("_cache"), name)
 
@@ -49,13 +51,16 @@ class _Lenient:
         if _why_not: _say_compiled_anew(_why_not)
         try: return self._cache.load_overload(signature, target)
         except Exception as e:
-            _say_compiled_anew(f"{self._cache.cache_path}: {type(e).__name__}: {e}")
+            self._say(e)
             with suppress(Exception): self._cache.flush()
 
     def save_overload(self, signature, data):
         try: self._cache.save_overload(signature, data)
-        except Exception as e: _say_compiled_anew(f"{self._cache.cache_path}: {type(e).__name__}: {e}")
+        except Exception as e: self._say(e)
 
+    def _say(self, e): _say_compiled_anew(f"{self._cache.cache_path}: {type(e).__name__}: {e}")
+
+# %% ../../nbs/20_cpu.ipynb #01691512
 def _compiler(**more):
     "njit, with a cache that never fails."
     def compiled(function):
@@ -78,6 +83,7 @@ def _differences(s, first, unit, d):
         size += abs(cell)
     return total, size
 
+# %% ../../nbs/20_cpu.ipynb #8af5b1bd
 @_summing
 def _row(flat, row, w, sx, first, unit, d):
     "The same for w cells that lie sx apart, from `row` on."
@@ -91,7 +97,7 @@ def _row(flat, row, w, sx, first, unit, d):
 
 # %% ../../nbs/20_cpu.ipynb #7e977556
 @_summing
-def _load(flat, at, w, sy, sx, first, unit, d):
+def _load_map(flat, at, w, sy, sx, first, unit, d):
     "Fill d (h*w, and spare) with s·unit - first; return the sums of that and of |s·unit|."
     n, total, size = d.size - 64, 0., 0.
     if sx == 1 and sy == w: return _differences(flat[at:at + n], first, unit, d)
@@ -129,12 +135,15 @@ def _word(bits, at, width):
 @intrinsic
 def _zeros_below(context, word):
     "The index of the lowest 1; 64 if there is none."
-    return types.uint64(types.uint64), lambda target, builder, signature, args: builder.cttz(args[0], target.get_constant(types.boolean, False))
+    def build(target, builder, signature, args):
+        return builder.cttz(args[0], target.get_constant(types.boolean, False))
+    return types.uint64(types.uint64), build
 
 @intrinsic
 def _ones(context, word):
     "How many bits are 1."
-    return types.uint64(types.uint64), lambda target, builder, signature, args: builder.ctpop(args[0])
+    def build(target, builder, signature, args): return builder.ctpop(args[0])
+    return types.uint64(types.uint64), build
 
 # %% ../../nbs/20_cpu.ipynb #3039db85
 @_compiled
@@ -147,12 +156,21 @@ def _join(parent, root, q):
     parent[q] = root
     return root
 
+# %% ../../nbs/20_cpu.ipynb #3757aabf
+@_compiled
+def _room(h, w):
+    "Space for an h×w map's pieces, start, stop, parent, and for a row's words and first pieces."
+    most, words = h*((w + 1)//2 + w//64 + 1), (w + 63)//64 + 1
+    pieces = np.empty(most, np.int64), np.empty(most, np.int64), np.empty(most, np.int64)
+    return pieces, np.empty(words, np.uint64), np.empty(words, np.int64)
+
 # %% ../../nbs/20_cpu.ipynb #16e58293
 @_compiled
 def _cut_and_join(row, at, above, p, left, corner, right, reach, pieces, count):
-    "The pieces of one word, joined with those of the word above, which begin at number p. Returns the count."
+    "The pieces of one word, joined with those of the word above, numbered from p on. The count."
     start, stop, parent = pieces
-    firsts, lasts, D = above & ~(above << _ONE), above & ~(above >> _ONE), _u64(reach)
+    firsts, lasts = above & ~(above << _ONE), above & ~(above >> _ONE)
+    D = _u64(reach)
     while row:
         a, carried = _zeros_below(row), row + (row & (~row + _ONE))
         b = _zeros_below(carried)
@@ -171,7 +189,7 @@ def _cut_and_join(row, at, above, p, left, corner, right, reach, pieces, count):
 # %% ../../nbs/20_cpu.ipynb #bd523782
 @_compiled
 def _regions(bits, h, w, reach, pieces, row, base):
-    "All pieces of a map. row, base (words + 1): the row above, and the number of the first piece of each of its words."
+    "All pieces of a map. row, base (words + 1): the row above, and each word's first piece in it."
     row[:], base[:] = _u64(0), 0
     count = 0
     for y in range(h):
@@ -184,14 +202,6 @@ def _regions(bits, h, w, reach, pieces, row, base):
             left, corner = np.int64(row[j] >> _u64(63)), reach*np.int64(above >> _u64(63))
     return count
 
-# %% ../../nbs/20_cpu.ipynb #3757aabf
-@_compiled
-def _room(h, w):
-    "Space for the pieces of an h×w map: start, stop, parent; and for one row of words: words, first pieces."
-    most, words = h*((w + 1)//2 + w//64 + 1), (w + 63)//64 + 1
-    pieces = np.empty(most, np.int64), np.empty(most, np.int64), np.empty(most, np.int64)
-    return pieces, np.empty(words, np.uint64), np.empty(words, np.int64)
-
 # %% ../../nbs/20_cpu.ipynb #797e2e40
 @_compiled
 def _settle(parent, count):
@@ -202,6 +212,7 @@ def _settle(parent, count):
         regions += p == r
     return regions
 
+# %% ../../nbs/20_cpu.ipynb #e7384a68
 @_summing
 def _masses(d, t, count, pieces, mass):
     "Masses at the roots, 0 at other pieces; returns the total A."
@@ -242,12 +253,12 @@ def _gradient(g, scale, k, E, count, pieces, logs):
 # %% ../../nbs/20_cpu.ipynb #7cb4c389
 @_compiled
 def _read(flat, at, w, sy, sx, k, d):
-    "Load a map: the threshold in d, the sum of |s|, and what all was multiplied by. A broken map's sum is not finite."
+    "Load a map: threshold, sum of |s| (not finite for a broken map), what all was multiplied by."
     first, unit = np.float64(flat[at]) if k == 1 else 0., 1.
-    total, size = _load(flat, at, w, sy, sx, first, unit, d)
+    total, size = _load_map(flat, at, w, sy, sx, first, unit, d)
     if not isfinite(size + abs(k*total)):
         unit = 2.**-300
-        total, size = _load(flat, at, w, sy, sx, first*unit, unit, d)
+        total, size = _load_map(flat, at, w, sy, sx, first*unit, unit, d)
     return k*total/(d.size - 64), size, unit
 
 # %% ../../nbs/20_cpu.ipynb #5fff6b8d
@@ -268,7 +279,8 @@ def _entropies(flat, shape, strides, reach, k, floor, least, lo, hi, E, g):
         if _settle(pieces[2], count) < 2: continue
         A = _masses(d, t, count, pieces, mass)
         E[i] = e = _entropy(mass, A, count)
-        if g.size: _gradient(g[i], -unit/max(A, floor*max(unit, size), least), k, e, count, pieces, mass)
+        scale = -unit/max(A, floor*max(unit, size), least)
+        if g.size: _gradient(g[i], scale, k, e, count, pieces, mass)
 
 # %% ../../nbs/20_cpu.ipynb #f4b51c42
 @_compiled
@@ -280,7 +292,7 @@ def _labels(flat, shape, strides, reach, lo, hi, out):
     number = np.empty(start.size, np.int32)
     for i in range(lo, hi):
         at = i//H*sb + i%H*sh
-        _load(flat, at, w, sy, sx, 0., 1., d)
+        _load_map(flat, at, w, sy, sx, 0., 1., d)
         _pack(d, .5, bits)
         found, out[i, :] = 0, 0
         count = _regions(bits, h, w, reach, (start, stop, parent), row, base)
@@ -315,6 +327,7 @@ def _memory(x):
     extent = 1 + sum((n - 1)*step for n, step in zip(x.shape, x.stride()))
     return x.detach().as_strided((extent,), (1,)).numpy(force=True), tuple(x.shape), x.stride()
 
+# %% ../../nbs/20_cpu.ipynb #a54c9d52
 def entropy_and_gradient(maps, # (B, H, h, w) on the CPU, any strides
                          connectivity, times_mean, floor, need_gradient):
     "E (B, H) and dE/ds (B, H, h, w), or an empty tensor; float32, or float64 for float64 maps."
@@ -322,8 +335,9 @@ def entropy_and_gradient(maps, # (B, H, h, w) on the CPU, any strides
     (B, H, h, w), memory = maps.shape, _memory(maps)
     E = maps.new_empty(B, H)
     g = maps.new_empty(maps.shape if need_gradient else 0)
-    e, rows, options = E.view(-1).numpy(), g.view(-1, h*w).numpy(), (times_mean, floor, LEAST[maps.dtype])
-    _share_out(lambda lo, hi: _entropies(*memory, int(connectivity == 8), *options, lo, hi, e, rows), B*H, h*w)
+    e, rows = E.view(-1).numpy(), g.view(-1, h*w).numpy()
+    options = int(connectivity == 8), times_mean, floor, LEAST[maps.dtype]
+    _share_out(lambda lo, hi: _entropies(*memory, *options, lo, hi, e, rows), B*H, h*w)
     return E, g
 
 # %% ../../nbs/20_cpu.ipynb #92604749
@@ -349,7 +363,7 @@ def _mean(E, mean, facts):
     mean[0] = total/max(known, 1)
 
 def mean_entropy(E): # (B, H)
-    "The mean over the maps that have an entropy; one over their number, and how many have none (2,)."
+    "The mean of the finite entropies; one over their number, and how many are NaN (2,)."
     mean, facts = E.new_empty(()), E.new_empty(2)
     _mean(E.view(-1).numpy(), mean.view(1).numpy(), facts.numpy())
     return mean, facts
