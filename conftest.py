@@ -30,6 +30,8 @@ if sys.dont_write_bytecode:                        # many tests start programs, 
     sys.dont_write_bytecode = False
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers with all threads each would wait for one another
+# addresses, which nbdev cleans; colours; and a run's line for each epoch, which a notebook shows as a table that moves
+SHOWN_ELSEWHERE = re.compile(r" at 0x[0-9a-fA-F]+|\x1b\[[0-9;]*m|^epoch +\d+/\d+ .*$", re.MULTILINE)
 NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:e[-+]?\d+)?")
 CHECKS = re.compile(r"assert\w*$|test_\w+$|(raises|warns|fail|expect_fail|ExceptionExpected|gradcheck)$")
 EXPORTS = ("export", "exporti", "exports")
@@ -309,7 +311,7 @@ class Notebook(pytest.File):
 
 def difference(kept, now):
     "None where two outputs say the same: the same words, and numbers that agree to about 5 percent."
-    kept, now = (re.sub(r" at 0x[0-9a-fA-F]+", "", t) for t in (kept, now))     # as nbdev cleans it
+    kept, now = (re.sub(SHOWN_ELSEWHERE, "", t) for t in (kept, now))
     words = [re.sub(r"[\s─-╿]+", " ", NUMBER.sub("#", t)).strip() for t in (kept, now)]
     if words[0] != words[1]:
         return f"kept: {words[0][:400]}\nnow:  {words[1][:400]}"
