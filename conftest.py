@@ -3,7 +3,7 @@
 An export cell is not executed. Its names are taken from the built module instead, and its text has to be in that
 module, so a stale or broken package fails here. Cells between two tests run as set-up of the next one.
 
-Outputs that are kept have to be those of today's code: the same words, and numbers to about 5 percent. A cell whose
+Outputs that are kept have to be those of today's code: the same words, and numbers to 5 percent. A cell whose
 output cannot be repeated (a duration, a long training) carries the directive `#| varies`.
 """
 import ast
@@ -310,13 +310,13 @@ class Notebook(pytest.File):
 
 
 def difference(kept, now):
-    "None where two outputs say the same: the same words, and numbers that agree to about 5 percent."
+    "None where two outputs say the same: the same words, and numbers that agree to 5 percent (or to 0.001)."
     kept, now = (re.sub(SHOWN_ELSEWHERE, "", t) for t in (kept, now))
     words = [re.sub(r"[\s─-╿]+", " ", NUMBER.sub("#", t)).strip() for t in (kept, now)]
     if words[0] != words[1]:
         return f"kept: {words[0][:400]}\nnow:  {words[1][:400]}"
     pairs = list(zip(*([float(n.replace(",", "").rstrip(".")) for n in NUMBER.findall(t)] for t in (kept, now)), strict=True))
-    far = [f"{a:g}, now {b:g}" for a, b in pairs if abs(a - b) > .05 * max(abs(a), abs(b), 1)]
+    far = [f"{a:g}, now {b:g}" for a, b in pairs if abs(a - b) > max(.05 * max(abs(a), abs(b)), .001)]
     return f"kept: {'; '.join(far[:5])}" if far else None
 
 

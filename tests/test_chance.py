@@ -26,7 +26,7 @@ from spatial_entropy.analysis.objects import (
     pixels_on_grid,
     pointing,
 )
-from spatial_entropy.analysis.scoring import MasksBefore, score_objects, scores_to_csv
+from spatial_entropy.analysis.scoring import MasksBefore, score_objects
 from spatial_entropy.data import mask_pairs
 
 
@@ -228,7 +228,7 @@ def test_a_blind_model_is_at_chance_for_the_best_head_too(scored):
 
 
 def test_the_table_of_pictures(scored, tmp_path):
-    scores_to_csv(scored[2], tmp_path/"s.csv")
+    scored[2].to_csv(tmp_path/"s.csv")
     lines = (tmp_path/"s.csv").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 1001 and lines[0].startswith("picture,pixel_auc,pixel_auc_chance")
     assert float(lines[1].split(",")[1]) == pytest.approx(scored[2].own["pixel_auc"][0].max().item())

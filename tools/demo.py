@@ -19,7 +19,7 @@ def main():
     if not config.keep_skip or config.img_size != 112:
         sys.exit(f"{sys.argv[1]}: not a run of the command on the page 05_demo")
     weights = {name: t.to(torch.float16) for name, t in model.state_dict().items()}
-    print(save_weights(weights, ROOT / "spatial_entropy/demo.safetensors") or "written")
+    print(f"written: {save_weights(weights, ROOT / 'spatial_entropy/demo.safetensors')}")
     return 0
 
 

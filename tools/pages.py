@@ -5,7 +5,7 @@
     python tools/pages.py --where 100      also lists the lines over 100 columns, and exported cells that nothing runs
 
 An exported cell counts as run by the next cell that is not exported and has code in it. Cells that hold nothing but
-imports, and cells that only fill `__init__`, need no run.
+imports need no run.
 """
 import argparse
 import ast
