@@ -149,6 +149,19 @@ def test_notebook_form(notebook):
     assert pictures, "no picture is kept"
 
 
+def test_pages_can_be_read():
+    "What `tools/pages.py` counts: nothing is believed unrun, no method is glued on, no line runs off the page."
+    found = subprocess.run([sys.executable, "tools/pages.py"], cwd=ROOT, capture_output=True, encoding="utf-8", check=True)
+    names, *pages = (line.split() for line in found.stdout.splitlines())
+    pages = {page: dict(zip(names, map(float, counts))) for page, *counts in pages}
+    assert len(pages) == len(NOTEBOOKS) + 1
+    for page, count in pages.items():
+        assert count["unrun"] <= 2, f"{page}: {count['unrun']:g} exported cells in a row with no cell that runs them"
+        for name in ("wide", "glued", "private", "crowded"):
+            assert count[name] == 0, f"{page}: {count[name]:g} {name}; see tools/pages.py --where 100 {page}"
+    assert pages["all"]["median"] <= 6 and pages["all"]["outputs"] >= 45
+
+
 def test_no_paths_of_a_machine():
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, encoding="utf-8").stdout.split()
     for f in files:
