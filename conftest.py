@@ -3,8 +3,8 @@
 An export cell is not executed. Its names are taken from the built module instead, and its text has to be in that
 module, so a stale or broken package fails here. Cells between two tests run as set-up of the next one.
 
-Outputs that are kept have to be those of today's code: the same words, and numbers to 5 percent. A cell whose
-output cannot be repeated (a duration, a long training) carries the directive `#| varies`.
+Outputs that are kept have to be those of today's code: the same words, and numbers to 5 percent or in their
+last digit. A cell whose output cannot be repeated (a duration, a long training) carries the directive `#| varies`.
 """
 import ast
 import atexit
@@ -309,14 +309,21 @@ class Notebook(pytest.File):
         return {o: getattr(module, o) for o in wanted}
 
 
+def numbers_in(text):
+    "Each number of a text, and how far another one may be from it."
+    for said in NUMBER.findall(text):
+        value, decimals = float(said.replace(",", "").rstrip(".")), len(said.partition(".")[2].partition("e")[0])
+        yield value, max(.05 * abs(value), min(10.**-decimals, .05) if decimals else 0, .001)
+
+
 def difference(kept, now):
-    "None where two outputs say the same: the same words, and numbers that agree to 5 percent (or to 0.001)."
+    "None where two outputs say the same: the same words, and numbers that agree to 5 percent or in their last digit."
     kept, now = (re.sub(SHOWN_ELSEWHERE, "", t) for t in (kept, now))
     words = [re.sub(r"[\s─-╿]+", " ", NUMBER.sub("#", t)).strip() for t in (kept, now)]
     if words[0] != words[1]:
         return f"kept: {words[0][:400]}\nnow:  {words[1][:400]}"
-    pairs = list(zip(*([float(n.replace(",", "").rstrip(".")) for n in NUMBER.findall(t)] for t in (kept, now)), strict=True))
-    far = [f"{a:g}, now {b:g}" for a, b in pairs if abs(a - b) > max(.05 * max(abs(a), abs(b)), .001)]
+    pairs = zip(numbers_in(kept), numbers_in(now), strict=True)
+    far = [f"{a:g}, now {b:g}" for (a, near), (b, _) in pairs if abs(a - b) > near * (1 + 1e-9)]
     return f"kept: {'; '.join(far[:5])}" if far else None
 
 

@@ -110,6 +110,7 @@ def environment(folder):
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     os.environ.update(IPYTHONDIR=str(folder), MATPLOTLIBRC=str(folder / "matplotlibrc"), PYTHONPATH=path,
                       PYTHONHASHSEED="0", COLUMNS="100", NO_COLOR="1",
+                      OMP_NUM_THREADS="1",  # sums in the same order, whatever the number of cores
                       PYTHONWARNINGS="ignore:IProgress not found")  # tqdm, where ipywidgets is not installed
     os.environ.pop("MPLBACKEND", None)
 
