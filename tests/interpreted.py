@@ -41,12 +41,12 @@ def both_forms(h, w, run):
     "The form that the size asks for, and for small maps the tiled one too."
     run()
     if h * w <= 100:
-        kept = gather.GATHER_CELLS, tiled.TILE
-        gather.GATHER_CELLS, tiled.TILE = 0, 16
+        kept = gather.GATHER_CELLS, tiled.TILE, gpu_kernels.TILE
+        gather.GATHER_CELLS, tiled.TILE, gpu_kernels.TILE = 0, 16, 16
         try:
             run()
         finally:
-            gather.GATHER_CELLS, tiled.TILE = kept
+            gather.GATHER_CELLS, tiled.TILE, gpu_kernels.TILE = kept
 
 
 def main():
