@@ -52,7 +52,7 @@ def _turned(x, y, angle):
 
 # %% ../nbs/03_data.ipynb #03affd59
 def _pattern(rng, x, y): # coordinates, any shape
-    "Stripes, checks, a ramp or blocks, about 0–1."
+    "Stripes, checks, a ramp or tiles, about 0–1."
     angle, f, phase = rng.uniform(0, np.pi), rng.uniform(4, 14), rng.uniform(0, 2*np.pi)
     along, across = _turned(x, y, angle)
     kind = rng.integers(4)
