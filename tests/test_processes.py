@@ -3,12 +3,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from runs import assert_same, everything, free_port, pair, processes, state, whole
+from runs import assert_same, everything, exit_codes, free_port, pair, processes, quick, slow, state, until, whole
 
 from spatial_entropy.training import jobs
 from spatial_entropy.training.loop import resume
@@ -31,8 +30,7 @@ def close(a, b):
 def test_two_processes_equal_one_with_twice_the_accumulation(tmp_path, alone, two):
     "Crops, RandAugment, erasing, Mixup, CutMix, stochastic depth, average, clipping: all the same draws."
     children = pair(tmp_path / "two", two)
-    [c.join(200) for c in children]
-    assert [c.exitcode for c in children] == [0, 0]
+    assert exit_codes(*children) == [0, 0]
     ours, theirs = state(tmp_path / "two" / "run"), state(whole(tmp_path / "one", alone))
     close(ours, theirs)
     assert ours["ours"]["place"]["rows"][0].keys() == theirs["ours"]["place"]["rows"][0].keys()
@@ -42,20 +40,19 @@ def test_two_processes_equal_one_with_twice_the_accumulation(tmp_path, alone, tw
 
 def go_on(run, accumulate):
     torch.set_num_threads(1)
-    resume(run, plot=False, grad_accum_steps=accumulate)
+    with quick():
+        resume(run, plot=False, grad_accum_steps=accumulate)
 
 
 def test_one_process_goes_on_for_two(tmp_path):
     "Two are stopped in the middle; one of them, with twice the accumulation, ends with what one alone would have."
-    children = pair(tmp_path, {**two, "recovery_interval": 0})
-    while all(c.is_alive() for c in children) and not (tmp_path / "run" / "pictures" / "epoch-0000.png").exists():
-        time.sleep(.01)
+    children = pair(tmp_path, {**two, "recovery_interval": 0}, hook=slow)
+    until((tmp_path / "run" / "pictures" / "epoch-0000.png").exists, *children)
     os.kill(children[1].pid, signal.SIGTERM)
-    [c.join(200) for c in children]
-    assert [c.exitcode for c in children] == [3, 3] and len(jobs.checkpoints(tmp_path / "run")) == 1
+    assert exit_codes(*children) == [3, 3] and len(jobs.checkpoints(tmp_path / "run")) == 1
     child = processes.Process(target=go_on, args=(tmp_path / "run", 2))
     child.start()
-    child.join()
+    assert exit_codes(child) == [0]
     close(state(tmp_path / "run"), state(whole(tmp_path / "one", alone)))
 
 
@@ -68,7 +65,7 @@ def torchrun(tmp_path_factory):
     "What two processes under torchrun said, and the folder they wrote to."
     folder = tmp_path_factory.mktemp("torchrun")
     command = [here / "torchrun", "--nproc-per-node", "2", "--no-python", here / "spatial-entropy", *small, folder]
-    said = subprocess.run(list(map(str, command)), capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    said = subprocess.run(list(map(str, command)), capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
     return said, folder
 
 
