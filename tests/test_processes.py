@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import notebook_launcher
+from accelerate.state import AcceleratorState, PartialState
 from runs import assert_same, everything, exit_codes, free_port, pair, processes, quick, slow, state, until, whole
 
 from spatial_entropy.training import jobs
-from spatial_entropy.training.loop import resume
+from spatial_entropy.training.config import TrainConfig
+from spatial_entropy.training.loop import resume, train
 from spatial_entropy.training.models import load_weights
 
 here = Path(sys.executable).parent
@@ -77,18 +80,20 @@ def test_torchrun(torchrun):
     assert len(list((jobs.checkpoints(folder / "run")[-1]).glob("random_states_*.pkl"))) == 2
 
 
-notebook = """
-from accelerate import notebook_launcher
-from spatial_entropy import TrainConfig, train
-config = TrainConfig(limit=64, batch_size=8, epochs=1, img_size=32, mixup=.8, picture_interval=9, experiment="run", output={output!r},
-                     model_kwargs=dict(depth=1, embed_dim=24, num_heads=2, patch_size=16))
-notebook_launcher(train, (config,), num_processes=2, use_port="{port}")
-"""
+def in_a_notebook(output, port):
+    "As a cell of a fresh kernel would; accelerate may have been used here before, by one process alone."
+    PartialState._reset_state()
+    AcceleratorState._reset_state(True)
+    torch.set_num_threads(1)
+    config = TrainConfig(limit=64, batch_size=8, epochs=1, img_size=32, mixup=.8, picture_interval=9, experiment="run", output=str(output),
+                         model_kwargs=dict(depth=1, embed_dim=24, num_heads=2, patch_size=16))
+    with quick():
+        notebook_launcher(train, (config,), num_processes=2, use_port=str(port))
 
 
 def test_notebook_launcher_gives_the_weights_of_torchrun(tmp_path, torchrun):
-    code = notebook.format(output=str(tmp_path), port=free_port())
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200)
-    assert said.returncode == 0, said.stderr
+    child = processes.Process(target=in_a_notebook, args=(tmp_path, free_port()))
+    child.start()
+    assert exit_codes(child) == [0]
     assert len(list((jobs.checkpoints(tmp_path / "run")[-1]).glob("random_states_*.pkl"))) == 2
     assert_same(*(load_weights(p / "run" / "model.safetensors") for p in (tmp_path, torchrun[1])))
