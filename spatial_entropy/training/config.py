@@ -18,6 +18,7 @@ import numpy as np
 import yaml
 
 # %% ../../nbs/51_config.ipynb #021d081d
+from ..loops.schedule import SCHEDULES
 from .files import read_text, write_json, write_whole
 
 # %% ../../nbs/51_config.ipynb #1c454612
@@ -75,6 +76,14 @@ def _augmentation(v):
     finally:
         random.setstate(before[0])
         np.random.set_state(before[1])
+
+# %% ../../nbs/51_config.ipynb #8ee1b662
+def _regularizer(v):
+    "None for the name of a term that a loop can add, or those that there are."
+    if v == "spatial-entropy": return None                        # nothing heavy is asked for it
+    from spatial_entropy.loops.alternatives import regularizer_names
+    names = Names(regularizer_names())
+    return None if v in names else str(names)
 
 # %% ../../nbs/51_config.ipynb #f4243efe
 def _setting(default, help, flag=None, range=None, const=None):
@@ -223,9 +232,14 @@ class TrainConfig(_OutputSettings, _MachineSettings, _RateSettings, _FittingSett
                   _ModelSettings, _AugmentationSettings, _SourceSettings):
     "Settings of a training run. Raises ValueError: the setting, what arrived, what was expected."
     entropy_weight: float = _setting(
-        .01, "peak weight of the spatial entropy; 0 turns the regulariser off", range=_size0)
+        .01, "peak weight of the regulariser; 0 turns it off", range=_size0)
     entropy_warmup: int | None = _setting(
         None, "epochs in which that weight rises; default: a tenth, at most 10", range=_count0)
+    entropy_schedule: str = _setting("decay", "after the warm-up: decay to 0, stay (warmup); or "
+                                     "constant from the start", range=Names(SCHEDULES))
+    regularizer: str = _setting("spatial-entropy", "the term that is added: spatial-entropy, "
+                                "total-variation, head-disagreement, entropy, none, or one "
+                                "registered by register_regularizer", range=Asked(_regularizer))
 
     def __post_init__(self): _complete(self)
 

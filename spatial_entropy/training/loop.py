@@ -35,7 +35,9 @@ from ..attention.tap import AttentionTap
 def _entropy_weight(job):
     "λ in the epoch of the place."
     c = job.config
-    return entropy_weight(job.place.epoch, c.epochs, c.entropy_weight, c.entropy_warmup)
+    if c.regularizer == "none": return 0.
+    return entropy_weight(epoch=job.place.epoch, epochs=c.epochs, weight=c.entropy_weight,
+                          warmup=c.entropy_warmup, schedule=c.entropy_schedule)
 
 def _batch_number(job, number):
     "Number of a batch in its epoch, over all processes; `number` counts from where we went on."
@@ -56,14 +58,19 @@ def _batch_sums(result, label, loss, entropy):
     ce = result.get("task_loss", result["loss"])
     return len(label)*torch.stack([torch.ones_like(loss), loss, ce, hits, entropy]).detach()
 
+def _term_and_entropy(job, maps, weight):
+    "What is added to the loss, which may be another regulariser, and the spatial entropy."
+    seen = maps if weight else maps.detach()
+    if job.term is None: return (entropy := job.criterion(seen)), entropy
+    return job.term(seen), job.criterion(maps.detach())
+
 def _forward(job, x, label, weight):
     "Loss of one batch, and its sums."
     if job.config.channels_last: x = x.contiguous(memory_format=torch.channels_last)
     with job.accelerator.autocast():
         result = job.task(x, label)
-        maps = job.tap.maps()
-        entropy = job.criterion(maps if weight else maps.detach())
-        loss = result["loss"] + weight*entropy
+        term, entropy = _term_and_entropy(job, job.tap.maps(), weight)
+        loss = result["loss"] + weight*term
     unbroken = torch.where(loss.isfinite(), 1., math.nan)
     return loss*unbroken, _batch_sums(result, label, loss, entropy)
 
