@@ -207,7 +207,10 @@ def _writable(path):
 _measures = { # of `evaluate`: what it is called, and how it is written
     "top1": ("top-1 accuracy, %", "{:.1f}"), "loss": ("cross-entropy", "{:.3f}"),
     "entropy": ("spatial entropy, nats", "{:.3f}"), "regions": ("regions per map", "{:.2f}"),
-    "pictures": ("pictures", "{}"), "jaccard_best_head": ("mask Jaccard, best head", "{:.3f}"),
+    "density": ("share of cells above the mean", "{:.2f}"), "pictures": ("pictures", "{}"),
+    "pixel_auc": ("pixel AUC, best head", "{:.3f}"), "pointing": ("pointing, best head", "{:.3f}"),
+    "jaccard": ("mask Jaccard on the grid, best head", "{:.3f}"),
+    "jaccard_best_head": ("mask Jaccard, best head", "{:.3f}"),
     "jaccard_mean_head": ("mask Jaccard, mean head", "{:.3f}"),
     "mask_pairs": ("pictures with masks", "{}")}
 _part_names = {"val": "validation pictures", "train": "training pictures", "all": "all pictures"}
@@ -218,15 +221,26 @@ def _title_of(scores):
     return f"{scores['data']} ({_part_names[scores['split']]}){masks}"
 
 # %% ../nbs/60_commands.ipynb #e536be21
+def _chance_of(scores, key):
+    "What a measure is by chance, and the difference with its interval; empty where there is none."
+    if f"{key}_chance" not in scores: return "", ""
+    chance = scores[f"{key}_chance"]
+    said = f"{scores[key] - chance:+.3f}"
+    if f"{key}_above_low" in scores:
+        low, high = scores[f"{key}_above_low"], scores[f"{key}_above_high"]
+        said = f"{scores[f'{key}_above']:+.3f} [{low:+.3f}, {high:+.3f}]"
+    return f"{chance:.3f}", said
+
 def _print_scores(scores):
     "Print the measures that there are, as a table."
     from spatial_entropy.pictures import one_line
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text                                  # a folder may be called [bold]
-    t = Table("measure", "value", title=Text(one_line(_title_of(scores), 200)))
+    title = Text(one_line(_title_of(scores), 200))
+    t = Table("measure", "value", "chance", "above chance", title=title)
     for key, (label, form) in _measures.items():
-        if key in scores: t.add_row(label, form.format(scores[key]))
+        if key in scores: t.add_row(label, form.format(scores[key]), *_chance_of(scores, key))
     Console(force_jupyter=False).print(t)               # as in a terminal, wherever it is called
     for said in scores["notes"]: print(said)
     if skipped := scores["skipped"]:
