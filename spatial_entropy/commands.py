@@ -148,19 +148,33 @@ def _add_draw(p):
                    help="a file of weights for the timm model, .safetensors or .pth")
 
 # %% ../nbs/60_commands.ipynb #24b6958d
+def _add_compare(p):
+    "What `compare` takes."
+    p.add_argument("grid", nargs="?", help="a YAML file: arms, seeds, common settings, masks; "
+                   "without it a small grid on the embedded pictures")
+    p.add_argument("-o", "--output", default="comparison",
+                   help="the folder of the runs and of the report (comparison)")
+    p.add_argument("--jobs", type=int, default=1, metavar="N",
+                   help="runs at a time, each in a process, on a GPU of its own where there are "
+                        "several (1)")
+
 def _parser():
     "The parser of the console script."
     p = Parser("spatial-entropy",
                description="Vision Transformers whose attention falls on connected objects.")
-    commands = p.add_subparsers(dest="command", required=True, metavar="{train,evaluate,draw}")
+    commands = p.add_subparsers(dest="command", required=True, metavar="{train,compare,evaluate,draw}")
     train = commands.add_parser(
         "train", help="train a ViT with the spatial-entropy regulariser",
         description="Train a ViT with the spatial-entropy regulariser. With no flags: a small one "
                     "on the embedded pictures.")
     _add_where_from(train)
     _add_settings(train)
+    _add_compare(commands.add_parser(
+        "compare", help="train and measure arms with several seeds, and say how they differ",
+        description="Train every arm of a grid with every seed, measure all, and write a page that "
+                    "says how they differ. What is done is skipped, what was begun goes on."))
     _add_evaluate(commands.add_parser(
-        "evaluate", help="measure a run: accuracy, entropy, regions, mask Jaccard",
+        "evaluate", help="measure a run: accuracy, entropy and objects, each beside chance",
         description="Measure a run."))
     _add_draw(commands.add_parser(
         "draw", help="draw the maps and regions of pictures", description="Draw maps and regions."))
@@ -268,6 +282,29 @@ def _prepare_evaluation(args):
     _writable(args.output or Path(args.run)/"evaluation.json")
     _measure(args.run, args.output, **given)
     return lambda: 0
+
+# %% ../nbs/60_commands.ipynb #902726d5
+def _compare(grid, args):
+    "Run a comparison, then print its table."
+    from rich.console import Console
+    from spatial_entropy.training.comparing import Interrupted, compare, show_summary, summary
+    console = Console(force_jupyter=False)
+    try: rows, failed = compare(grid, args.output, args.jobs, console)
+    except Interrupted as e:
+        print(f"stopped by {e}; all runs have saved; the same command goes on", file=sys.stderr)
+        return 128 + e.signal
+    if rows: show_summary(summary(rows, list(grid.arms)), console)
+    print(f"page: {Path(args.output)/'index.html'}, table.csv, summary.json")
+    for said in failed: print(f"not done: {said}", file=sys.stderr)
+    return 1 if failed else 0
+
+def _prepare_comparison(args):
+    "The command `compare`."
+    from spatial_entropy.training.comparing import check_runs, default_grid, read_grid
+    if args.jobs < 1: raise ValueError(f"jobs: got {args.jobs}, expected at least 1")
+    grid = read_grid(args.grid) if args.grid else default_grid()
+    check_runs(grid, args.output)
+    return lambda: _compare(grid, args)
 
 # %% ../nbs/60_commands.ipynb #a29d6b87
 def _work(job):
@@ -410,7 +447,8 @@ def _prepare_drawing(args):
     return work
 
 # %% ../nbs/60_commands.ipynb #0e202b83
-_commands = {"train": _prepare_training, "evaluate": _prepare_evaluation, "draw": _prepare_drawing}
+_commands = {"train": _prepare_training, "compare": _prepare_comparison,
+             "evaluate": _prepare_evaluation, "draw": _prepare_drawing}
 
 def _main(argv):
     "Parse, and hand over to the command."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'Grid', 'read_grid', 'Planned', 'planned', 'Interrupted', 'table', 'summary', 'show_summary',
-           'draw_curves', 'draw_arms', 'write_report', 'compare']
+           'draw_curves', 'draw_arms', 'write_report', 'check_runs', 'compare', 'default_grid']
 
 # %% ../../nbs/60_comparing.ipynb #a98d0a23
 import csv, json, math, os, re, signal, sys
@@ -301,38 +301,43 @@ def summary(rows: list, # of `table`
     return found
 
 # %% ../../nbs/60_comparing.ipynb #aa605211
-def _interval_text(found, digits, sign=""):
-    "A mean with its ends, in a line."
-    if math.isnan(found["low"]): return f"{found['mean']:{sign}.{digits}f}"
-    mean, low, high = (f"{found[k]:{sign}.{digits}f}" for k in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
+def _plus_minus(found, digits, sign=""):
+    "A mean, and half of its interval."
+    text, half = f"{found['mean']:{sign}.{digits}f}", found["high"] - found["mean"]
+    return text if math.isnan(half) else f"{text} ± {half:.{digits}f}"
 
-def _cells(line, columns):
-    "An arm's texts: a measure, and below it the difference."
-    texts = [line[columns[0]]["arm"], line[columns[0]]["part"], str(line[columns[0]]["seeds"])]
-    for name in columns:
-        found, digits = line.get(name), MEASURES[name][1]
-        if found is None: texts.append("")
-        elif "less" not in found: texts.append(_interval_text(found, digits))
-        else: texts.append(f"{_interval_text(found, digits)}\n"
-                           f"Δ {_interval_text(found['less'], digits, '+')}")
-    return texts
+def _cell(line):
+    "A measure of an arm, and below it the difference to the first."
+    digits = MEASURES[line["measure"]][1]
+    text = _plus_minus(line, digits)
+    return f"{text}\nΔ {_plus_minus(line['less'], digits, '+')}" if "less" in line else text
 
-def _grouped(lines):
-    "{(part, arm): {measure: line}}"
+def _rows_of(of): # {(measure, arm): line} of one part of the data
+    "Rows of texts: a row for each measure, a column for each arm."
+    arms, measures = (list(dict.fromkeys(key[i] for key in of)) for i in (1, 0))
+    rows = [["", *(f"{arm}, n = {of[measures[0], arm]['seeds']}" for arm in arms)]]
+    for m in measures:
+        rows.append([MEASURES[m][0], *(_cell(of[m, a]) if (m, a) in of else "" for a in arms)])
+    return rows
+
+def _tables(lines):
+    "{part of the data: rows of texts}"
     found = {}
-    for line in lines: found.setdefault((line["part"], line["arm"]), {})[line["measure"]] = line
-    return found
+    for line in lines:
+        found.setdefault(line["part"], {})[line["measure"], line["arm"]] = line
+    return {part: _rows_of(of) for part, of in found.items()}
 
 # %% ../../nbs/60_comparing.ipynb #ca429f7d
-def show_summary(lines: list, console: Console | None = None, # of `summary`
-                 columns: list | None = None): # names of MEASURES; None: what there is
-    "Print a table: a row for each arm, Δ its paired difference to the first, with 95 % intervals."
-    grouped = _grouped(lines)
-    columns = columns or [m for m in MEASURES if any(m in line for line in grouped.values())]
-    t = Table("arm", "data", "seeds", *(MEASURES[c][0] for c in columns), show_lines=True)
-    for line in grouped.values(): t.add_row(*_cells(line, columns))
-    (console or Console(force_jupyter=False)).print(t)
+def show_summary(lines: list, # of `summary`
+                 console: Console | None = None):
+    """Print a table: a row for each measure, a column for each arm.
+
+    ± is half of the 95 % interval over seeds, Δ the paired difference to the first arm.
+    """
+    for part, (head, *rows) in _tables(lines).items():
+        t = Table(*head, title="" if part == "all" else part, show_lines=True)
+        for row in rows: t.add_row(*row)
+        (console or Console(force_jupyter=False)).print(t)
 
 # %% ../../nbs/60_comparing.ipynb #d0ae19a1
 def _curve(run, key):
@@ -409,23 +414,27 @@ _style = ("body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em aut
           "table{border-collapse:collapse}td,th{padding:.3em .8em;border-bottom:1px solid #bbb;"
           "text-align:left;white-space:pre-line}img{max-width:100%}")
 
-def _html_table(lines):
+def _html_row(texts, tag):
+    first, *others = (escape(text) for text in texts)
+    return f"<tr><th>{first}</th>" + "".join(f"<{tag}>{text}</{tag}>" for text in others) + "</tr>"
+
+def _html_tables(lines):
     "The summary as HTML."
-    grouped = _grouped(lines)
-    columns = [m for m in MEASURES if any(m in line for line in grouped.values())]
-    head = ["arm", "data", "seeds", *(MEASURES[c][0] for c in columns)]
-    rows = [head, *(_cells(line, columns) for line in grouped.values())]
-    cell = lambda i, text: f"<td>{escape(text)}</td>" if i else f"<th>{escape(text)}</th>"
-    texts = ["".join(cell(i, text) for text in row) for i, row in enumerate(rows)]
-    return "\n".join(f"<tr>{text}</tr>" for text in texts)
+    found = []
+    for part, (head, *rows) in _tables(lines).items():
+        if part != "all": found.append(f"<h2>{escape(part)}</h2>")
+        body = [_html_row(head, "th"), *(_html_row(row, "td") for row in rows)]
+        found.append("<table>" + "\n".join(body) + "</table>")
+    return "\n".join(found)
 
 def _page(lines, arms, failed):
     "The page as text."
     missing = "".join(f"<p>Not done: {escape(said)}</p>" for said in failed)
     return f"""<!doctype html><meta charset="utf-8"><title>Comparison</title><style>{_style}</style>
 <h1>{escape(", ".join(arms))}</h1>
-<p>Means over seeds with 95 % intervals; Δ is the paired difference to {escape(arms[0])}.</p>
-<table>{_html_table(lines)}</table>{missing}
+<p>Means over n seeds; ± is half of the 95 % interval, Δ the paired difference to
+{escape(arms[0])}.</p>
+{_html_tables(lines)}{missing}
 <h2>Curves</h2><img src="curves.png" alt="Accuracy, entropy and loss over the epochs of each arm">
 <h2>The same pictures under each arm</h2>
 <img src="maps.png" alt="Pictures, and below them the attention of each arm laid over them">
@@ -453,11 +462,12 @@ def write_report(grid: Grid, output, failed=()) -> list: # the rows of table.csv
     return rows
 
 # %% ../../nbs/60_comparing.ipynb #77f9f339
-def _open_runs(runs, masks):
-    "Those that are not done. Raises ValueError where a folder holds another run."
+def check_runs(grid: Grid, output) -> list: # of Planned
+    "The runs of a grid. Raises ValueError where a folder holds a run with other settings."
+    runs = planned(grid, output)
     for run in runs:
         if (run.folder/"config.yaml").exists(): _check_same(run)
-    return [run for run in runs if _scores(run, masks) is None]
+    return runs
 
 class _Told:
     "Says what has ended, keeps what failed, and renews the report."
@@ -484,11 +494,21 @@ def compare(grid: Grid, output="comparison", # the folder of the runs and of the
     """
     if jobs < 1: raise ValueError(f"jobs: got {jobs}, expected at least 1")
     console, output = console or Console(), Path(output)
-    runs = planned(grid, output)
-    left = _open_runs(runs, grid.masks)
+    runs = check_runs(grid, output)
+    left = [run for run in runs if _scores(run, grid.masks) is None]
     output.mkdir(parents=True, exist_ok=True)
     console.print(f"{len(runs) - len(left)} of {len(runs)} runs are done", highlight=False)
     told = _Told(grid, output, console, len(left))
     if jobs == 1: _in_turn(left, grid.masks, console, told)
     else: _at_once(left, grid.masks, jobs, told)
     return write_report(grid, output, told.failed), told.failed
+
+# %% ../../nbs/60_comparing.ipynb #cc88e43b
+def default_grid() -> Grid:
+    "Skip kept or dropped, loss off or on, on 500 embedded pictures; two seeds."
+    common = dict(limit=500, epochs=12, img_size=112, batch_size=32,
+                  model_kwargs=dict(patch_size=8, embed_dim=96, depth=4, num_heads=3))
+    on, off = dict(entropy_weight=.1), dict(regularizer="none")
+    arms = {"plain": dict(keep_skip=True, **off), "loss": dict(keep_skip=True, **on),
+            "surgery": dict(off), "both": dict(on)}
+    return Grid(arms, seeds=[1, 2], common=common)
