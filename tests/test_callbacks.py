@@ -42,7 +42,7 @@ def gradient(model):
 
 
 def is_stock(model):
-    return not any("_ear" in vars(m) for m in model.modules())
+    return not any("_tap_sites" in vars(m) for m in model.modules())
 
 
 def same(a, b):

@@ -557,7 +557,7 @@ def test_done_and_undone(key):
     resting = [p for n, p in last.named_parameters() if n in frozen]
     kept = [p.clone() for p in resting]
     for p in resting:
-        p.normal_()                                         # what rests says nothing any more: LayerScale is off the road
+        p.normal_()                                         # what rests says nothing any more: LayerScale is off the path
     assert torch.equal(answer(model, x), changed)
     for p, old in zip(resting, kept):
         p.copy_(old)
@@ -812,7 +812,7 @@ class OnlyRenamed(vit.Block):
     (timm_model("vit_tiny_patch16_224", **FLAT, block_fn=OwnForward), "OwnForward is a Block with a forward of its own"),
     (timm_model("crossvit_tiny_240", **CLASSES), "CrossVit: .* a CrossAttentionBlock .* no MLP follows"),
     (timm_model("davit_tiny", **CLASSES, depths=(1, 1, 1, 1), embed_dims=(16,) * 4, num_heads=(1,) * 4), "DaVit: .* a ChannelBlock .* attends over channels"),
-    (timm_model("nextvit_small", **CLASSES), "NextViT: .* a NextTransformerBlock .* a second road beside attention"),
+    (timm_model("nextvit_small", **CLASSES), "NextViT: .* a NextTransformerBlock .* a second path beside attention"),
 ])
 def test_refusals(model, said):
     with pytest.raises(se.UnsupportedModel, match=said):

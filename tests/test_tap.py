@@ -129,12 +129,12 @@ def test_dropped_patches_are_refused():
 def test_never_silently_empty_or_stale():
     model = make()
     with se.AttentionTap(model) as tap:
-        with pytest.raises(RuntimeError, match="no map was heard"):
+        with pytest.raises(RuntimeError, match="no map was recorded"):
             tap.maps()
         model(torch.rand(1, 3, 32, 32))
         with pytest.raises(Exception):                   # a pass that fails leaves no map of an earlier one behind
             model(torch.rand(1, 3, 32, 33))
-        with pytest.raises(RuntimeError, match="no map was heard"):
+        with pytest.raises(RuntimeError, match="no map was recorded"):
             tap.maps()
 
 
@@ -593,7 +593,7 @@ def test_every_entry_point_is_heard(name):
     want = maps_of(model, b)
     entries = [model.forward_features, model.forward, *([model.forward_intermediates] if hasattr(model, "forward_intermediates") else [])]
     with se.AttentionTap(model) as tap:
-        with pytest.raises(RuntimeError, match="no map was heard: run the model"):
+        with pytest.raises(RuntimeError, match="no map was recorded: run the model"):
             tap.maps()
         for enter in entries:
             model(a)
@@ -834,9 +834,9 @@ def test_attention_is_told_from_other_softmaxes(own, how):
 
 LOW = torch.finfo(torch.float32).min
 WRONG = {
-    "softmax over queries": (lambda q, k, v: logits(q, k).softmax(-2) @ v, "no map was heard in layer, though it ran.*a softmax over keys"),
-    "softmax over heads": (lambda q, k, v: logits(q, k).softmax(1) @ v, "no map was heard in layer, though it ran"),
-    "no attention": (lambda q, k, v: v * q.sigmoid(), "no map was heard in layer, though it ran"),
+    "softmax over queries": (lambda q, k, v: logits(q, k).softmax(-2) @ v, "no map was recorded in layer, though it ran.*a softmax over keys"),
+    "softmax over heads": (lambda q, k, v: logits(q, k).softmax(1) @ v, "no map was recorded in layer, though it ran"),
+    "no attention": (lambda q, k, v: v * q.sigmoid(), "no map was recorded in layer, though it ran"),
     "a second softmax of the first": (lambda q, k, v: logits(q, k).softmax(-1).softmax(-1) @ v, "two attentions in one call of OwnLayer"),
     "two attentions": (lambda q, k, v: sdpa(q, k, v) + sdpa(k, q, v), "two attentions in one call of OwnLayer.*name the inner layer"),
     "causal, by flag": (lambda q, k, v: sdpa(q, k, v, is_causal=True), "layer: causal attention"),
@@ -944,7 +944,7 @@ def test_several_taps_listen_and_close_one_by_one():
     model(b)
     assert one.maps() is first and not torch.equal(two.maps()[1], second)
     two.close()
-    assert [type(m) for m in model.modules()] == types and not any("_ear" in vars(m) for m in model.modules())
+    assert [type(m) for m in model.modules()] == types and not any("_tap_sites" in vars(m) for m in model.modules())
     assert torch.equal(first, maps_of(model, a)) and torch.equal(second, maps_of(model, a, query="mean", softmax=True))
 
 
@@ -966,7 +966,7 @@ def test_evaluation_beside_an_open_regulariser():
     with pytest.warns(UserWarning, match="an evaluation came between"):
         reg()
     reg.close()
-    assert not any("_ear" in vars(m) for m in model.modules())
+    assert not any("_tap_sites" in vars(m) for m in model.modules())
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "ViTForImageClassification", "torchvision ViT"])

@@ -54,7 +54,7 @@ class Layer:
     heads: Callable | None = None # number of heads of a layer that asks them one after the other
     why: str | Callable = "" # not tapped: the reason, or a function of layer and model
 
-    def axes_of(self, t): # t: (..., c)
+    def axes_of(self, t): # (..., c)
         "The axes of queries, or of logits, with so many dimensions."
         ways = self.axes.split(" | ")
         fits = (a for a in ways if len(re.sub(r"\(.*?\)", "x", a).split()) + 1 == t.ndim)

@@ -35,12 +35,14 @@ class Raster:
     cells: torch.Tensor | None = None # (W, m), or (B, m) if per_image; None: row by row
     region: torch.Tensor | None = None # (W, m): patches that see one another share a number
     queries: tuple[int, int] | None = None # (h, w) of the queries, where it is another one
-    asked: torch.Tensor | None = None # (W, n) bool: pooled queries that are no padding; None: all
+    asked: torch.Tensor | None = None # (W, n) bool: pooled queries with a patch in them; None: all
     per_image: bool = False # each image has an order of its own
     pictures: int = 1 # pictures, or frames, in one sequence; cells count through all of them
     overlap: bool = False # windows share keys: a cell is the mean over those that see it
 
-    def lay(self, t, fill=0.): # t: (..., W, m) -> (..., h, w), `fill` where no key lies
+    def lay(self, t, # (..., W, m), a value for each key
+            fill=0., # where no key lies
+           ) -> torch.Tensor: # (..., h, w)
         "Put the values of the keys where they lie; several pictures become images of their own."
         (h, w), n = self.grid, self.pictures
         t = t[..., 0, :] if self.cells is None else self._placed(t.flatten(-2), fill)

@@ -434,7 +434,7 @@ ResidualAttentionBlock | ln_1 attention() | mlp ls_2 | ln_2 ls_1
 """, also="attn")
 
 # %% ../../nbs/13_surgery.ipynb #a7c1e582
-_shared = "attention and MLP share one residual, so there is no road around attention alone"
+_shared = "attention and MLP share one residual, so no path leads around attention alone"
 _vit = "timm.models.vision_transformer."
 _refused = {
     f"{_vit}ParallelScalingBlock": _shared,
@@ -442,7 +442,7 @@ _refused = {
     "timm.models.crossvit.CrossAttentionBlock":
         "one branch asks the other here, and no MLP follows in which the skip would be replaced",
     "timm.models.nextvit.NextTransformerBlock":
-        "a convolution of the attended map joins it before the MLP: a second road beside attention",
+        "a convolution of the attended map joins it before the MLP: a second path beside attention",
     "timm.models.davit.ChannelBlock": "it attends over channels, not over places",
 }
 
@@ -549,7 +549,7 @@ def _check_entry(block):
 def _check_untouched(block):
     "Raises where something else has changed what the block runs."
     name = _way_of(type(block))[1].__name__
-    if "_ear" in vars(block):
+    if "_tap_sites" in vars(block):
         raise RuntimeError(f"{name}: a tap listens in this block; drop the skip first, then tap")
     if hasattr(type(block), "_with_skip"):
         raise ValueError("the last skip is dropped already; undo() it first, or leave it")

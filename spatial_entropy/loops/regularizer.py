@@ -200,7 +200,7 @@ class _EntropyTerm(_Listening, _ScheduledWeight):
 
     @property
     def left_out(self): # a tensor, which waits for nothing
-        "How many maps with broken cells were left out so far."
+        "How many maps with NaN or infinite cells were left out so far."
         return self._criterion.left_out
 
     def logs(self) -> dict: # "entropy" in nats, "entropy_weight", "maps_left_out"; floats

@@ -16,7 +16,8 @@ class SpatialEntropyTask(TrainingTask):
 
     `regularizer` has the schedule and the logs.
     """
-    def forward(self, input, target): # (B, C, H, W), (B,)
+    def forward(self, input, # (B, C, H, W)
+                target): # (B,), or what the task's loss takes
         "What the task returns, with the term in its loss while training."
         result = super().forward(input, target)
         if not self.training: return result
@@ -59,7 +60,7 @@ def _check_task(task):
 def spatial_entropy_task(task: TrainingTask, # of timm, or your own
                          weight=.01, # λ, the peak; or a function of the share that is done (0–1)
                          epochs: float | None = None, # of the run; None: a constant weight
-                         warmup: float | None = None, # epochs to the peak; None: a tenth, or 10
+                         warmup: float | None = None, # epochs to the peak; None: a tenth, at most 10
                          block=-1, query="auto", # as in AttentionTap
                          drop_skip: bool = False, # remove the last skip first
                         ) -> SpatialEntropyTask: # the same object, also of its own class

@@ -66,7 +66,7 @@ def _all_means(sums, heads, per):
 
 # %% ../../nbs/36_torchmetrics.ipynb #50083ebf
 def _sizes(heads):
-    "Heads of each block. Raises ValueError for what is no number of heads."
+    "Heads of each block. Raises ValueError for anything else."
     sizes = list(heads.values()) if isinstance(heads, dict) else [heads]
     if sizes and all(isinstance(n, int) and n > 0 for n in sizes): return sizes
     raise ValueError(f"heads: got {heads!r}, expected a number of heads, or {{block: heads}}")

@@ -76,8 +76,8 @@ class _TermInLoss(_TapWhileTraining):
 def _check_one_gpu(n):
     "Raises ValueError where the Trainer would use nn.DataParallel."
     if n > 1:
-        raise ValueError(f"{n} GPUs in one process mean nn.DataParallel, whose copies no tap can "
-                         "hear; start one process per GPU (torchrun --nproc-per-node), or show "
+        raise ValueError(f"{n} GPUs in one process mean nn.DataParallel, whose copies no tap "
+                         "sees; start one process per GPU (torchrun --nproc-per-node), or show "
                          "it one GPU")
 
 # %% ../../nbs/33_transformers.ipynb #19cdd05e

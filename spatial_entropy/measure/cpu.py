@@ -26,6 +26,7 @@ def _keeps():
     except RuntimeError: return False, "no folder for it can be written"
     return True, None
 
+# %% ../../nbs/20_cpu.ipynb #becea6c8
 _kept, _why_not = _keeps()
 _options = dict(nogil=True, error_model="numpy", cache=_kept)
 
@@ -33,7 +34,7 @@ _options = dict(nogil=True, error_model="numpy", cache=_kept)
 _said = False
 
 def _say_compiled_anew(why):
-    "Once a process: compilation takes seconds, and someone may wonder where they go."
+    "Once per process: compilation takes seconds, and someone may wonder where they go."
     global _said
     if not _said:
         warnings.warn(f"spatial_entropy: numba's kept code cannot be used ({why}); it is compiled "
@@ -112,6 +113,7 @@ def _load_map(flat, at, w, sy, sx, first, unit, d):
 _u64 = np.uint64
 _ALL, _ONE, _64 = _u64(2**64 - 1), _u64(1), _u64(64)
 
+# %% ../../nbs/20_cpu.ipynb #a058895e
 @_compiled
 def _pack(d, t, bits):
     "Bit i of the stream: d[i] > t. The spare cells of d make none."
@@ -139,6 +141,7 @@ def _zeros_below(context, word):
         return builder.cttz(args[0], target.get_constant(types.boolean, False))
     return types.uint64(types.uint64), build
 
+# %% ../../nbs/20_cpu.ipynb #0fbc5f19
 @intrinsic
 def _ones(context, word):
     "How many bits are 1."
@@ -311,6 +314,7 @@ def _forget_pool():
 
 if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=_forget_pool)
 
+# %% ../../nbs/20_cpu.ipynb #9c41573c
 def _share_out(function, maps, # function(lo, hi) does a range of maps
                cells): # of one map
     "Run over all maps, in as many threads as are allowed and worth it."
@@ -362,6 +366,7 @@ def _mean(E, mean, facts):
     facts[0], facts[1] = 1/max(known, 1), E.size - known
     mean[0] = total/max(known, 1)
 
+# %% ../../nbs/20_cpu.ipynb #3246b496
 def mean_entropy(E): # (B, H)
     "The mean of the finite entropies; one over their number, and how many are NaN (2,)."
     mean, facts = E.new_empty(()), E.new_empty(2)

@@ -66,7 +66,7 @@ def _beside(N: tl.constexpr, W: tl.constexpr, reach: tl.constexpr):
 
 # %% ../../nbs/21_gather.ipynb #89b0912a
 @triton.jit
-def _heard(L, beside, N: tl.constexpr):
+def _least_of(L, beside, N: tl.constexpr):
     "The smaller of each cell's two neighbours: both in one trip through shared memory."
     return tl.min(tl.reshape(tl.gather(L, beside, 0), (2, N)), 0)
 
@@ -74,8 +74,8 @@ def _heard(L, beside, N: tl.constexpr):
 @triton.jit
 def _listen(L, on, row, column, N: tl.constexpr, CONN: tl.constexpr):
     "The smallest label among each cell and its neighbours, along rows, then along columns."
-    wide = tl.minimum(L, _heard(L, row, N))
-    return tl.where(on, tl.minimum(wide, _heard(wide if CONN == 8 else L, column, N)), N)
+    wide = tl.minimum(L, _least_of(L, row, N))
+    return tl.where(on, tl.minimum(wide, _least_of(wide if CONN == 8 else L, column, N)), N)
 
 # %% ../../nbs/21_gather.ipynb #b799f586
 JUMPS = tl.constexpr(2) # times a label is looked up between two looks at the neighbours

@@ -172,7 +172,7 @@ def _is_on(parents, i, ok):
 
 @jit_any_size
 def _unite_kernel(parents, h, w, TILE: tl.constexpr, CONN: tl.constexpr):
-    "Unite the runs that touch, once a touch."
+    "Unite the runs that touch, once per touch."
     parents += tl.program_id(0).to(tl.int64)*h*w
     i = tl.program_id(1)*TILE + tl.arange(0, TILE)
     x, ok = i % w, i < h*w
@@ -189,7 +189,7 @@ def _unite_kernel(parents, h, w, TILE: tl.constexpr, CONN: tl.constexpr):
 
 # %% ../../nbs/22_tiled.ipynb #db993ccb
 TILE, TILE_WARPS = 1024, 4 # cells a program holds
-WALK, WALK_WARPS = 2048, 8 # cells a step of its one-program-a-map passes holds
+WALK, WALK_WARPS = 2048, 8 # cells a step of its one-program-per-map passes holds
 
 def _forest(maps, level, mass, connectivity, MASK):
     "Parents (M, n) of which those that touch are united, and the grid that covers them."
