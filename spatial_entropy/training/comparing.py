@@ -7,11 +7,12 @@ __all__ = ['MEASURES', 'Grid', 'read_grid', 'Planned', 'planned', 'Interrupted',
            'draw_curves', 'draw_arms', 'write_report', 'check_runs', 'compare', 'default_grid']
 
 # %% ../../nbs/60_comparing.ipynb #a98d0a23
-import csv, json, math, os, re, signal, sys
+import csv, json, math, os, re, signal, sys, threading
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from html import escape
 from itertools import product
-from multiprocessing import connection, get_context
+from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 import torch
 from matplotlib import pyplot as plt
@@ -179,8 +180,16 @@ def _failed(run, e):
     "One sentence on a run that could not be done."
     return f"{run.folder.name}: {' '.join(str(e).split()) or type(e).__name__}"
 
+def _end_with_parent():
+    "Ask this process to save and end when the one that started it is gone."
+    def watch():
+        connection.wait([parent_process().sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
+    threading.Thread(target=watch, daemon=True).start()
+
 def _alone(run, masks, gpu, threads, say):
     "In a process of its own: a run; `say` is a connection that gets its error, or None."
+    _end_with_parent()
     if gpu is not None: os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
     torch.set_num_threads(threads)
     with open(f"{run.folder}.log", "a", encoding="utf-8", buffering=1) as log:
@@ -188,6 +197,7 @@ def _alone(run, masks, gpu, threads, say):
             _do(run, masks, Console(file=log, width=120))
             say.send(None)
         except Interrupted as e: sys.exit(128 + e.signal)
+        except KeyboardInterrupt: sys.exit(128 + signal.SIGINT)
         except Exception as e: say.send(_failed(run, e))
 
 # %% ../../nbs/60_comparing.ipynb #de4c203d
@@ -483,6 +493,20 @@ class _Told:
         write_report(self.grid, self.output, self.failed)
 
 # %% ../../nbs/60_comparing.ipynb #746634de
+def _asked_to_stop(number, frame): raise Interrupted(signal.Signals(number).name)
+
+@contextmanager
+def _interruptible():
+    "Signals that ask a process to end raise Interrupted, where it can listen; Ctrl-C does too."
+    here = threading.current_thread() is threading.main_thread()
+    names = [n for n in ("SIGTERM", "SIGHUP") if here and hasattr(signal, n)]
+    before = {n: signal.signal(getattr(signal, n), _asked_to_stop) for n in names}
+    try: yield
+    except KeyboardInterrupt: raise Interrupted("SIGINT") from None
+    finally:
+        for name, handler in before.items(): signal.signal(getattr(signal, name), handler)
+
+# %% ../../nbs/60_comparing.ipynb #cf0031a6
 def compare(grid: Grid, output="comparison", # the folder of the runs and of the report
             jobs: int = 1, # runs at a time, in processes of their own where above 1
             console: Console | None = None,
@@ -499,11 +523,12 @@ def compare(grid: Grid, output="comparison", # the folder of the runs and of the
     output.mkdir(parents=True, exist_ok=True)
     console.print(f"{len(runs) - len(left)} of {len(runs)} runs are done", highlight=False)
     told = _Told(grid, output, console, len(left))
-    if jobs == 1: _in_turn(left, grid.masks, console, told)
-    else: _at_once(left, grid.masks, jobs, told)
+    with _interruptible():
+        if jobs == 1: _in_turn(left, grid.masks, console, told)
+        else: _at_once(left, grid.masks, jobs, told)
     return write_report(grid, output, told.failed), told.failed
 
-# %% ../../nbs/60_comparing.ipynb #cc88e43b
+# %% ../../nbs/60_comparing.ipynb #194d2027
 def default_grid() -> Grid:
     "Skip kept or dropped, loss off or on, on 500 embedded pictures; two seeds."
     common = dict(limit=500, epochs=12, img_size=112, batch_size=32,
