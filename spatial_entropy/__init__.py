@@ -21,17 +21,18 @@ _modules = { # module: the names that users need of it
     "measure.operators": "label_regions spatial_entropy SpatialEntropyLoss",
     "loops.schedule": "entropy_weight", "loops.regularizer": "SpatialEntropyRegularizer",
     "loops.timm": "spatial_entropy_task",
-    "loops.alternatives": "register_regularizer", "analysis.masks": "mask_jaccard",
+    "loops.alternatives": "register_regularizer", "analysis.masks": "mask_jaccard pointing",
     "analysis.evaluation": "accuracy", "analysis.heads": "rank_heads head_maps entropy_heatmap",
     "analysis.localization": "localization_entropy localization_heads",
     "analysis.chance": "entropy_against_chance surrogate_maps",
-    "analysis.objects": "pixel_auc pixel_ap pointing against_others",
+    "analysis.objects": "pixel_auc pixel_ap against_others",
     "analysis.intervals": "bootstrap paired",
-    "analysis.scoring": "score_objects draw_extremes",
+    "analysis.scoring": "score_objects score_maps draw_extremes",
     "analysis.outliers": "outliers", "training.config": "TrainConfig configure",
     "training.sources": "Source", "training.batches": "loaders", "training.models": "load_run",
     "training.progress": "plot_metrics", "training.loop": "train resume",
     "training.evaluating": "evaluate",
+    "training.comparing": "compare Grid read_grid",
 }
 
 # %% ../nbs/69_names.ipynb #965e83a5

@@ -26,7 +26,7 @@ from spatial_entropy.analysis.objects import (
     pixels_on_grid,
     pointing,
 )
-from spatial_entropy.analysis.scoring import MasksBefore, score_objects
+from spatial_entropy.analysis.scoring import MasksBefore, score_maps, score_objects
 from spatial_entropy.data import mask_pairs
 
 
@@ -232,6 +232,76 @@ def test_the_table_of_pictures(scored, tmp_path):
     lines = (tmp_path/"s.csv").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 1001 and lines[0].startswith("picture,pixel_auc,pixel_auc_chance")
     assert float(lines[1].split(",")[1]) == pytest.approx(scored[2].own["pixel_auc"][0].max().item())
+
+
+def test_a_table_of_heads_is_what_was_scored_beside_chance(scored):
+    _, _, scores = scored
+    heads = scores.heads("pointing", also=("entropy", "jaccard"))
+    assert [*heads[0]] == ["block", "head", "above_chance", "pointing", "pointing_chance", "entropy", "entropy_chance", "jaccard",
+                           "jaccard_chance", "images", "left_out"]
+    assert len(heads) == 6 and heads[0]["above_chance"] == max(row["above_chance"] for row in heads)
+    by_hand = (scores.own["pointing"] - scores.chance["pointing"].mean(1)).mean(0)
+    for row in heads:
+        assert row["above_chance"] == pytest.approx(by_hand[row["block"], row["head"]].item(), abs=1e-6)
+        assert row["above_chance"] == pytest.approx(row["pointing"] - row["pointing_chance"], abs=1e-5)
+        assert row["images"] == 1000 and row["left_out"] == 0 and 0 <= row["jaccard"] <= 1
+    by_entropy = scores.heads("entropy")
+    assert by_entropy[0]["below_chance"] == pytest.approx(by_entropy[0]["entropy_chance"] - by_entropy[0]["entropy"], abs=1e-5)
+    assert [row["below_chance"] for row in by_entropy] == sorted((row["below_chance"] for row in by_entropy), reverse=True)
+    for wrong in ("density", "area"):
+        with pytest.raises(ValueError, match=f"by: got '{wrong}', expected one of pixel_auc"):
+            scores.heads(wrong)
+
+
+def test_values_by_picture_are_the_summarys(scored):
+    own, chance = scored[2].per_picture("jaccard", "mean")
+    line = next(line for line in scored[2].summary("mean") if line["score"] == "jaccard")
+    assert own.shape == chance.shape == (1000,)
+    assert own.mean().item() == pytest.approx(line["own"]) and (own - chance).mean().item() == pytest.approx(line["above_chance"]["mean"], abs=1e-6)
+    with pytest.raises(ValueError, match="heads: got 'worst'"):
+        scored[2].per_picture("jaccard", "worst")
+
+
+def test_maps_that_are_there_already_score_as_those_of_the_model(scored):
+    model, pairs, _ = scored
+    few = torch.utils.data.Subset(pairs, range(90))
+    want = score_objects(model, few, block="all", surrogates=1, batch_size=32)
+    x, masks = (torch.stack(v) for v in zip(*few))
+    with se.AttentionTap(model.eval(), "all") as tap, torch.no_grad():
+        model(x)
+        maps = torch.stack([*tap.maps().values()], 1)
+    got = score_maps(maps, masks, surrogates=1)
+    for name in want.own:
+        assert_close(got.own[name], want.own[name], atol=1e-4, rtol=0)
+        assert_close(got.chance[name], want.chance[name], atol=.1 if name == "entropy" else 1e-4, rtol=0, equal_nan=True)
+    assert got.blocks == [0, 1] and got.names == [str(i) for i in range(90)]
+    weights = maps.flatten(3).softmax(-1).view(maps.shape)
+    for soft in (score_maps(weights, masks, surrogates=0), score_maps(weights, masks, surrogates=0, softmax=True)):
+        for name in soft.own:
+            assert_close(soft.own[name], got.own[name], atol=1e-3, rtol=0)
+    sharp = (20*maps).flatten(3).softmax(-1).view(maps.shape)
+    once, twice = (score_maps(sharp, masks, surrogates=0, softmax=soft).own["jaccard"] for soft in (None, False))
+    assert (twice - once).abs().max() > .05                            # what the default saves one from
+    one = score_maps(maps[:, 0], masks, names=[f"p{i}" for i in range(90)], surrogates=0, batch_size=1)
+    assert one.names[3] == "p3"
+    assert_close(one.own["pointing"][:, 0], got.own["pointing"][:, 0])
+
+
+@pytest.mark.parametrize("maps, masks, names, said", [
+    ((5, 4, 4), (5, 8, 8), None, "expected"), ((5, 2, 4, 4), (4, 8, 8), None, "n at least 2"), ((1, 2, 4, 4), (1, 8, 8), None, "n at least 2"),
+    ((5, 2, 4, 4), (5, 8), None, "expected"), ((5, 2, 4, 4), (5, 8, 8), ["a"], "names: got 1")])
+def test_maps_and_masks_that_do_not_belong_together_are_refused(maps, masks, names, said):
+    with pytest.raises(ValueError, match=said):
+        score_maps(torch.randn(maps), torch.ones(masks, dtype=torch.bool), names)
+
+
+def test_broken_maps_and_pictures_without_an_object_are_left_out_and_counted():
+    torch.manual_seed(0)
+    maps, masks = torch.randn(20, 2, 5, 5), torch.rand(20, 10, 10) < .3
+    maps[3, 1, 0, 0], masks[7] = torch.nan, False
+    rows = score_maps(maps, masks, surrogates=1).heads("pixel_auc")
+    assert {(row["head"], row["images"], row["left_out"]) for row in rows} == {(0, 19, 1), (1, 18, 2)}
+    assert all(math.isfinite(row["above_chance"]) for row in rows)
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from spatial_entropy.analysis import heads as module
 from spatial_entropy.analysis.heads import Heads, entropy_heatmap, head_maps, rank_heads
 from spatial_entropy.analysis.localization import elbow, localization_entropy, localization_heads
-from spatial_entropy.analysis.masks import mask_jaccard
+from spatial_entropy.analysis.masks import mask_jaccard, pointing
 from spatial_entropy.analysis.outliers import outliers
 from spatial_entropy.attention.tap import AttentionTap
 
@@ -373,9 +373,9 @@ def slow_rank(model, pictures, masks=None):
                 row = [E, R, R == 0, float(p[0, h].sum())]
                 if masks is not None:
                     m = masks[i].numpy()
-                    y, c = np.unravel_index(int(s[0, h].argmax()), s.shape[-2:])
-                    at = [int((v + .5) * S / n) for v, S, n in zip((y, c), m.shape, s.shape[-2:])]
-                    row += [float(mask_jaccard(s[:, h:h + 1], masks[i:i + 1])), float(m[at[0], at[1]])]
+                    on_top = np.array([[s[0, h, y * s.shape[2] // m.shape[0], x * s.shape[3] // m.shape[1]] == s[0, h].max() for x in range(m.shape[1])]
+                                       for y in range(m.shape[0])])
+                    row += [float(mask_jaccard(s[:, h:h + 1], masks[i:i + 1])), m[on_top].mean()]
                 found.setdefault((block, h), []).append(row)
     return {k: np.mean(np.array(v, float), 0) for k, v in found.items()}
 
@@ -398,6 +398,17 @@ def test_rank_heads_is_the_naive_loop(pictures, objects, kwargs):
                      torch.tensor(v), atol=1e-6, rtol=0)                                    # Jaccard and maps' sums come in float32
         assert r["images"] == 10 and r["broken"] == 0
     assert got.grid().shape == (2, 4) and got.grid().isnan().tolist() == [[False] * 3 + [True], [False] * 4]
+
+
+def test_pointing_is_the_one_definition(pictures, objects):
+    "The share of the brightest cell's pixels on the object, not whether its centre hits."
+    model = vit()
+    got = rank_heads(model, [(pictures, objects)], by="pointing")
+    for block in (0, 1):
+        every = torch.cat([pointing(one_pass(model, x, block, False), m[None]) for x, m in zip(pictures, objects)]).mean(0)
+        assert_close(got.grid("pointing")[block], every, atol=1e-6, rtol=0)
+    flat = torch.zeros(1, 1, 4, 4)
+    assert pointing(flat, objects[:1]).item() == pytest.approx(objects[0].float().mean().item())
 
 
 def test_neither_order_nor_batch_size_is_seen(pictures, objects):

@@ -26,8 +26,8 @@ INTRODUCTION = """
 Every model of four libraries, by name: those that are read, by family, and those that are not, by reason.
 Written by `python tools/census.py`; a test builds a sample of the names anew and compares.
 
-- *checked*: heard, and a small copy of each of its kinds of layers is compared with the unfused reference above;
-- *heard*: a tapped forward pass at the model's own size ran on meta tensors, and every map had its grid's shape.
+- *checked*: recorded, and a small copy of each of its kinds of layers is compared with the unfused reference above;
+- *recorded*: a tapped forward pass at the model's own size ran on meta tensors, and every map had its grid's shape.
   Of the models of one class with the same kinds of layers, the first one runs;
 - *found*: its attention layers are known to the table, but that pass did not run on meta tensors;
 - *not built*: the library itself builds no model from the class's default configuration; what it says is given.
@@ -104,7 +104,7 @@ def built(build):
         return build()
 
 
-def heard(model, given):
+def recorded(model, given):
     """Whether a tapped pass gives every layer's map; on the device the model was built on."""
     import spatial_entropy as se
     device = next(model.parameters()).device
@@ -132,7 +132,7 @@ def look(build, ran=None):
     key = type(model), type(found.model), hosts
     if key not in ran:
         try:
-            ran[key] = "heard" if heard(model, given) else "found"
+            ran[key] = "recorded" if recorded(model, given) else "found"
         except Exception as error:                              # the page says "found"; the terminal says why
             ran[key] = "found"
             print(f"    {type(error).__name__}: {str(error)[:200]}", flush=True)
@@ -164,7 +164,7 @@ def count(library, pattern="*", before=()):
         if not fnmatch(name, pattern):
             continue
         group, text, proof, hosts = look(build, ran)
-        if proof == "heard" and all((text, h) in checked for h in hosts):
+        if proof == "recorded" and all((text, h) in checked for h in hosts):
             proof = "checked"
         rows.setdefault((group, text), {})[name] = proof
         print(f"{library} {i} {name}: {group} ({text}) {proof}", flush=True)
@@ -203,15 +203,15 @@ def read_listing(part):
 
 
 def summary(listings):
-    lines = ["| library | names | read | checked, heard, found | refused, over places | another kind | no attention | not built |",
+    lines = ["| library | names | read | checked, recorded, found | refused, over places | another kind | no attention | not built |",
              "|---|---|---|---|---|---|---|---|"]
     for library, part in listings.items():
-        n = {g: 0 for g in (*GROUPS, "checked", "heard", "found")}
+        n = {g: 0 for g in (*GROUPS, "checked", "recorded", "found")}
         for group, _, proof, names in read_listing(part):
             n[group] += len(names)
             if proof:
                 n[proof] += len(names)
-        proofs = f"{n['checked']}, {n['heard']}, {n['found']}"
+        proofs = f"{n['checked']}, {n['recorded']}, {n['found']}"
         cells = [library, sum(n[g] for g in GROUPS), n["read"], proofs, *(n[g] for g in GROUPS[1:])]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)

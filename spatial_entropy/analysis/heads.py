@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 # %% ../../nbs/42_heads.ipynb #4fcc87d3
 from .evaluation import usable_device
-from .masks import mask_jaccard
+from .masks import mask_jaccard, pointing
 from ..measure.operators import label_regions, spatial_entropy
 from ..pictures import Drawing
 from ..measure.regions import as_float64, above_mean
@@ -146,7 +146,8 @@ def head_maps(model: nn.Module, # any model that AttentionTap reads
         for _, (maps,) in batches: yield maps
 
 # %% ../../nbs/42_heads.ipynb #ce7eecb0
-_high_is_good = {"attention", "jaccard", "pointing", "selected", "passed"}
+_high_is_good = {"attention", "jaccard", "pointing", "pixel_auc", "pixel_ap", "selected", "passed",
+                 "above_chance", "below_chance"}
 
 def _rank_key(row, by):
     "What rows are sorted by: the best first; unknown, and heads that are always empty, last."
@@ -253,14 +254,6 @@ class Heads(_ShownRows):
         return Heads(self.rows, by)
 
 # %% ../../nbs/42_heads.ipynb #f12392c2
-def _pointing(maps, # (B, H, h, w)
-              masks): # (B, S, T) bool
-    "Whether the centre of the highest patch lies on the object, (B, H)."
-    (h, w), (S, T) = maps.shape[-2:], masks.shape[-2:]
-    top = maps.flatten(-2).argmax(-1)
-    y, x = (2*(top//w) + 1)*S//(2*h), (2*(top % w) + 1)*T//(2*w)
-    return masks.to(maps.device).flatten(1).gather(1, y*T + x)
-
 def _measurements(s, # similarities (B, H, h, w)
                   p, # attention weights (B, H, h, w), or None
                   masks): # (B, S, S), or None
@@ -269,7 +262,7 @@ def _measurements(s, # similarities (B, H, h, w)
     values = dict(entropy=E, regions=regions, empty=regions == 0)
     if p is not None: values["attention"] = p.sum((-2, -1))
     if masks is not None:
-        values |= dict(jaccard=mask_jaccard(s, masks), pointing=_pointing(s, masks))
+        values |= dict(jaccard=mask_jaccard(s, masks), pointing=pointing(s, masks))
     return {k: as_float64(v).masked_fill(E.isnan(), torch.nan) for k, v in values.items()}
 
 # %% ../../nbs/42_heads.ipynb #3477f522
@@ -353,10 +346,11 @@ def rank_heads(model: nn.Module, # any model that AttentionTap reads
               ) -> Heads: # best head first
     """Score every head over a loader of any length; gradients off, the model's mode restored.
 
-    Low is good for entropy (arXiv 2206.04636), regions and empty, high for the others. A head with
-    nothing but empty maps comes last. Jaccard and pointing game count an empty mask as 0. In
-    windowed layers attention counts 1 for each window. Raises ValueError when no picture came or
-    `by` was not measured, and what `AttentionTap` raises.
+    Low is good for entropy (arXiv 2206.04636; nats), regions and empty (share of maps), high for
+    attention, jaccard and pointing (0–1); empty heads come last. An empty mask counts as 0. In
+    windowed layers attention counts 1 for each window. No column stands beside chance:
+    `score_objects(...).heads()` does that. Raises ValueError when no picture came or `by` was not
+    measured, and what `AttentionTap` raises.
     """
     _check_by(by, attention, masks)
     kinds = [False, True] if attention else [False]
@@ -369,7 +363,9 @@ def rank_heads(model: nn.Module, # any model that AttentionTap reads
 _column_labels = dict(entropy="spatial entropy, nats", regions="regions",
                       empty="share of empty maps", attention="attention on patches",
                       jaccard="Jaccard index", pointing="pointing game",
-                      selected="selected, share of pictures", passed="passed, share of pictures")
+                      selected="selected, share of pictures", passed="passed, share of pictures",
+                      pixel_auc="pixel AUC", pixel_ap="average precision",
+                      above_chance="above chance", below_chance="below chance, nats")
 
 def _number_text(v):
     "A number in three characters; a dash for NaN."

@@ -17,7 +17,7 @@ class Rows:
     token: int | None = None # the number of one token
     start: int = 0 # else the mean of all tokens from here on
     weight: torch.Tensor | None = None # else weights, broadcastable to (B, H, W, n)
-    region: torch.Tensor | None = None # (W, n): a key counts its region only; below 0: padding
+    region: torch.Tensor | None = None # (W, n): a key counts its own part only; below 0: padding
 
     def of(self, t): # (B, H, W, n, c), n queries in each of W windows -> (B, H, W, 1, c)
         "The query that is read, from all of them; or the row, from all rows."
@@ -62,7 +62,7 @@ def _full_precision(t): # the meta device, on which shapes are tried out, has no
     return torch.autocast("cpu" if t.device.type == "meta" else t.device.type, enabled=False)
 
 # %% ../../nbs/04_rows.ipynb #4a1f0c0e
-def _own_region(rows): # (W, n queries, m keys), columns sum to 1
+def _own_region(rows): # (W, n queries, m keys), columns sum to 1: the mean over a part
     same = (rows.region[:, :, None] == rows.region[:, None, :]).float()
     return same/same.sum(1, keepdim=True)
 
@@ -90,7 +90,7 @@ def query_row(q, k, scale, mask, rows):
         return s + bias[..., 0, :], _keys_seen(rows, mask)
 
 # %% ../../nbs/04_rows.ipynb #50b9b217
-def _logits_by_region(rows, logits): # a mask of -inf hides the other regions
+def _logits_by_region(rows, logits): # a mask of -inf hides the other parts
     own = _own_region(rows).to(logits.dtype)
     return (own*torch.where(own > 0, logits, 0.)).sum(-2)
 
@@ -125,7 +125,7 @@ def similarity_maps(q: torch.Tensor, # (B, H, N, d) queries of all tokens
     return s.unflatten(-1, (h, w)).squeeze(2)
 
 # %% ../../nbs/04_rows.ipynb #4e1cb41b
-def _weight_of_queries(rows): # in windows with regions, what is below 0 is padding
+def _weight_of_queries(rows): # in windows with parts, what is below 0 is padding
     if rows.region is None: return rows.weight
     real = rows.region >= 0
     return real/real.sum(-1, keepdim=True).clamp_min(1)

@@ -893,7 +893,8 @@ class AttentionTap(_Readable):
     """The similarity maps of one attention layer or several, read in the model's own forward pass.
 
     ``with AttentionTap(model) as tap: model(x); s = tap.maps()`` gives (B, H, h, w), in the graph,
-    with fused attention left on and parameter names unchanged. Without `with`, call `close` when
+    with fused attention left on and parameter names unchanged. A similarity is q·k/√d with the
+    layer's bias or mask, as it enters the softmax. Without `with`, call `close` when
     done; under checkpointing, not before the backward pass. Layers are counted in the order in
     which they run; a pool by attention is the last one. Several taps may listen. Each thread has
     passes of its own; a compiled model has one thread. Raises UnsupportedModel, with family and

@@ -60,7 +60,7 @@ def _check_task(task):
 def spatial_entropy_task(task: TrainingTask, # of timm, or your own
                          weight=.01, # λ, the peak; or a function of the share that is done (0–1)
                          epochs: float | None = None, # of the run; None: a constant weight
-                         warmup: float | None = None, # epochs to the peak; None: a tenth, at most 10
+                         warmup: float | None = None, # epochs to the peak; None: a tenth, up to 10
                          block=-1, query="auto", # as in AttentionTap
                          drop_skip: bool = False, # remove the last skip first
                         ) -> SpatialEntropyTask: # the same object, also of its own class

@@ -410,7 +410,7 @@ def draw_arms(runs: list, # of Planned, all done
     for run in runs: one_each.setdefault((run.arm, run.part), run)
     x, pixels = _same_pictures(runs[0], n)
     fig, axes = panels(len(one_each) + 1, len(x), 1.25)
-    for ax, picture in zip(axes[0], pixels): ax.imshow(picture.permute(1, 2, 0).clamp(0, 1))
+    for ax, picture in zip(axes[0], pixels): ax.imshow(picture.permute(1, 2, 0).clamp(0, 1).numpy())
     for row, ((arm, part), run) in zip(axes[1:], one_each.items()):
         maps = _attention_on(run, x)
         E = spatial_entropy(maps)
