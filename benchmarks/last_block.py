@@ -178,7 +178,8 @@ def of_run(run, pictures, masks):
 
 def facts():
     "With what it was measured."
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
+                            encoding="utf-8").stdout.strip()
     return dict(date=time.strftime("%Y-%m-%d"), commit=commit, torch=torch.__version__, timm=timm.__version__, python=platform.python_version(),
                 spatial_entropy=spatial_entropy.__version__, machine=platform.machine(), threads=torch.get_num_threads())
 

@@ -147,7 +147,7 @@ def _add_draw(p):
     p.add_argument("--checkpoint",
                    help="a file of weights for the timm model, .safetensors or .pth")
 
-# %% ../nbs/61_commands.ipynb #24b6958d
+# %% ../nbs/61_commands.ipynb #b94c3b7c
 def _add_compare(p):
     "What `compare` takes."
     p.add_argument("grid", nargs="?", help="a YAML file: arms, seeds, common settings, masks; "
@@ -158,11 +158,13 @@ def _add_compare(p):
                    help="runs at a time, each in a process, on a GPU of its own where there are "
                         "several (1)")
 
+# %% ../nbs/61_commands.ipynb #24b6958d
 def _parser():
     "The parser of the console script."
     p = Parser("spatial-entropy",
                description="Vision Transformers whose attention falls on connected objects.")
-    commands = p.add_subparsers(dest="command", required=True, metavar="{train,compare,evaluate,draw}")
+    commands = p.add_subparsers(dest="command", required=True,
+                                metavar="{train,compare,evaluate,draw}")
     train = commands.add_parser(
         "train", help="train a ViT with the spatial-entropy regulariser",
         description="Train a ViT with the spatial-entropy regulariser. With no flags: a small one "

@@ -424,6 +424,7 @@ _style = ("body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em aut
           "table{border-collapse:collapse}td,th{padding:.3em .8em;border-bottom:1px solid #bbb;"
           "text-align:left;white-space:pre-line}img{max-width:100%}")
 
+# %% ../../nbs/60_comparing.ipynb #9bd8b343
 def _html_row(texts, tag):
     first, *others = (escape(text) for text in texts)
     return f"<tr><th>{first}</th>" + "".join(f"<{tag}>{text}</{tag}>" for text in others) + "</tr>"

@@ -55,6 +55,13 @@ def _against_chance(model, loader, device):
     chance, density = (sums/max(pictures, 1)).tolist()
     return dict(entropy_chance=chance, density=density)
 
+# %% ../../nbs/59_evaluating.ipynb #7326648d
+def _measured(model, loader, device):
+    "What a pass over pictures tells."
+    with AttentionTap(model) as tap: found = validate(model, tap, loader, device)
+    measured = {k: found[k] for k in ("top1", "loss", "entropy", "regions", "pictures")}
+    return measured | _against_chance(model, loader, device)
+
 # %% ../../nbs/59_evaluating.ipynb #80996fd4
 _judged = "pixel_auc", "pointing", "jaccard"
 
@@ -72,6 +79,13 @@ def _on_objects(model, pairs, batch_size, device):
                       f"{name}_above_high": above["high"]}
     return found
 
+# %% ../../nbs/59_evaluating.ipynb #6f25dd8e
+def _masked(masks, model, pairs, batch_size, device):
+    "All that masks tell; chance needs the masks of others, so two pictures at least."
+    found = score_masks(model, pairs, batch_size, device=device)
+    if len(pairs) > 1: found |= _on_objects(model, pairs, batch_size, device)
+    return dict(masks=str(masks), **found)
+
 # %% ../../nbs/59_evaluating.ipynb #c637ffb2
 @loading()
 def evaluate(run: str, # a run folder
@@ -84,8 +98,7 @@ def evaluate(run: str, # a run folder
     """Measure a trained run, its maps beside their chance levels.
 
     `entropy_chance` is the E of surrogates; with masks, `pixel_auc`, `pointing` and `jaccard` are
-    those of the best head, `_chance` with other pictures' masks, `_above` the difference.
-    Raises FileNotFoundError, OSError or ValueError that name what is wrong."""
+    those of the best head. Raises FileNotFoundError, OSError or ValueError that name what is wrong."""
     device = usable_device(device)
     model, config, facts = load_run(run, weights, ("mean", "std"))
     norm = dict(mean=tuple(facts["mean"]), std=tuple(facts["std"]))
@@ -93,13 +106,8 @@ def evaluate(run: str, # a run folder
     _check_classes(batches.classes, facts["classes"], data)
     masks = masks or ("shapes" if config.data == "shapes" else None)
     pairs = mask_pairs(masks, config.img_size, **norm) if masks else None
-    with AttentionTap(model.to(device)) as tap: v = validate(model, tap, batches.val, device)
-    measured = {k: v[k] for k in ("top1", "loss", "entropy", "regions", "pictures")}
-    scores = dict(data=str(data or config.data), split=batches.val.dataset.source.part, **measured)
-    scores |= _against_chance(model, batches.val, device)
-    if pairs:
-        found = score_masks(model, pairs, config.batch_size, device=device)
-        scores |= dict(masks=str(masks), **found)
-        if len(pairs) > 1: scores |= _on_objects(model, pairs, config.batch_size, device)
+    scores = dict(data=str(data or config.data), split=batches.val.dataset.source.part)
+    scores |= _measured(model.to(device), batches.val, device)
+    if pairs: scores |= _masked(masks, model, pairs, config.batch_size, device)
     notes = [*batches.notes(), *(pairs.notes if pairs else ())]
     return scores | dict(skipped=batches.skipped(), notes=notes)
