@@ -147,7 +147,7 @@ def _add_draw(p):
     p.add_argument("--checkpoint",
                    help="a file of weights for the timm model, .safetensors or .pth")
 
-# %% ../nbs/61_commands.ipynb #b94c3b7c
+# %% ../nbs/61_commands.ipynb #982c478d
 def _add_compare(p):
     "What `compare` takes."
     p.add_argument("grid", nargs="?", help="a YAML file: arms, seeds, common settings, masks; "
@@ -285,7 +285,7 @@ def _prepare_evaluation(args):
     _measure(args.run, args.output, **given)
     return lambda: 0
 
-# %% ../nbs/61_commands.ipynb #902726d5
+# %% ../nbs/61_commands.ipynb #76dc1cd4
 def _compare(grid, args):
     "Run a comparison, then print its table."
     from rich.console import Console

@@ -43,7 +43,7 @@ def _check_classes(found, trained, data):
     raise ValueError(f"{data}: its classes ({first}, …) are not the {len(trained)} that the run "
                      "was trained on")
 
-# %% ../../nbs/59_evaluating.ipynb #cbb724bd
+# %% ../../nbs/59_evaluating.ipynb #16d16b92
 def _against_chance(model, loader, device):
     "Means over the maps of a loader's pictures: E of their surrogates, and density."
     sums, pictures = torch.zeros(2, dtype=torch.float64), 0
@@ -55,14 +55,14 @@ def _against_chance(model, loader, device):
     chance, density = (sums/max(pictures, 1)).tolist()
     return dict(entropy_chance=chance, density=density)
 
-# %% ../../nbs/59_evaluating.ipynb #7326648d
+# %% ../../nbs/59_evaluating.ipynb #efa48721
 def _measured(model, loader, device):
     "What a pass over pictures tells."
     with AttentionTap(model) as tap: found = validate(model, tap, loader, device)
     measured = {k: found[k] for k in ("top1", "loss", "entropy", "regions", "pictures")}
     return measured | _against_chance(model, loader, device)
 
-# %% ../../nbs/59_evaluating.ipynb #80996fd4
+# %% ../../nbs/59_evaluating.ipynb #c94d17cd
 _judged = "pixel_auc", "pointing", "jaccard"
 
 def _on_objects(model, pairs, batch_size, device):
@@ -79,7 +79,7 @@ def _on_objects(model, pairs, batch_size, device):
                       f"{name}_above_high": above["high"]}
     return found
 
-# %% ../../nbs/59_evaluating.ipynb #6f25dd8e
+# %% ../../nbs/59_evaluating.ipynb #2b0aa18d
 def _masked(masks, model, pairs, batch_size, device):
     "All that masks tell; chance needs the masks of others, so two pictures at least."
     found = score_masks(model, pairs, batch_size, device=device)
