@@ -357,7 +357,7 @@ def _cuda_peak_extra(call):
     return torch.cuda.max_memory_allocated() - before
 
 
-def _in_fork(measure, *arguments):
+def in_fork(measure, *arguments):
     "measure(…) -> int in a copy of this process, so that nobody finds holes that another has left; None when it died."
     read, write = os.pipe()
     if not (pid := os.fork()):
@@ -396,7 +396,7 @@ def _memory_child():
     peaks = []
     for shape, kind, names in asked["cases"]:
         maps = make_maps(kind, shape, dtype=getattr(torch, asked["dtype"]))
-        peaks.append({name: _in_fork(_peak_of, name, maps, asked["source"]) for name in names})
+        peaks.append({name: in_fork(_peak_of, name, maps, asked["source"]) for name in names})
     print(json.dumps(peaks))
 
 

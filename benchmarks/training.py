@@ -23,7 +23,7 @@ from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
-from loss import checked_output, fresh_folder, machine_facts
+from loss import checked_output, fresh_folder, in_fork, machine_facts
 from matplotlib import pyplot as plt
 from PIL import Image
 from rich.console import Console
@@ -181,10 +181,8 @@ def _shares(updates, device):
     return {**{k: v/whole for k, v in spent.items()}, "other": 1 - sum(spent.values())/whole}
 
 
-def _memory_child(name):
-    "Read a request from stdin, train two rounds, write the peak in bytes."
-    q = _Request(**json.load(sys.stdin))
-    libc = ctypes.CDLL(None); libc.mallopt(-3, 1 << 16); libc.prctl(41, 1, 0, 0, 0)     # freed blocks go back at once; no rounding to 2 MiB pages
+def _peak(name, q):
+    "Peak of a contender in bytes while it trains, above what it had when it was built."
     status = lambda: Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     read = lambda key: next(int(line.split()[1]) for line in status() if line.startswith(key))*1024
     peaks = []
@@ -195,18 +193,24 @@ def _memory_child(name):
         _pictures(folder, q)
         if name == "timm": _beside_timm(_with(q, rounds=2), folder, folder + "/runs", peak)
         else: updates = _ours(name, q, folder, folder + "/runs"); peak(updates); peak(updates)
-    print(peaks[-1])                                                    # the first time, things are compiled and loaded
+    return peaks[-1]                                                    # the first time, things are compiled and loaded
+
+
+def _memory_child():
+    "Read a request from stdin, write {name: bytes} as the last line of stdout; each contender trains in a fork."
+    q = _Request(**json.load(sys.stdin))
+    libc = ctypes.CDLL(None); libc.mallopt(-3, 1 << 16); libc.prctl(41, 1, 0, 0, 0)     # freed blocks go back at once; no rounding to 2 MiB pages
+    names = (["timm"] if q.timm_train else []) + ["plain", "surgery", "regulariser"]
+    print(json.dumps({name: in_fork(_peak, name, q) for name in names}))
 
 
 def _peaks(q):
     "Bytes by contender; {} where the kernel does not tell."
     if not Path("/proc/self/clear_refs").exists(): return {}
-    def one(name):
-        code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from training import _memory_child; _memory_child({name!r})"
-        child = subprocess.run([sys.executable, "-c", code], input=json.dumps(asdict(q)), capture_output=True,
-                               encoding="utf-8", errors="replace")
-        return None if child.returncode else int(child.stdout.split()[-1])
-    return {name: one(name) for name in (["timm"] if q.timm_train else []) + ["plain", "surgery", "regulariser"]}
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from training import _memory_child; _memory_child()"
+    child = subprocess.run([sys.executable, "-c", code], input=json.dumps(asdict(q)), capture_output=True,
+                           encoding="utf-8", errors="replace")
+    return {} if child.returncode else json.loads(child.stdout.splitlines()[-1])
 
 
 def prepare_training_benchmark(output: str = "benchmark-results", quick: bool = False, **settings):

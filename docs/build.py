@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 from configparser import ConfigParser
+from itertools import accumulate
 from pathlib import Path
 from types import ModuleType
 
@@ -211,6 +212,13 @@ def contents(index, written):
         yield "\n".join(["```{toctree}", ":hidden:", f":caption: {title}", "", *names, "```"])
 
 
+def first_lines(cells):
+    """Where each cell begins, were their texts one file.
+
+    MyST-NB takes this for a cell's line; its own, 10,000 lines a cell, are as many blank lines to parse before an API entry."""
+    return list(accumulate((text(cell["source"]).count("\n") + 1 for cell in cells[:-1]), initial=0))
+
+
 def adapt(proc):
     "Write what Sphinx reads; returns the names of the pages."
     cfg = settings()
@@ -253,7 +261,8 @@ def adapt(proc):
             cells.append({"cell_type": "markdown", "id": "contents", "metadata": {}, "source": toc})
         nb["cells"] = cells
         nb["metadata"] = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"},
-                          "language_info": {"name": "python", "pygments_lexer": "ipython3"}}
+                          "language_info": {"name": "python", "pygments_lexer": "ipython3"},
+                          "source_map": first_lines(cells)}
         (SOURCE / name).write_text(json.dumps(nb, ensure_ascii=False), encoding="utf-8")
     if (home / "images").is_dir():
         shutil.copytree(home / "images", SOURCE / "images")

@@ -6,6 +6,10 @@ import sys
 from configparser import ConfigParser
 from pathlib import Path
 
+from pygments.formatters import HtmlFormatter
+from pygments.token import Name, Punctuation, Text, Whitespace
+from sphinx.highlighting import PygmentsBridge
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 _ini = ConfigParser(delimiters=["="])
@@ -50,6 +54,17 @@ html_theme_options = {
     "source_branch": _cfg["branch"],
     "source_directory": f"{_cfg['nbs_path']}/",
 }
+
+
+class Sparing(HtmlFormatter):
+    "Leaves code unmarked that has the colour of plain text in both styles: half of a page would be marks."
+
+    def format_unencoded(self, tokensource, outfile):
+        plain = {Name, Punctuation, Whitespace}
+        return super().format_unencoded(((Text if kind in plain else kind, said) for kind, said in tokensource), outfile)
+
+
+PygmentsBridge.html_formatter = Sparing
 
 # What a piece of a docstring is. First what stays as it is: reST literals, roles and links, bold, emphasis.
 _PIECES = re.compile(

@@ -106,11 +106,16 @@ def _draw_shapes(index, seed, size):
     return (canvas.clip(0, 1)*255).astype(np.uint8), mask
 
 # %% ../nbs/03_data.ipynb #9aff83b7
+@lru_cache(maxsize=2**14)
+def _drawn(index, seed, size):
+    "What `_draw_shapes` draws, kept."
+    return _draw_shapes(index, seed, size)
+
 @lru_cache(maxsize=6)
-def _drawn(n, seed, size):
+def _all_drawn(n, seed, size):
     "Pictures (n, S, S, 3) and masks (n, S, S) of the first n indices."
-    drawn = [_draw_shapes(i, seed, size) for i in range(n)]
-    return np.stack([d[0] for d in drawn]), np.stack([d[1] for d in drawn])
+    pictures, masks = zip(*(_drawn(i, seed, size) for i in range(n)))
+    return np.stack(pictures), np.stack(masks)
 
 # %% ../nbs/03_data.ipynb #5a1e2646
 class Shapes(Dataset):
@@ -118,19 +123,19 @@ class Shapes(Dataset):
     classes = tuple(_inside)
 
     def __init__(self, n, split, size, seed):
-        self._key, self.transform = (n, 2*seed + (split == "val"), size), None
+        self._look, self.transform = (2*seed + (split == "val"), size), None
         self.labels = [i % len(_inside) for i in range(n)]
 
     @property
-    def images(self): return _drawn(*self._key)[0]
+    def images(self): return _all_drawn(len(self), *self._look)[0]
 
     @property
-    def masks(self): return _drawn(*self._key)[1]
+    def masks(self): return _all_drawn(len(self), *self._look)[1]
 
     def __len__(self): return len(self.labels)
 
     def __getitem__(self, i):
-        image = Image.fromarray(self.images[i])
+        image = Image.fromarray(_drawn(range(len(self))[i], *self._look)[0])
         return (self.transform(image) if self.transform else image), self.labels[i]
 
 # %% ../nbs/03_data.ipynb #03aea685
@@ -427,7 +432,7 @@ def mask_pairs(folder: str, # with images/ and masks/, or "shapes": the built-in
     """
     if folder == "shapes":
         d = shapes(1000, "val", img_size)
-        read = lambda i: (Image.fromarray(d.images[i]), torch.tensor(d.masks[i]))
+        read = lambda i: (d[i][0], torch.tensor(_drawn(i, *d._look)[1]))
         return MaskPairs(read, range(len(d)), img_size, mean, std)
     pairs, said = _paired(folder)
     files = _Files(pairs, img_size)

@@ -65,7 +65,7 @@ class ShapeSource(Source):
         self._set, self._split = shapes(n, split, size), split
         super().__init__(range(n), self._set.labels, self._set.classes)
 
-    def _open(self, item): return Image.fromarray(self._set.images[item])
+    def _open(self, item): return self._set[item][0]
 
     def _name(self, item): return f"shapes/{self._split}[{item}]"
 
