@@ -20,7 +20,8 @@ _modules = { # module: the names that users need of it
     "attention.tap": "AttentionTap", "attention.surgery": "drop_last_skip register_surgery",
     "measure.operators": "label_regions spatial_entropy SpatialEntropyLoss",
     "loops.schedule": "entropy_weight", "loops.regularizer": "SpatialEntropyRegularizer",
-    "loops.timm": "spatial_entropy_task", "analysis.masks": "mask_jaccard pointing",
+    "loops.timm": "spatial_entropy_task",
+    "loops.alternatives": "register_regularizer", "analysis.masks": "mask_jaccard pointing",
     "analysis.evaluation": "accuracy", "analysis.heads": "rank_heads head_maps entropy_heatmap",
     "analysis.localization": "localization_entropy localization_heads",
     "analysis.chance": "entropy_against_chance surrogate_maps",
@@ -31,6 +32,7 @@ _modules = { # module: the names that users need of it
     "training.sources": "Source", "training.batches": "loaders", "training.models": "load_run",
     "training.progress": "plot_metrics", "training.loop": "train resume",
     "training.evaluating": "evaluate",
+    "training.comparing": "compare Grid read_grid",
 }
 
 # %% ../nbs/69_names.ipynb #965e83a5

@@ -39,6 +39,7 @@ from .files import (Damaged, Held, Hold, check, contents, hold, new_name,
 from .models import (build_model, build_teacher, change_last_block,
                                              check_name, in_short, known_of, start_model)
 from ..measure.operators import SpatialEntropyLoss
+from ..loops.alternatives import regularizer_term
 from ..attention.tap import AttentionTap
 
 # %% ../../nbs/57_jobs.ipynb #ed9f867a
@@ -175,13 +176,20 @@ def _schedule(c, optimizer, lr, per_epoch):
     return scheduler
 
 # %% ../../nbs/57_jobs.ipynb #992d8e07
-def _on_copy(model, x):
-    "The scores of a copy in training mode, after its maps went through the loss."
-    model = copy.deepcopy(model).train()
+def _on_copy(model, x, regularizer="spatial-entropy"):
+    "The scores of a copy in training mode, after its maps went through the losses."
+    model, term = copy.deepcopy(model).train(), regularizer_term(regularizer)
     with AttentionTap(model) as tap:
         scores = model(x)
         SpatialEntropyLoss().to(x.device)(tap.maps())
+        if term is not None: _check_scalar(term(tap.maps()), regularizer)
     return scores
+
+def _check_scalar(value, name):
+    "Raise ValueError unless a regulariser gives one number."
+    if isinstance(value, torch.Tensor) and value.ndim == 0: return
+    got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+    raise ValueError(f"the regularizer {name} gives {got}, expected a scalar tensor")
 
 def _check_scores(scores, expected, whose="it"):
     "Raise ValueError unless these are scores of the expected shape."
@@ -210,7 +218,8 @@ def try_forward(model: nn.Module, # with its surgery, on its device
     x = _random_pictures(config, device)
     with randomness(0), _random_device(device), accelerator.autocast():
         try:
-            _check_scores(_on_copy(model, x), (len(x), classes))
+            scores = _on_copy(model, x, config.regularizer)
+            _check_scores(scores, (len(x), classes))
             if teacher is not None:
                 with torch.no_grad(): taught = teacher.to(device)(x)
                 _check_scores(taught, (len(x), classes), "the teacher")
@@ -378,6 +387,7 @@ class Job:
     facts: dict = field(default_factory=dict) # of facts.json
     film: dict = field(default_factory=dict) # epoch: maps (B, H, h, w) of its pictures
     saved: int = -1 # updates done at the last checkpoint
+    term: object = None # another regulariser, of maps (B, H, h, w); None: the criterion
     say: object = print # called with a sentence
 
     updates = property(lambda self: self.place.per_epoch, doc="Updates of an epoch.")
@@ -398,13 +408,14 @@ def _assemble(c, accelerator, model, teacher, per_epoch, update):
     averaged = dict(decay=c.model_ema_decay, use_warmup=c.model_ema_warmup)
     ema = ModelEmaV3(model, **averaged) if c.model_ema else None
     tap, criterion = AttentionTap(model), SpatialEntropyLoss().to(accelerator.device)
+    term = None if c.regularizer == "spatial-entropy" else regularizer_term(c.regularizer)
     lr = _learning_rate(c, update)
     optimizer = _optimizer(c, model, lr)
     scheduler = _schedule(c, optimizer, lr, per_epoch)
     task = _classification_task(c, model, teacher, accelerator.device)
     task.trainable_module, optimizer = accelerator.prepare(model, optimizer)
     if c.compile: model.compile(backend=c.compile)
-    return dict(task=task, tap=tap, criterion=criterion, optimizer=optimizer,
+    return dict(task=task, tap=tap, criterion=criterion, term=term, optimizer=optimizer,
                 scheduler=scheduler, ema=ema)
 
 # %% ../../nbs/57_jobs.ipynb #77faa0a5

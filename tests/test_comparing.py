@@ -1,0 +1,246 @@
+"""A grid of runs: read with care, killed and gone on with, its table that of the undisturbed one."""
+import csv
+import json
+import os
+import random
+import signal
+import time
+from io import StringIO
+
+import numpy as np
+import pytest
+import yaml
+from rich.console import Console
+from runs import processes
+from scipy import stats
+
+import spatial_entropy as se
+from spatial_entropy.commands import main
+from spatial_entropy.data import shapes
+from spatial_entropy.loops import alternatives
+from spatial_entropy.training import comparing
+from spatial_entropy.training.comparing import Grid, compare, default_grid, planned, read_grid, summary, table
+from spatial_entropy.training.files import hold
+
+TINY = dict(epochs=2, batch_size=8, img_size=16, workers=0, device="cpu", model_kwargs=dict(patch_size=8, embed_dim=12, depth=1, num_heads=2))
+ARMS = {"plain": dict(keep_skip=True, regularizer="none"), "total variation": dict(keep_skip=True, regularizer="total-variation", entropy_weight=.1)}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    "40 pictures of four classes, each with its mask beside."
+    root, drawn = tmp_path_factory.mktemp("photos"), shapes(100, size=16)
+    for i, (picture, label) in enumerate(drawn):
+        if label < 4:
+            (root / "data" / drawn.classes[label]).mkdir(parents=True, exist_ok=True)
+            picture.save(root / "data" / drawn.classes[label] / f"{i}.png")
+    return root / "data"
+
+
+def grid_of(photos, **more):
+    return Grid(ARMS, seeds=[1, 2], common={**TINY, "data": str(photos), **more})
+
+
+def quiet():
+    return Console(file=StringIO(), width=100)
+
+
+def kept(folder):
+    "What a table says, durations left aside."
+    with open(folder / "table.csv", newline="", encoding="utf-8") as f:
+        return list(csv.DictReader(f))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(photos, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    rows, failed = compare(grid_of(photos), folder, console=quiet())
+    assert not failed
+    return folder, rows
+
+
+def _child(grid, folder, jobs):
+    compare(grid, folder, jobs, quiet())
+    os._exit(0)
+
+
+def test_killed_ten_times_the_table_is_the_same(photos, undisturbed, tmp_path):
+    folder, rows = undisturbed
+    draw, killed, grid = random.Random(0), 0, grid_of(photos)
+    for _ in range(200):
+        child = processes.Process(target=_child, args=(grid, tmp_path / "c", 1))
+        child.start()
+        if killed < 10:
+            child.join(draw.uniform(.02, .5))                    # also while a run starts, is measured or the report is written
+            if child.is_alive():
+                os.kill(child.pid, signal.SIGKILL)
+                killed += 1
+        child.join(120)
+        assert child.exitcode in (0, -signal.SIGKILL)
+        if child.exitcode == 0:
+            break
+    assert killed == 10
+    assert kept(tmp_path / "c") == kept(folder)
+    assert (tmp_path / "c" / "index.html").read_text() == (folder / "index.html").read_text()
+
+
+def test_two_at_a_time_give_the_same_table(photos, undisturbed, tmp_path):
+    folder, rows = undisturbed
+    grid = grid_of(photos)
+    grid.seeds = [1]
+    again, failed = compare(grid, tmp_path / "c", 2, quiet())
+    assert again == rows[:2] and not failed
+    assert "epoch   2/2" in (tmp_path / "c" / "plain-seed1.log").read_text(encoding="utf-8")
+
+
+def test_a_second_call_trains_nothing(photos, undisturbed):
+    folder, rows = undisturbed
+    before = {p: p.stat().st_mtime_ns for p in folder.glob("*/**/*") if p.is_file()}
+    said = quiet()
+    assert compare(grid_of(photos), folder, console=said)[0] == rows
+    assert "4 of 4 runs are done" in said.file.getvalue()
+    assert before == {p: p.stat().st_mtime_ns for p in folder.glob("*/**/*") if p.is_file()}
+
+
+def test_asked_to_stop_it_saves_and_goes_on(photos, undisturbed, tmp_path, capfd):
+    folder, _ = undisturbed
+    (tmp_path / "g.yaml").write_text(yaml.safe_dump(dict(arms=ARMS, seeds=[1, 2], common={**TINY, "data": str(photos)})))
+    code = processes.Process(target=lambda: os._exit(main(["compare", str(tmp_path / "g.yaml"), "-o", str(tmp_path / "c")])))
+    code.start()
+    end = time.monotonic() + 60
+    while not list((tmp_path / "c").glob("*/checkpoints/*")) and time.monotonic() < end:
+        time.sleep(.01)
+    os.kill(code.pid, signal.SIGTERM)
+    code.join(60)
+    if code.exitcode != 0:                                       # it may have been between two runs
+        assert code.exitcode in (128 + signal.SIGTERM, -signal.SIGTERM)
+    assert main(["compare", str(tmp_path / "g.yaml"), "-o", str(tmp_path / "c")]) == 0
+    assert kept(tmp_path / "c") == kept(folder)
+    assert "top-1, %" in capfd.readouterr().out
+
+
+def free(run):
+    try:
+        hold(run).release()
+        return True
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_processes_of_a_comparison_end_with_it(photos, tmp_path, number):
+    grid = grid_of(photos, epochs=1000)
+    child = processes.Process(target=_child, args=(grid, tmp_path / "c", 2))
+    child.start()
+    end = time.monotonic() + 90
+    while len(list((tmp_path / "c").glob("*/checkpoints/*"))) < 2 and time.monotonic() < end:
+        time.sleep(.05)
+    os.kill(child.pid, number)
+    child.join(60)
+    assert not child.is_alive()
+    end = time.monotonic() + 30
+    while any((tmp_path / "c").glob("*-seed1")) and time.monotonic() < end and not all(map(free, (tmp_path / "c").glob("*-seed1"))):
+        time.sleep(.1)
+    for run in (tmp_path / "c").glob("*-seed1"):                 # nobody holds them any more
+        hold(run).release()
+
+
+def test_other_settings_are_refused_and_nothing_is_lost(photos, undisturbed, capsys, tmp_path):
+    folder, rows = undisturbed
+    with pytest.raises(ValueError, match="plain-seed1: was begun with epochs = 2, the grid says 3; give another --output"):
+        compare(grid_of(photos, epochs=3), folder, console=quiet())
+    (tmp_path / "g.yaml").write_text(yaml.safe_dump(dict(arms=ARMS, seeds=[1], common={**TINY, "data": str(photos), "epochs": 3})))
+    assert main(["compare", str(tmp_path / "g.yaml"), "-o", str(folder)]) == 2
+    assert "was begun with epochs = 2" in capsys.readouterr().err
+    assert table(planned(grid_of(photos), folder)) == rows
+
+
+def test_more_seeds_go_on_with_what_is_there(photos, undisturbed, tmp_path):
+    folder, rows = undisturbed
+    grid = grid_of(photos)
+    grid.seeds = [1, 2, 3]
+    assert [comparing._scores(run, None) is not None for run in planned(grid, folder)] == [True] * 4 + [False] * 2
+
+
+def test_a_run_that_fails_does_not_stop_the_others(photos, tmp_path, capfd):
+    arms = {"plain": ARMS["plain"], "wild": dict(lr=900., opt="sgd", clip_grad=0, max_skips=0, warmup_epochs=0, keep_skip=True)}
+    grid = Grid(arms, seeds=[1], common={**TINY, "data": str(photos), "epochs": 8})
+    rows, failed = compare(grid, tmp_path / "c", console=quiet())
+    if not failed:
+        pytest.skip("so large a rate stayed finite here")
+    assert [row["arm"] for row in rows] == ["plain"] and failed[0].startswith("wild-seed1: epoch")
+    assert "Not done: wild-seed1" in (tmp_path / "c" / "index.html").read_text()
+
+
+def test_terms_of_one_s_own(photos, tmp_path):
+    calls = []
+
+    def mine(maps):
+        calls.append(maps.shape)
+        return maps.square().mean()
+
+    se.register_regularizer("mine", mine)
+    try:
+        grid = Grid({"mine": dict(regularizer="mine", entropy_weight=1., entropy_schedule="constant")}, [1], {**TINY, "data": str(photos), "epochs": 1})
+        rows, failed = compare(grid, tmp_path / "c", console=quiet())
+        assert not failed and len(calls) > 3 and calls[0][1:] == (2, 2, 2)
+    finally:
+        del alternatives._terms["mine"]
+    with pytest.raises(ValueError, match="expected one of spatial-entropy"):
+        Grid({"mine": dict(regularizer="mine")})
+
+
+@pytest.mark.parametrize("text, said", [
+    ("arms: {}", "arms: got none"), ("seeds: [1]", "arms: expected names"), ("arms: {a: {}}\nseeds: [1, 1]", "seeds: got [1, 1]"),
+    ("arms: {a: {}}\nseeds: [1.5]", "seeds: got [1.5]"), ("arms: {a: {}}\nseeds: 3", "seeds: got 3"), ("arms: {a: {}}\nseeds: [true]", "seeds: got [True]"),
+    ("arms: {../a: {}}", "arms: got the name"), ("arms: {a: {seed: 1}}", "got seed, which the grid sets"), ("arms: {a: [1]}", "arms: a: got [1]"),
+    ("arms: {a: {epochs: many}}", "arms: a: epochs: got 'many'"), ("arms: {a: {}}\ncommon: {output: x}", "common: got output"),
+    ("arms: {a: {}}\nlimit: [10]\nfraction: [.5]", "limit and fraction"), ("arms: {a: {}}\nfraction: [2]", "fraction: got 2"),
+    ("arms: {a: {}, a: {}}", "stands twice"), ("arms: &x {a: *x}", "aliases"), ("arms: {a: {}}\njobs: 2", "'jobs' is no part of a grid"),
+    ("arms: {a: {regularizer: nope}}", "regularizer: got 'nope'"), ("arms: {a: {entropy_schedule: up}}", "expected one of decay, warmup, constant"),
+    ("arms: {1: {}}", "arms: got the name 1"), ("", "holds None"), ("arms: {" + "a" * 80 + ": {}}", "at most 60")])
+def test_hostile_grids(tmp_path, capsys, text, said):
+    (tmp_path / "g.yaml").write_text(text)
+    with pytest.raises(ValueError) as e:
+        read_grid(tmp_path / "g.yaml")
+    assert said in str(e.value) and str(e.value).startswith(str(tmp_path / "g.yaml"))
+    assert main(["compare", str(tmp_path / "g.yaml"), "-o", str(tmp_path / "c")]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1 and not (tmp_path / "c").exists()
+
+
+def test_parts_of_the_data():
+    grid = Grid({"a": {}, "b": {}}, [1, 2], parts=[{"limit": 50}, {"limit": 100}])
+    runs = planned(grid, "c")
+    assert [r.folder.name for r in runs][:4] == ["a-limit50-seed1", "b-limit50-seed1", "a-limit100-seed1", "b-limit100-seed1"]
+    assert [(r.config.limit, r.config.seed) for r in runs][-1] == (100, 2) and len({r.folder for r in runs}) == 8
+
+
+def test_the_summary_is_that_of_scipy():
+    rng = np.random.default_rng(0)
+    rows = [dict(arm=arm, part="all", seed=s, top1=50 + rng.normal() + 2 * (arm == "b")) for s in range(7) for arm in "ab"]
+    line = next(x for x in summary(rows) if x["arm"] == "b")
+    a, b = ([r["top1"] for r in rows if r["arm"] == arm] for arm in "ab")
+    want = stats.ttest_rel(b, a).confidence_interval(.95)
+    assert np.allclose([line["less"]["low"], line["less"]["high"]], want) and np.isclose(line["less"]["mean"], np.mean(b) - np.mean(a))
+    assert np.allclose([line["low"], line["high"]], stats.t.interval(.95, 6, np.mean(b), stats.sem(b)))
+    assert next(x for x in summary(rows[:2]) if x["arm"] == "b")["less"]["n"] == 1          # one seed: no interval
+    assert np.isnan(next(x for x in summary(rows[:2]) if x["arm"] == "b")["less"]["low"])
+
+
+def test_only_seeds_that_both_have_are_compared():
+    rows = [dict(arm="a", part="all", seed=s, top1=float(s)) for s in (1, 2, 3)] + [dict(arm="b", part="all", seed=s, top1=s + 1.) for s in (2, 3, 4)]
+    assert next(x for x in summary(rows) if x["arm"] == "b")["less"]["n"] == 2
+
+
+def test_the_default_grid_is_a_2_by_2():
+    arms = default_grid().arms
+    found = sorted((bool(a.get("keep_skip")), a.get("regularizer", "on")) for a in arms.values())
+    assert found == [(False, "none"), (False, "on"), (True, "none"), (True, "on")]
+
+
+def test_the_files_are_what_they_say(undisturbed):
+    folder, rows = undisturbed
+    found = json.loads((folder / "summary.json").read_text())
+    assert found["runs"] == found["of"] == 4 and {x["arm"] for x in found["summary"]} == set(ARMS)
+    page = (folder / "index.html").read_text()
+    assert "total variation, n = 2" in page and (folder / "maps.png").stat().st_size > 5000
