@@ -296,6 +296,11 @@ def prune():
         if not any(path.is_relative_to(o) for o in keep):
             path.unlink()
     shutil.rmtree(SITE / "_sources", ignore_errors=True)
+    sources = SITE / "_modules/index.html"
+    if sources.exists():  # viewcode lists modules that have no source, too
+        there = lambda m: m[0] if (sources.parent / m[1]).exists() else ""
+        listed = re.sub(r'<li><a href="([^"]+)">[^<]*</a></li>\n', there, sources.read_text(encoding="utf-8"))
+        sources.write_text(listed, encoding="utf-8")
 
 
 def main():
