@@ -181,7 +181,7 @@ def _shares(updates, device):
     return {**{k: v/whole for k, v in spent.items()}, "other": 1 - sum(spent.values())/whole}
 
 
-def _peak(name, q):
+def _peak(name, q, folder):
     "Peak of a contender in bytes while it trains, above what it had when it was built."
     status = lambda: Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     read = lambda key: next(int(line.split()[1]) for line in status() if line.startswith(key))*1024
@@ -189,10 +189,8 @@ def _peak(name, q):
     def peak(call):
         before = read("VmRSS"); Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
         call(); peaks.append(read("VmHWM") - before)
-    with tempfile.TemporaryDirectory() as folder:
-        _pictures(folder, q)
-        if name == "timm": _beside_timm(_with(q, rounds=2), folder, folder + "/runs", peak)
-        else: updates = _ours(name, q, folder, folder + "/runs"); peak(updates); peak(updates)
+    if name == "timm": _beside_timm(_with(q, rounds=2), folder, folder + "/runs", peak)
+    else: updates = _ours(name, q, folder, folder + "/runs"); peak(updates); peak(updates)
     return peaks[-1]                                                    # the first time, things are compiled and loaded
 
 
@@ -200,8 +198,11 @@ def _memory_child():
     "Read a request from stdin, write {name: bytes} as the last line of stdout; each contender trains in a fork."
     q = _Request(**json.load(sys.stdin))
     libc = ctypes.CDLL(None); libc.mallopt(-3, 1 << 16); libc.prctl(41, 1, 0, 0, 0)     # freed blocks go back at once; no rounding to 2 MiB pages
+    importlib.import_module("torch._dynamo")                            # as the first step of an optimiser does: once, not in every fork
     names = (["timm"] if q.timm_train else []) + ["plain", "surgery", "regulariser"]
-    print(json.dumps({name: in_fork(_peak, name, q) for name in names}))
+    with tempfile.TemporaryDirectory() as folder:
+        _pictures(folder, q)
+        print(json.dumps({name: in_fork(_peak, name, q, folder) for name in names}))
 
 
 def _peaks(q):

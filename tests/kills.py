@@ -8,19 +8,14 @@ import shutil
 import signal
 import sys
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 import yaml
 from kinds import grey_noise
-from matplotlib.figure import Figure
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-from runs import assert_same, everything, processes
+from runs import assert_same, everything, exit_codes, processes, quick
 
 from spatial_entropy.commands import main
 from spatial_entropy.training import evaluating as evaluation
-from spatial_entropy.training import loop as training
 
 WRITES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate", "shutil.rmtree"}
 CHANGES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -60,29 +55,7 @@ def writes(then):
     sys.addaudithook(hook)
 
 
-class Quick(Figure):
-    "Stands for a drawing, of which matplotlib makes one a second: the same numbers, as grey pixels."
-    def __init__(self, numbers):
-        super().__init__()
-        self.numbers = numbers
-
-    def savefig(self, path, dpi=None, metadata=None):
-        said = PngInfo()
-        for k, v in (metadata or {}).items():
-            said.add_text(k, v)
-        grey = (self.numbers.double().flatten()[:4096] * 997).abs().remainder(256).byte()
-        Image.frombytes("L", (len(grey), 1), bytes(grey.tolist())).save(path, "PNG", pnginfo=said)
-
-
 assert evaluation.evaluate  # imported once, before the forks
-
-
-def quick_maps(pixels, maps, names):
-    return Quick(torch.cat([pixels.flatten()[:500], maps.flatten()]))
-
-
-def quick_curves(rows):
-    return Quick(torch.tensor([v for r in rows for k, v in r.items() if k not in ("seconds", "images_per_s")]))
 
 
 def work(folder, config, at):
@@ -98,8 +71,7 @@ def work(folder, config, at):
     writes(count)
     there = Path("runs/run").exists()
     line = ["--resume", "runs/run"] if there else ["--config", str(config), "--output", "runs", "--experiment", "run"]
-    drawn = patch.multiple(training, picture_of_maps=quick_maps, plot_metrics=quick_curves)
-    with open("../said", "a", encoding="utf-8") as said, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), drawn:
+    with open("../said", "a", encoding="utf-8") as said, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), quick():
         code = main(["train", *line])
     os.chdir("..")                                          # what follows is not counted
     Path("writes").write_text(str(len(done)))
@@ -115,8 +87,7 @@ def run(folder, config, at=None, after=None):
         child.join(after)
         if child.is_alive():
             os.kill(child.pid, signal.SIGKILL)
-    child.join()
-    return child.exitcode
+    return exit_codes(child)[0]
 
 
 def content(path):

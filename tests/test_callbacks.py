@@ -6,12 +6,13 @@ import socket
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
+import time
 
 import pytest
 import timm
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState, PartialState
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -47,6 +48,17 @@ def is_stock(model):
 
 def same(a, b):
     return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def in_processes(work, n, *args, seconds=300):
+    "work(rank, *args) in n processes. A fork spares them their imports; autograd forbids it beside a GPU."
+    how, end = "spawn" if torch.cuda.is_available() else "fork", time.monotonic() + seconds
+    running = torch.multiprocessing.start_processes(work, args, nprocs=n, join=False, start_method=how)
+    while not running.join(5):
+        if time.monotonic() > end:
+            for process in running.processes:
+                process.kill()
+            raise AssertionError(f"{n} processes did not end in {seconds} s, and were killed")
 
 
 def difference(a, b):
@@ -305,7 +317,7 @@ def _ddp_worker(rank, folder):
 
 def test_two_processes_equal_one():
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_ddp_worker, (folder,), nprocs=2)
+        in_processes(_ddp_worker, 2, folder)
         found = torch.load(f"{folder}/gradient.pt")
     model = make()
     with SpatialEntropyRegularizer(model, weight=.5, drop_skip=True) as reg:
@@ -541,42 +553,39 @@ def test_trainer_errors_and_cleaning_up(tmp_path):
 # ---- two processes ----
 
 
-WORKERS = {"transformers": """
-import sys, torch
-sys.path.insert(0, sys.argv[1])
-import test_callbacks as t
-trainer = t.hf(sys.argv[2], t.Wrapped(True), per_device_train_batch_size=1, gradient_accumulation_steps=2, ddp_backend="gloo")
-trainer.train()
-if trainer.args.process_index == 0: torch.save(trainer.model.vit.state_dict(), sys.argv[2] + "/weights.pt")
-torch.distributed.destroy_process_group()
-""", "lightning": """
-import os, sys, torch
-sys.path.insert(0, sys.argv[1])
-import lightning.pytorch as pl, test_callbacks as t
-data = torch.utils.data.Subset(t.batches().dataset, range(int(os.environ["RANK"]), 8, 2))
-module = t.lit(pl)
-trainer = t.fit(pl, module, t.se.SpatialEntropyLightning(.5, schedule=False), data=t.DataLoader(data, batch_size=1), use_distributed_sampler=False,
-                accumulate_grad_batches=2, devices=2, strategy="ddp")
-if trainer.global_rank == 0: torch.save(module.vit.state_dict(), sys.argv[2] + "/weights.pt")
-"""}
+def _train_transformers(rank, folder):
+    trainer = hf(folder, Wrapped(True), per_device_train_batch_size=1, gradient_accumulation_steps=2, ddp_backend="gloo")
+    trainer.train()
+    if trainer.args.process_index == 0:
+        torch.save(trainer.model.vit.state_dict(), f"{folder}/weights.pt")
+    dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("framework", WORKERS)
+def _train_lightning(rank, folder):
+    import lightning.pytorch as pl
+    data = torch.utils.data.Subset(batches().dataset, range(rank, 8, 2))
+    module = lit(pl)
+    trainer = fit(pl, module, se.SpatialEntropyLightning(.5, schedule=False), data=DataLoader(data, batch_size=1), use_distributed_sampler=False,
+                  accumulate_grad_batches=2, devices=2, strategy="ddp")
+    if trainer.global_rank == 0:
+        torch.save(module.vit.state_dict(), f"{folder}/weights.pt")
+
+
+def _framework_worker(rank, train, folder, port):
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    PartialState._reset_state()                          # accelerate may have been used here before, by one process alone
+    AcceleratorState._reset_state(True)
+    train(rank, folder)
+
+
+@pytest.mark.parametrize("framework", ["transformers", "lightning"])
 def test_two_processes_of_two_parts_equal_a_loop_by_hand(tmp_path, framework):
     pytest.importorskip(framework)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    (tmp_path / "worker.py").write_text(WORKERS[framework])
-    rank = lambda r: {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    workers = [subprocess.Popen([sys.executable, str(tmp_path / "worker.py"), str(Path(__file__).parent), str(tmp_path)], stderr=subprocess.PIPE,
-                                stdout=subprocess.DEVNULL, text=True, env={**os.environ, **rank(r)}) for r in range(2)]
-    try:
-        said = [w.communicate(timeout=300)[1] for w in workers]
-    finally:
-        for w in workers:
-            w.kill()
-    assert not any(w.returncode for w in workers), said[0][-2000:] + said[1][-2000:]
+    in_processes(_framework_worker, 2, globals()[f"_train_{framework}"], str(tmp_path), port)
     found = make()
     found.load_state_dict(torch.load(tmp_path / "weights.pt"))
     close(found, by_hand(.5))
@@ -794,6 +803,7 @@ def test_metric_refusals(call, error, said):
 
 
 def _metric_worker(rank, folder):
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=3)
     metric = se.SpatialEntropyMetric(3, per="head")
     if rank < 2:                                                        # the third process sees no picture
@@ -809,6 +819,6 @@ def _metric_worker(rank, folder):
 def test_metric_in_three_processes():
     pytest.importorskip("torchmetrics")
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_metric_worker, (folder,), nprocs=3)
+        in_processes(_metric_worker, 3, folder)
         got = {k: v.item() for k, v in torch.load(f"{folder}/scores.pt").items()}
     assert {k: got[k] for k in directly(random_maps())} == pytest.approx(directly(random_maps()), rel=1e-5) and len(got) == 16

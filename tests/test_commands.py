@@ -12,6 +12,7 @@ import timm
 import torch
 import yaml
 from PIL import Image
+from runs import quick
 
 import spatial_entropy as se
 
@@ -43,11 +44,15 @@ def photos(tmp_path_factory):
     return root
 
 
+def line_of(photos, output):
+    return ("train", "--data", photos / "all", "--epochs", 2, "-b", 16, "--limit", 32, "-j", 2, "--img-size", 32, "--output", output, "--experiment", "r",
+            "--model-kwargs", "depth=2")
+
+
 @pytest.fixture(scope="module")
 def trained(photos):
     "A run of two epochs of two steps on the folder."
-    said = run("train", "--data", photos / "all", "--epochs", 2, "-b", 16, "--limit", 32, "-j", 2, "--img-size", 32, "--output", photos / "runs",
-               "--experiment", "r", "--model-kwargs", "depth=2", cwd=photos)
+    said = run(*line_of(photos, photos / "runs"), cwd=photos)
     assert said.returncode == 0, said.stderr
     return photos / "runs" / "r", said.stdout
 
@@ -85,19 +90,30 @@ def test_evaluate_with_masks(trained, photos):
 
 
 @pytest.mark.parametrize("block", [0, -1])
-def test_draw(trained, photos, block):
+def test_draw(trained, photos, block, capsys):
     out = photos / f"out{block}.png"
-    said = run("draw", trained[0], photos / "pairs" / "images" / "0.jpg", photos / "pairs" / "images" / "1.jpg", "-o", out, "--block", block)
-    assert said.returncode == 0, said.stderr
+    line = "draw", trained[0], photos / "pairs" / "images" / "0.jpg", photos / "pairs" / "images" / "1.jpg", "-o", out, "--block", block
+    if block == 0:                                       # as a program of its own, once
+        said = run(*line)
+        assert said.returncode == 0, said.stderr
+    else:
+        assert typed(capsys, *line)[0] == 0
     assert np.asarray(Image.open(out)).std() > 10
 
 
-def test_same_seed_same_weights(tmp_path):
-    for name in "ab":
-        assert run("train", "--limit", 64, "--epochs", 1, "--output", tmp_path, "--experiment", name, "--model-kwargs", "depth=2").returncode == 0
+def test_same_seed_same_weights(trained, photos, tmp_path, monkeypatch, capsys):
+    "The line that `trained` gave to a program of its own, in this process."
+    monkeypatch.chdir(photos)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with quick():
+            assert typed(capsys, *line_of(photos, tmp_path))[0] == 0
+    finally:
+        torch.set_num_threads(threads)
     from safetensors.torch import load_file
-    a, b = (load_file(tmp_path / n / "model.safetensors") for n in "ab")
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    a, b = (load_file(folder / "model.safetensors") for folder in (trained[0], tmp_path / "r"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.parametrize("line,said", [

@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from unittest.mock import patch
 
@@ -114,6 +115,7 @@ def shown(words, encoding="ascii", reader="reads"):
     read, write = os.pipe()
 
     def child():
+        torch.set_num_threads(1)                             # threads that ran before the fork are not in the child, which would wait for them
         os.dup2(os.open("/dev/full", os.O_WRONLY) if reader == "is full" else write, 1)
         os.close(read)
         sys.stdout = open(1, "w", encoding=encoding, closefd=False) if reader != "was closed" else None
@@ -137,9 +139,13 @@ def shown(words, encoding="ascii", reader="reads"):
         read = os.open(os.devnull, os.O_RDONLY)
     forked.start()
     os.close(write)
+    late = threading.Timer(300, forked.kill)                 # the exit code tells
+    late.daemon = True
+    late.start()
     with open(read, "rb") as f:
         text = f.read()
     forked.join()
+    late.cancel()
     return forked.exitcode, text.decode(encoding)
 
 
@@ -156,7 +162,7 @@ def test_a_command_ends_well_where_only_ascii_is_known_and_the_reader_leaves(pic
     running.stdout.close()
     said = running.stderr.read()
     running.stderr.close()
-    assert running.wait() == 0 and said == b"", said
+    assert running.wait(300) == 0 and said == b"", said
     assert first.startswith(b"run folder: ") and b"/gr????e " in first
     run = tmp_path / "größe"
     assert everything <= {p.name for p in run.iterdir()}
@@ -261,6 +267,7 @@ def test_the_training_benchmark_tries_its_model_first(tmp_path):
 
 def program(method, end, pictures, out):
     "One batch with a loading process, and then an end."
+    torch.set_num_threads(1)
     multiprocessing.set_start_method(method, force=True)
     data = loaders(str(pictures), 32, 4, workers=1)
     next(iter(data.train.at(0)))

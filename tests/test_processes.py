@@ -3,15 +3,17 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from runs import assert_same, everything, free_port, pair, processes, state, whole
+from accelerate import notebook_launcher
+from accelerate.state import AcceleratorState, PartialState
+from runs import assert_same, everything, exit_codes, free_port, pair, processes, quick, slow, state, until, whole
 
 from spatial_entropy.training import jobs
-from spatial_entropy.training.loop import resume
+from spatial_entropy.training.config import TrainConfig
+from spatial_entropy.training.loop import resume, train
 from spatial_entropy.training.models import load_weights
 
 here = Path(sys.executable).parent
@@ -31,8 +33,7 @@ def close(a, b):
 def test_two_processes_equal_one_with_twice_the_accumulation(tmp_path, alone, two):
     "Crops, RandAugment, erasing, Mixup, CutMix, stochastic depth, average, clipping: all the same draws."
     children = pair(tmp_path / "two", two)
-    [c.join(200) for c in children]
-    assert [c.exitcode for c in children] == [0, 0]
+    assert exit_codes(*children) == [0, 0]
     ours, theirs = state(tmp_path / "two" / "run"), state(whole(tmp_path / "one", alone))
     close(ours, theirs)
     assert ours["ours"]["place"]["rows"][0].keys() == theirs["ours"]["place"]["rows"][0].keys()
@@ -42,20 +43,19 @@ def test_two_processes_equal_one_with_twice_the_accumulation(tmp_path, alone, tw
 
 def go_on(run, accumulate):
     torch.set_num_threads(1)
-    resume(run, plot=False, grad_accum_steps=accumulate)
+    with quick():
+        resume(run, plot=False, grad_accum_steps=accumulate)
 
 
 def test_one_process_goes_on_for_two(tmp_path):
     "Two are stopped in the middle; one of them, with twice the accumulation, ends with what one alone would have."
-    children = pair(tmp_path, {**two, "recovery_interval": 0})
-    while all(c.is_alive() for c in children) and not (tmp_path / "run" / "pictures" / "epoch-0000.png").exists():
-        time.sleep(.01)
+    children = pair(tmp_path, {**two, "recovery_interval": 0}, hook=slow)
+    until((tmp_path / "run" / "pictures" / "epoch-0000.png").exists, *children)
     os.kill(children[1].pid, signal.SIGTERM)
-    [c.join(200) for c in children]
-    assert [c.exitcode for c in children] == [3, 3] and len(jobs.checkpoints(tmp_path / "run")) == 1
+    assert exit_codes(*children) == [3, 3] and len(jobs.checkpoints(tmp_path / "run")) == 1
     child = processes.Process(target=go_on, args=(tmp_path / "run", 2))
     child.start()
-    child.join()
+    assert exit_codes(child) == [0]
     close(state(tmp_path / "run"), state(whole(tmp_path / "one", alone)))
 
 
@@ -68,7 +68,7 @@ def torchrun(tmp_path_factory):
     "What two processes under torchrun said, and the folder they wrote to."
     folder = tmp_path_factory.mktemp("torchrun")
     command = [here / "torchrun", "--nproc-per-node", "2", "--no-python", here / "spatial-entropy", *small, folder]
-    said = subprocess.run(list(map(str, command)), capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    said = subprocess.run(list(map(str, command)), capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
     return said, folder
 
 
@@ -80,18 +80,20 @@ def test_torchrun(torchrun):
     assert len(list((jobs.checkpoints(folder / "run")[-1]).glob("random_states_*.pkl"))) == 2
 
 
-notebook = """
-from accelerate import notebook_launcher
-from spatial_entropy import TrainConfig, train
-config = TrainConfig(limit=64, batch_size=8, epochs=1, img_size=32, mixup=.8, picture_interval=9, experiment="run", output={output!r},
-                     model_kwargs=dict(depth=1, embed_dim=24, num_heads=2, patch_size=16))
-notebook_launcher(train, (config,), num_processes=2, use_port="{port}")
-"""
+def in_a_notebook(output, port):
+    "As a cell of a fresh kernel would; accelerate may have been used here before, by one process alone."
+    PartialState._reset_state()
+    AcceleratorState._reset_state(True)
+    torch.set_num_threads(1)
+    config = TrainConfig(limit=64, batch_size=8, epochs=1, img_size=32, mixup=.8, picture_interval=9, experiment="run", output=str(output),
+                         model_kwargs=dict(depth=1, embed_dim=24, num_heads=2, patch_size=16))
+    with quick():
+        notebook_launcher(train, (config,), num_processes=2, use_port=str(port))
 
 
 def test_notebook_launcher_gives_the_weights_of_torchrun(tmp_path, torchrun):
-    code = notebook.format(output=str(tmp_path), port=free_port())
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200)
-    assert said.returncode == 0, said.stderr
+    child = processes.Process(target=in_a_notebook, args=(tmp_path, free_port()))
+    child.start()
+    assert exit_codes(child) == [0]
     assert len(list((jobs.checkpoints(tmp_path / "run")[-1]).glob("random_states_*.pkl"))) == 2
     assert_same(*(load_weights(p / "run" / "model.safetensors") for p in (tmp_path, torchrun[1])))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from rich.console import Console
-from runs import assert_same, everything, pair, processes, start, state, whole
+from runs import assert_same, everything, exit_codes, pair, processes, quick, slow, start, state, until, whole
 
 import spatial_entropy as se
 from spatial_entropy.commands import main
@@ -28,7 +28,7 @@ def uninterrupted(tmp_path_factory):
 
 
 def test_killed_at_ten_random_moments_also_while_writing(tmp_path):
-    settings = {**everything, "epochs": 4}
+    settings = {**everything, "epochs": 6}
     began = time.perf_counter()
     truth = state(whole(tmp_path / "whole", settings))
     seconds, draw, kills = time.perf_counter() - began, random.Random(0), []
@@ -36,10 +36,10 @@ def test_killed_at_ten_random_moments_also_while_writing(tmp_path):
     for point in points:
         child = start(tmp_path, settings, point=point)
         if point is None:                                    # at any moment, from the first import of the run to its end
-            child.join(draw.uniform(.05, .2) * seconds)
+            child.join(draw.uniform(.1, .3) * seconds)
             if child.is_alive():
                 os.kill(child.pid, signal.SIGKILL)
-        child.join()
+        exit_codes(child)
         kills += [point] if child.exitcode == -signal.SIGKILL else []
         if len(kills) == 10 or child.exitcode == 0:
             break
@@ -156,7 +156,8 @@ tiny = dict(limit=64, batch_size=16, epochs=2, img_size=32, entropy_warmup=0, mo
 
 def waits(output):
     "A run that comes to its first update, says so and does no more."
-    with at_first_update(lambda: ((output / "began").touch(), time.sleep(600))), open(os.devnull, "w") as out:
+    torch.set_num_threads(1)                                 # threads that ran before the fork are not in the child, which would wait for them
+    with quick(), at_first_update(lambda: ((output / "began").touch(), time.sleep(600))), open(os.devnull, "w") as out:
         se.train(output=str(output), console=Console(file=out), plot=False, **tiny)
 
 
@@ -166,15 +167,15 @@ def test_one_process_at_a_time(tmp_path, monkeypatch, capsys, system):
         monkeypatch.setattr(files, "fcntl", None)            # Windows, and file systems without locks
     child = processes.Process(target=waits, args=(tmp_path,))
     child.start()
-    while child.is_alive() and not (tmp_path / "began").exists():
-        time.sleep(.02)
+    until((tmp_path / "began").exists, child)
+    assert child.is_alive()
     before = sorted(p for p in (tmp_path / "run").rglob("*"))
     assert main(["train", "--resume", str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err
     assert f"in use: process {child.pid} on {platform.node()} has had it since 20" in said and said.count("\n") == 1
     assert sorted(p for p in (tmp_path / "run").rglob("*")) == before
     child.kill()
-    child.join()
+    exit_codes(child)
     held = files.hold(tmp_path / "run")                      # a dead holder has nothing
     held.release()
     assert not [p for p in (tmp_path / "run").iterdir() if p.name in (".lock", ".held")]
@@ -183,7 +184,7 @@ def test_one_process_at_a_time(tmp_path, monkeypatch, capsys, system):
 def test_a_changed_configuration_is_named_and_refused(tmp_path, capsys):
     def stop():
         signal.raise_signal(signal.SIGHUP)
-    with at_first_update(stop):
+    with quick(), at_first_update(stop):
         run = se.train(output=str(tmp_path), plot=False, **tiny)
     assert run.stopped == "SIGHUP" and len(jobs.checkpoints(run.folder)) == 1
     text = (run.folder / "config.yaml").read_text()
@@ -197,10 +198,11 @@ def test_a_changed_configuration_is_named_and_refused(tmp_path, capsys):
     assert all(what in said for what in ("lr was 0.001, is 0.5", "seed was 42, is 7", "epochs was 2, is 1", "--allow-changes")) and "workers was" not in said
     assert said.count("\n") == 1 and len(jobs.checkpoints(run.folder)) == 1
     older = {**jobs._versions(), "torch": "1.0"}
-    with patch.object(jobs, "_versions", lambda: older), at_first_update(stop):
+    with patch.object(jobs, "_versions", lambda: older), at_first_update(stop), quick():
         code = main(["train", "--resume", str(run.folder), "--allow-changes"])
     assert code == 128 + signal.SIGHUP and "going on so, as asked" in capsys.readouterr().out
-    after = se.resume(run.folder, plot=False, workers=0)
+    with quick():
+        after = se.resume(run.folder, plot=False, workers=0)
     assert len(after.rows) == 1 and after.rows[0]["lr"] > .01    # the old one was at most 0.001
     assert "was trained with torch 1.0 (here " in capsys.readouterr().out
     (run.folder / "config.yaml").write_text(text.replace("opt: adamw", "opt: sgd"))
@@ -212,28 +214,26 @@ def test_every_update_killed_once(tmp_path, uninterrupted):
     "Ten kills, each in a later checkpoint than the one before: after the bytes, before the name."
     for k in range(10):
         child = start(tmp_path, settings=everything, point=("state", 1 if k == 0 else 2))
-        child.join()
-        if child.exitcode == 0:
+        code, = exit_codes(child)
+        if code == 0:
             break
-        assert child.exitcode == -signal.SIGKILL
+        assert code == -signal.SIGKILL
     assert k >= 6
     assert_same(state(whole(tmp_path)), uninterrupted[0])
 
 
 def test_signals_save_and_go_on(tmp_path, uninterrupted):
     truth, seconds = uninterrupted
-    codes, said = [], tmp_path / "said"
+    codes, said, begun = [], tmp_path / "said", tmp_path / "run" / "pictures" / "epoch-0000.png"
     said.touch()
     for k in range(5):
         began = len(said.read_text().splitlines())
         child = start(tmp_path, settings={**everything, "recovery_interval": 0}, said=said)
-        while child.is_alive() and not (len(said.read_text().splitlines()) > began or (tmp_path / "run" / "pictures" / "epoch-0000.png").exists() and not k):
-            time.sleep(.01)                                  # it has begun, or says that it goes on
-        time.sleep(.1 + seconds * .05)
+        until(lambda k=k, began=began: len(said.read_text().splitlines()) > began or begun.exists() and not k, child)
+        time.sleep(.1 + seconds * .05)                       # it has begun, or said that it goes on
         if child.is_alive():
             os.kill(child.pid, (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)[k % 3])
-        child.join()
-        codes.append(child.exitcode)
+        codes += exit_codes(child)
     assert 3 in codes and set(codes) <= {0, 3}, (codes, said.read_text())
     assert "saved; go on with resume(" in said.read_text()
     ours = state(whole(tmp_path))
@@ -243,8 +243,7 @@ def test_signals_save_and_go_on(tmp_path, uninterrupted):
 def test_loading_processes_do_not_matter(tmp_path, uninterrupted):
     "Killed with two of them, gone on with none."
     child = start(tmp_path, settings={**everything, "workers": 2}, point=("state", 5))
-    child.join()
-    assert child.exitcode == -signal.SIGKILL and len(jobs.checkpoints(tmp_path / "run")) == 2
+    assert exit_codes(child) == [-signal.SIGKILL] and len(jobs.checkpoints(tmp_path / "run")) == 2
     for c in (tmp_path / "run").glob("config.yaml"):
         c.write_text(c.read_text().replace("workers: 2", "workers: 0"))
     assert_same(state(whole(tmp_path)), uninterrupted[0])
@@ -254,16 +253,14 @@ def test_two_processes_one_of_them_killed(tmp_path):
     settings = {**everything, "grad_accum_steps": 1}
     PartialState(cpu=True)                                   # accelerate has been used here before, by one process alone
     children = pair(tmp_path / "whole", settings)
-    [c.join() for c in children]
-    assert [c.exitcode for c in children] == [0, 0]
+    assert exit_codes(*children) == [0, 0]
     said = tmp_path / "rank0", tmp_path / "rank1"
     for victim, point in [(1, ("write", 2)), (0, ("state", 2)), (1, ("write", 2)), (0, ("sync", 30)), (1, ("write", 2))]:
         children = pair(tmp_path / "killed", settings, [point if r == victim else None for r in range(2)], said)
-        [c.join(90) for c in children]
-        assert children[victim].exitcode == -signal.SIGKILL and children[1 - victim].exitcode == 1       # and does not wait for ever
+        codes = exit_codes(*children, seconds=90)
+        assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 1       # and does not wait for ever
     children = pair(tmp_path / "killed", settings)
-    [c.join() for c in children]
-    assert [c.exitcode for c in children] == [0, 0]
+    assert exit_codes(*children) == [0, 0]
     assert_same(state(tmp_path / "killed" / "run"), state(tmp_path / "whole" / "run"))
     assert "another process of this run ended" in said[0].read_text()
 
@@ -271,11 +268,9 @@ def test_two_processes_one_of_them_killed(tmp_path):
 def test_two_processes_asked_to_stop(tmp_path, uninterrupted):
     "Only one of them is asked; both save at the same update. Then one process goes on alone, with twice the accumulation."
     settings = {**everything, "grad_accum_steps": 1}
-    children = pair(tmp_path, settings)
-    while all(c.is_alive() for c in children) and not (tmp_path / "run" / "pictures" / "epoch-0000.png").exists():
-        time.sleep(.01)
+    children = pair(tmp_path, settings, hook=slow)
+    until((tmp_path / "run" / "pictures" / "epoch-0000.png").exists, *children)
     os.kill(children[1].pid, signal.SIGTERM)
-    [c.join(90) for c in children]
-    assert [c.exitcode for c in children] == [3, 3]
+    assert exit_codes(*children, seconds=90) == [3, 3]
     with pytest.raises(ValueError, match=r"makes an update from 16 pictures; here it would be 8 \(1 process\(es\)\): start as many as before \(2\)"):
         se.resume(tmp_path / "run")

@@ -1,9 +1,6 @@
 """Folders as people have them, and runs that go wrong."""
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from unittest.mock import patch
 
@@ -11,10 +8,11 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from runs import quick
 
 import spatial_entropy as se
+from spatial_entropy.commands import main
 from spatial_entropy.training import jobs
-from spatial_entropy.training import loop as training
 from spatial_entropy.training.models import load_weights
 from spatial_entropy.training.progress import RunProgress
 
@@ -58,7 +56,13 @@ def test_folder_mistakes(tmp_path, classes, said):
         se.loaders(str(folder(tmp_path, **classes)), 32, 2)
 
 
-def test_keep_skip_leaves_a_stock_model(tmp_path):
+@pytest.fixture
+def quick_runs():
+    with quick():
+        yield
+
+
+def test_keep_skip_leaves_a_stock_model(tmp_path, quick_runs):
     run = se.train(limit=32, epochs=1, output=str(tmp_path), experiment="x", keep_skip=True, model_kwargs=dict(depth=1), entropy_weight=0.)
     model, config, _ = se.load_run(run.folder)
     assert config.keep_skip and type(model.blocks[-1]) is timm.models.vision_transformer.Block
@@ -80,26 +84,25 @@ def test_the_regulariser_lowers_entropy_when_it_is_all_there_is():
     assert values[-1] < .5 * values[0]
 
 
-def test_a_loss_that_is_no_number_ends_in_a_sentence(tmp_path):
-    said = subprocess.run([str(Path(sys.executable).with_name("spatial-entropy")), *"train --limit 96 --epochs 2 --lr 1e3 --opt sgd --warmup-epochs 0".split(),
-                           "--output", str(tmp_path)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert said.returncode == 1 and "lower --lr, and look at the data" in said.stderr and "Traceback" not in said.stderr
-    assert "go on with: spatial-entropy train --resume" in said.stderr
+def test_a_loss_that_is_no_number_ends_in_a_sentence(tmp_path, quick_runs, capsys):
+    line = "train --limit 96 -b 8 --epochs 2 --lr 1e3 --opt sgd --warmup-epochs 0 --img-size 32 --model-kwargs depth=2 --output"
+    code, said = main([*line.split(), str(tmp_path)]), capsys.readouterr().err
+    assert code == 1 and "lower --lr, and look at the data" in said and "Traceback" not in said
+    assert "go on with: spatial-entropy train --resume" in said
 
 
 tiny = dict(limit=32, batch_size=8, epochs=2, img_size=32, model_kwargs=dict(depth=2, embed_dim=24, num_heads=2, patch_size=8), picture_interval=9, plot=False)
 
 
 @pytest.mark.parametrize("settings", [
-    dict(amp_dtype="bfloat16"), dict(compile="aot_eager", amp_dtype="bfloat16", grad_checkpointing=True, model_ema=True, model_ema_warmup=True),
+    dict(amp_dtype="bfloat16"), dict(compile="aot_eager", amp_dtype="bfloat16", grad_checkpointing=True, model_ema=True, model_ema_warmup=True,
+                                   model_kwargs={**tiny["model_kwargs"], "depth": 1}),
     dict(channels_last=True, aug_repeats=3, smoothing=.1, opt="lamb"), dict(layer_decay=.7, sched_on_epochs=True, warmup_epochs=0, clip_grad=0., drop_path=.3),
     dict(interpolation="random", aa="augmix-m3-w2", fraction=.5, limit=None), dict(keep_skip=True, entropy_weight=0., max_skips=0),
     dict(mixup=.2, cutmix=.3, mixup_prob=.5, lr_base=1e-3, lr_base_size=16),
-], ids=lambda s: " ".join(s))
-def test_every_setting_trains_stops_and_goes_on(tmp_path, settings, monkeypatch):
-    "In one go, and interrupted in the second epoch: the same weights. (The pictures, which take most of the time, are others' affair.)"
-    monkeypatch.setattr(training, "_draw_frames", lambda job, epochs=None: None)
-    monkeypatch.setattr(training, "_last_pictures", lambda job: None)
+], ids=lambda s: " ".join(k for k in s if k != "model_kwargs"))
+def test_every_setting_trains_stops_and_goes_on(tmp_path, settings, quick_runs):
+    "In one go, and interrupted in the second epoch: the same weights."
     settings = {**tiny, **settings}
     if "fraction" in settings:
         settings |= dict(data=str(folder(tmp_path / "data", **{c: 40 for c in "ab"})), workers=0)
@@ -120,7 +123,7 @@ def test_every_setting_trains_stops_and_goes_on(tmp_path, settings, monkeypatch)
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
 
 
-def test_a_teacher(tmp_path):
+def test_a_teacher(tmp_path, quick_runs):
     teacher = se.train(output=str(tmp_path), experiment="teacher", **tiny)
     torch.save(timm.create_model("test_vit", num_classes=10).state_dict(), tmp_path / "teacher.pth")
     run = se.train(output=str(tmp_path), experiment="pupil", teacher="test_vit", teacher_checkpoint=str(tmp_path / "teacher.pth"), **tiny)
@@ -129,7 +132,7 @@ def test_a_teacher(tmp_path):
     assert abs(size(run) - size(teacher)) < 1000                             # the teacher is not in the checkpoint
 
 
-def test_trackers_get_the_metrics(tmp_path):
+def test_trackers_get_the_metrics(tmp_path, quick_runs):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     run = se.train(output=str(tmp_path), experiment="logged", trackers=["tensorboard"], **tiny)
