@@ -98,7 +98,7 @@ def evaluate(run: str, # a run folder
     """Measure a trained run, its maps beside their chance levels.
 
     `entropy_chance` is the E of surrogates; with masks, `pixel_auc`, `pointing` and `jaccard` are
-    those of the best head. Raises FileNotFoundError, OSError or ValueError that name what is wrong."""
+    those of the best head. Raises FileNotFoundError, OSError or ValueError that name it."""
     device = usable_device(device)
     model, config, facts = load_run(run, weights, ("mean", "std"))
     norm = dict(mean=tuple(facts["mean"]), std=tuple(facts["std"]))
