@@ -83,9 +83,9 @@ def pytest_collect_file(file_path, parent):
         return Notebook.from_parent(parent, path=file_path)
 
 
-SLOWEST = ("test_models.py test_gpu_kernels.py test_tap.py test_callbacks.py test_resume.py 58_loop.ipynb test_faults.py test_progress.py test_processes.py "
-           "59_evaluating.ipynb test_commands.py test_training.py 90_loss_benchmark.ipynb 91_training_benchmark.ipynb test_machines.py test_hostile.py "
-           "44_outliers.ipynb test_kernels.py 33_transformers.ipynb test_surgery.py 48_scoring.ipynb").split()
+SLOWEST = ("test_models.py test_gpu_kernels.py test_tap.py test_callbacks.py test_resume.py 58_loop.ipynb test_comparing.py test_faults.py test_progress.py "
+           "test_processes.py 59_evaluating.ipynb test_commands.py test_training.py 90_loss_benchmark.ipynb 91_training_benchmark.ipynb "
+           "test_machines.py test_hostile.py 61_commands.ipynb 44_outliers.ipynb test_kernels.py 33_transformers.ipynb test_surgery.py").split()
 
 
 def pytest_collection_modifyitems(items):
