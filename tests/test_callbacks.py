@@ -563,6 +563,8 @@ def _train_transformers(rank, folder):
 
 def _train_lightning(rank, folder):
     import lightning.pytorch as pl
+    from lightning.pytorch.trainer.connectors import accelerator_connector
+    accelerator_connector._IS_INTERACTIVE = False        # cells of a notebook may have run in the process that this one was forked from
     data = torch.utils.data.Subset(batches().dataset, range(rank, 8, 2))
     module = lit(pl)
     trainer = fit(pl, module, se.SpatialEntropyLightning(.5, schedule=False), data=DataLoader(data, batch_size=1), use_distributed_sampler=False,
