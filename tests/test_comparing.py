@@ -6,12 +6,14 @@ import random
 import signal
 import time
 from io import StringIO
+from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from rich.console import Console
-from runs import processes
+from runs import Quick, processes, quick
 from scipy import stats
 
 import spatial_entropy as se
@@ -21,6 +23,8 @@ from spatial_entropy.loops import alternatives
 from spatial_entropy.training import comparing
 from spatial_entropy.training.comparing import Grid, compare, default_grid, planned, read_grid, summary, table
 from spatial_entropy.training.files import hold
+
+DRAWN = comparing.draw_curves, comparing.draw_arms
 
 TINY = dict(epochs=2, batch_size=8, img_size=16, workers=0, device="cpu", model_kwargs=dict(patch_size=8, embed_dim=12, depth=1, num_heads=2))
 ARMS = {"plain": dict(keep_skip=True, regularizer="none"), "total variation": dict(keep_skip=True, regularizer="total-variation", entropy_weight=.1)}
@@ -49,6 +53,13 @@ def kept(folder):
     "What a table says, durations left aside."
     with open(folder / "table.csv", newline="", encoding="utf-8") as f:
         return list(csv.DictReader(f))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def grey():
+    "Runs and reports draw grey pixels; what they draw is tested elsewhere, and once here."
+    with quick(), patch.multiple(comparing, draw_curves=lambda runs: Quick(torch.zeros(4)), draw_arms=lambda runs: Quick(torch.zeros(4))):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -238,9 +249,11 @@ def test_the_default_grid_is_a_2_by_2():
     assert found == [(False, "none"), (False, "on"), (True, "none"), (True, "on")]
 
 
-def test_the_files_are_what_they_say(undisturbed):
+def test_the_files_are_what_they_say(photos, undisturbed):
     folder, rows = undisturbed
+    with patch.multiple(comparing, draw_curves=DRAWN[0], draw_arms=DRAWN[1]):
+        assert comparing.write_report(grid_of(photos), folder) == rows
     found = json.loads((folder / "summary.json").read_text())
     assert found["runs"] == found["of"] == 4 and {x["arm"] for x in found["summary"]} == set(ARMS)
     page = (folder / "index.html").read_text()
-    assert "total variation, n = 2" in page and (folder / "maps.png").stat().st_size > 5000
+    assert "total variation, n = 2" in page and (folder / "maps.png").stat().st_size > 20000 and (folder / "curves.png").stat().st_size > 20000

@@ -484,14 +484,14 @@ class _Told:
     "Says what has ended, keeps what failed, and renews the report."
     def __init__(self, grid, output, console, of):
         self.grid, self.output, self.console, self.of = grid, output, console, of
-        self.failed, self.ended = [], 0
+        self.failed, self.ended, self.rows = [], 0, None
 
     def __call__(self, run, error):
         self.ended += 1
         if error: self.failed.append(error)
         self.console.print(f"{self.ended}/{self.of} {error or run.folder.name + ': done'}",
                            markup=False, highlight=False)
-        write_report(self.grid, self.output, self.failed)
+        self.rows = write_report(self.grid, self.output, self.failed)
 
 # %% ../../nbs/60_comparing.ipynb #746634de
 def _asked_to_stop(number, frame): raise Interrupted(signal.Signals(number).name)
@@ -527,7 +527,8 @@ def compare(grid: Grid, output="comparison", # the folder of the runs and of the
     with _interruptible():
         if jobs == 1: _in_turn(left, grid.masks, console, told)
         else: _at_once(left, grid.masks, jobs, told)
-    return write_report(grid, output, told.failed), told.failed
+    rows = write_report(grid, output) if told.rows is None else told.rows
+    return rows, told.failed
 
 # %% ../../nbs/60_comparing.ipynb #194d2027
 def default_grid() -> Grid:
