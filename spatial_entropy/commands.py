@@ -225,7 +225,7 @@ _measures = { # of `evaluate`: what it is called, and how it is written
     "entropy": ("spatial entropy, nats", "{:.3f}"), "regions": ("regions per map", "{:.2f}"),
     "density": ("share of cells above the mean", "{:.2f}"), "pictures": ("pictures", "{}"),
     "pixel_auc": ("pixel AUC, best head", "{:.3f}"), "pointing": ("pointing, best head", "{:.3f}"),
-    "jaccard": ("mask Jaccard on the grid, best head", "{:.3f}"),
+    "jaccard": ("mask Jaccard, best head", "{:.3f}"),
     "jaccard_best_head": ("mask Jaccard, best head", "{:.3f}"),
     "jaccard_mean_head": ("mask Jaccard, mean head", "{:.3f}"),
     "mask_pairs": ("pictures with masks", "{}")}
@@ -256,6 +256,7 @@ def _print_scores(scores):
     title = Text(one_line(_title_of(scores), 200))
     t = Table("measure", "value", "chance", "above chance", title=title)
     for key, (label, form) in _measures.items():
+        if key == "jaccard_best_head" and "jaccard" in scores: continue    # the same, by chance too
         if key in scores: t.add_row(label, form.format(scores[key]), *_chance_of(scores, key))
     Console(force_jupyter=False).print(t)               # as in a terminal, wherever it is called
     for said in scores["notes"]: print(said)
