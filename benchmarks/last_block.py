@@ -75,8 +75,8 @@ def tokens_of(model, batches):
 def renewed(model, setting):
     "A copy of the model whose last block, norm and classifier are as they are before training."
     torch.manual_seed(setting.seed)
-    fresh, model = copy.deepcopy(model), copy.deepcopy(model)
-    for part in (fresh.blocks[-1], fresh.norm, fresh.head):
+    model = copy.deepcopy(model)
+    for part in (model.blocks[-1], model.norm, model.head):
         for module in part.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=.02)
@@ -84,7 +84,6 @@ def renewed(model, setting):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
-    model.blocks[-1], model.norm, model.head = fresh.blocks[-1], fresh.norm, fresh.head
     if setting.skip == "dropped":
         drop_last_skip(model)
     return model
@@ -147,7 +146,7 @@ def scored(model, tokens, pairs):
     return found
 
 
-def embedded(pictures):
+def built_in(pictures):
     "Demo model, tokens to learn from and to be measured on, pictures with masks."
     model = demo_model()
     part = {}
@@ -209,6 +208,8 @@ def prepare(args):
         raise ValueError("trunk and masks: got one of them, expected both or none")
     if args.seeds < 1 or args.pictures < 64 or args.epochs < 1:
         raise ValueError("seeds, pictures, epochs: expected at least 1, 64, 1")
+    if min(args.weights) <= 0:
+        raise ValueError(f"weights: got {min(args.weights)}, expected numbers above 0; runs without a regulariser are among the runs anyway")
     torch.set_num_threads(args.threads)
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
@@ -221,7 +222,7 @@ def measure(args, output, left):
     print(f"{len(left)} run(s) to do", flush=True)
     if not left:
         return
-    model, train, val, pairs = of_run(args.trunk, args.pictures, args.masks) if args.trunk else embedded(args.pictures)
+    model, train, val, pairs = of_run(args.trunk, args.pictures, args.masks) if args.trunk else built_in(args.pictures)
     check_maps(model, pairs)
     about = dict(facts(), trunk=args.trunk or "demo", masks=args.masks or "shapes", pictures=len(train.x), validation=len(val.x), with_masks=len(pairs))
     for setting in left:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import get_type_hints
 from .training.config import (Names, Range, TrainConfig, recipes, configure,
                                              load_config, plain_type)
-from .training.files import lenient_output, write_json, write_whole
+from .training.files import lenient_output, write_whole
 
 # %% ../nbs/61_commands.ipynb #99d4c9e4
 def pair(text):
@@ -151,7 +151,7 @@ def _add_draw(p):
 def _add_compare(p):
     "What `compare` takes."
     p.add_argument("grid", nargs="?", help="a YAML file: arms, seeds, common settings, masks; "
-                   "without it a small grid on the embedded pictures")
+                   "without it a small grid on the built-in pictures")
     p.add_argument("-o", "--output", default="comparison",
                    help="the folder of the runs and of the report (comparison)")
     p.add_argument("--jobs", type=int, default=1, metavar="N",
@@ -168,7 +168,7 @@ def _parser():
     train = commands.add_parser(
         "train", help="train a ViT with the spatial-entropy regulariser",
         description="Train a ViT with the spatial-entropy regulariser. With no flags: a small one "
-                    "on the embedded pictures.")
+                    "on the built-in pictures.")
     _add_where_from(train)
     _add_settings(train)
     _add_compare(commands.add_parser(
@@ -267,16 +267,9 @@ def _print_scores(scores):
 # %% ../nbs/61_commands.ipynb #1dcbfec8
 def _measure(run, output=None, **options):
     "Evaluate a run, print the table, write the JSON."
-    from spatial_entropy.training.evaluating import evaluate
-    from spatial_entropy.training.models import digest_in
-    run = Path(run)
-    scores = evaluate(str(run), **options)
-    weights = options.get("weights", _default_of(evaluate, "weights"))
-    digest = digest_in(run/f"{weights}.safetensors")
-    found = {"run": run.name, **scores, "weights_sha256": digest}
-    path = write_json(Path(output or run/"evaluation.json"), found)
-    _print_scores(scores)
-    print(f"as JSON: {path}")
+    from spatial_entropy.training.evaluating import keep_scores
+    _print_scores(keep_scores(run, output, **options))
+    print(f"as JSON: {output or Path(run)/'evaluation.json'}")
 
 def _prepare_evaluation(args):
     "The command `evaluate`."

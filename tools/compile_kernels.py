@@ -1,12 +1,10 @@
 """Compile every CUDA kernel that the package launches, for GPUs that need not be there.
 
-    python tools/compile_kernels.py [80 90] [--once 90]
+    python tools/compile_kernels.py [80 90]
 
 The package's own calls are made on CPU tensors, and each launch compiles instead of running, so what is compiled is what a launch would use.
-Prints registers, spilled bytes, shared memory; exit code 1 if a kernel spills more than 64 bytes a thread. For an architecture after --once
-each kernel is compiled once for every set of types, not for every size and option.
+Prints registers, spilled bytes, shared memory; exit code 1 if a kernel spills more than 64 bytes a thread.
 """
-import argparse
 import re
 import subprocess
 import sys
@@ -23,12 +21,10 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from spatial_entropy.measure import cuda as kernels
 
-TYPES = re.compile(r"\*\w+")                                # of the pointers among a kernel's arguments
-
 
 @contextmanager
-def compiling(capability, built, once=False):
-    "Inside, a launch compiles into `built`, once for each specialisation (or set of types), and does not run."
+def compiling(capability, built):
+    "Inside, a launch compiles into `built`, once for each specialisation, and does not run."
     target = GPUTarget("cuda", capability, 32)
     backend, launch = make_backend(target), JITFunction.run
     known = backend.parse_options({}).__dict__                  # which of what a launch adds this Triton knows
@@ -37,7 +33,7 @@ def compiling(capability, built, once=False):
     def run(self, *args, grid, warmup, **kwargs):
         kwargs.update({k: v for k, v in usual.items() if k in known})
         bound, special, _ = create_function_from_signature(self.signature, self.params, backend)(*args, **kwargs)
-        key = (self.__name__, " ".join(TYPES.findall(str(special))), "") if once else (self.__name__, str(special), kwargs["num_warps"])
+        key = self.__name__, str(special), kwargs["num_warps"]
         if key not in built:
             options, signature, constexprs, attrs = self._pack_args(backend, kwargs, bound, special, None)
             built[key] = compile(ASTSource(self, signature, constexprs, attrs), target=target, options=options.__dict__)
@@ -74,24 +70,20 @@ def resources(binary):
     return dict(registers=got.get("REG"), spilled=got.get("STACK", 0) + got.get("LOCAL", 0), shared=binary.metadata.shared)
 
 
-def main(capabilities, once=()):
+def main(capabilities):
     worst = 0
-    for capability in [*capabilities, *once]:
+    for capability in capabilities:
         start, built = time.time(), {}
-        with compiling(capability, built, capability in once):
+        with compiling(capability, built):
             call_everything()
         for (name, special, warps), binary in built.items():
             facts = resources(binary)
             worst = max(worst, facts["spilled"])
-            types = " ".join(TYPES.findall(special))
+            types = " ".join(re.findall(r"\*\w+", special))
             print(f"sm_{capability} {name:17} {types:40} warps {warps}  {facts}")
         print(f"sm_{capability}: {len(built)} kernels in {time.time() - start:.0f} s")
     return int(worst > 64)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("capabilities", nargs="*", type=int)
-    parser.add_argument("--once", nargs="+", type=int, default=[])
-    asked = parser.parse_args()
-    sys.exit(main(asked.capabilities or ([] if asked.once else [80, 90]), asked.once))
+    sys.exit(main([int(a) for a in sys.argv[1:]] or [80, 90]))

@@ -42,21 +42,22 @@ def attention_entropy(maps: Tensor # (B, H, h, w) similarities
     return torch.special.entr(_attention(maps)).sum(-1).mean()
 
 # %% ../../nbs/37_alternatives.ipynb #b4f89296
-_terms = { # name: makes a function of the maps (B, H, h, w) that gives a scalar
-    "spatial-entropy": SpatialEntropyLoss, "total-variation": lambda: total_variation,
-    "head-disagreement": lambda: head_disagreement, "entropy": lambda: attention_entropy,
-    "none": lambda: None}
+_terms = { # name: function of the maps (B, H, h, w) that gives a scalar; None: nothing is added
+    "total-variation": total_variation, "head-disagreement": head_disagreement,
+    "entropy": attention_entropy, "none": None}
 
 def regularizer_names() -> list: # of texts
     "The names that `regularizer_term` and `--regularizer` take."
-    return [*_terms]
+    return ["spatial-entropy", *_terms]
 
 # %% ../../nbs/37_alternatives.ipynb #dd963f14
 def regularizer_term(name: str):
     "A function of maps (B, H, h, w) that gives a scalar; None for \"none\". Raises ValueError."
-    if name in _terms: return _terms[name]()
-    raise ValueError(f"regularizer: got {name!r}, expected one of {', '.join(_terms)}, "
-                     "or a name given to register_regularizer before")
+    if name == "spatial-entropy": return SpatialEntropyLoss()
+    if name in _terms: return _terms[name]
+    raise ValueError(f"regularizer: got {name!r}, expected one of "
+                     f"{', '.join(regularizer_names())}, or a name given to register_regularizer "
+                     "before")
 
 # %% ../../nbs/37_alternatives.ipynb #8868c9ac
 def register_regularizer(name: str, # not one of those there are
@@ -67,8 +68,6 @@ def register_regularizer(name: str, # not one of those there are
                         "(B, H, h, w)")
     if not isinstance(name, str) or not name.strip() or not name.isprintable():
         raise ValueError(f"name: got {name!r}, expected a text that can be typed")
-    if name in _terms and getattr(_terms[name], "term", None) is not term:
+    if name in regularizer_names() and _terms.get(name) is not term:
         raise ValueError(f"name: {name!r} is taken; choose another")
-    make = lambda: term
-    make.term = term
-    _terms[name] = make
+    _terms[name] = term

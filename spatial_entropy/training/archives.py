@@ -533,7 +533,7 @@ def _open_sources(data, data_dir, named, download, leave_out):
 
 # %% ../../nbs/53_archives.ipynb #46611afb
 def _shape_sources(img_size, limit):
-    "[training, validation] of the embedded shapes; what is beyond the limit is never drawn."
+    "[training, validation] of the built-in shapes; what is beyond the limit is never drawn."
     return [ShapeSource(min(limit or 4000, 4000), "train", img_size),
             ShapeSource(1000, "val", img_size)]
 

@@ -11,7 +11,7 @@ import csv, json, math, os, re, signal, sys, threading
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from html import escape
-from itertools import product
+from itertools import chain, product
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 import torch
@@ -22,10 +22,9 @@ from rich.table import Table
 # %% ../../nbs/60_comparing.ipynb #e7df512a
 from ..analysis.intervals import paired, student
 from ..attention.tap import AttentionTap
-from ..measure.operators import spatial_entropy
 from ..pictures import one_line, overlay, panels, put_caption
-from .config import (TrainConfig, checked_settings, read_tree, shown)
-from .evaluating import evaluate, to_measure
+from .config import TrainConfig, checked_settings, read_tree, shown
+from .evaluating import keep_scores, to_measure
 from .files import write_json, write_rows, write_whole
 from .jobs import load_settings, machine_settings
 from .loop import one_of_each, resume, train
@@ -33,7 +32,6 @@ from .models import digest_in, load_run
 
 # %% ../../nbs/60_comparing.ipynb #37cf13c2
 _name = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*( [A-Za-z0-9_.+=-]+)*")
-_ours = "seed", "output", "experiment", "limit", "fraction"     # what the grid itself sets
 
 def _check_arm(name, settings):
     "Raises ValueError for a name that is no folder's, or settings that the grid sets."
@@ -44,11 +42,22 @@ def _check_arm(name, settings):
         raise ValueError(f"arms: {name}: got {shown(settings)}, expected settings, such as "
                          "{entropy_weight: 0.1}")
 
+# %% ../../nbs/60_comparing.ipynb #0e0f0294
+def _folder_of(arm): return arm.replace(" ", "_")
+
+def _check_folders(arms):
+    "Raises ValueError for names that would share a folder, also where disks know no case."
+    known = {}
+    for arm in arms:
+        other = known.setdefault(_folder_of(arm).lower(), arm)
+        if other != arm:
+            raise ValueError(f"arms: {other!r} and {arm!r} would share a folder; rename one")
+
 # %% ../../nbs/60_comparing.ipynb #ddb1140f
-def _settings(found, where):
-    "Settings of a part of the file, by name and type. Raises ValueError."
+def _settings(found, where, set_here=()):
+    "Settings of a part of the file, by name and type. Raises ValueError for what the grid sets."
     settings = checked_settings(found or {}, where)
-    for name in ("seed", "output", "experiment"):
+    for name in ("seed", "output", "experiment", *set_here):
         if name in settings:
             raise ValueError(f"{where}: got {name}, which the grid sets for each run; take it out")
     return settings
@@ -73,10 +82,11 @@ class Grid:
 
     def __post_init__(self):
         if not self.arms: raise ValueError("arms: got none, expected at least 1")
-        self.seeds = _listed(self.seeds, "seeds", int, 0)
-        self.common = _settings(self.common, "common")
+        self.seeds, parts = _listed(self.seeds, "seeds", int, 0), dict.fromkeys(chain(*self.parts))
+        self.common = _settings(self.common, "common", parts)
         for name, settings in self.arms.items(): _check_arm(name, settings)
-        self.arms = {n: _settings(s, f"arms: {n}") for n, s in self.arms.items()}
+        _check_folders(self.arms)
+        self.arms = {n: _settings(s, f"arms: {n}", parts) for n, s in self.arms.items()}
         for settings, part in product(self.arms.values(), self.parts):
             TrainConfig(**{**self.common, **settings, **part})
 
@@ -120,8 +130,8 @@ def planned(grid: Grid, output) -> list: # of Planned
     "Every arm with every part of the data and every seed, in the order in which they run."
     runs = []
     for seed, part, arm in product(grid.seeds, grid.parts, grid.arms):
-        words = [arm, *(f"{k}{v}" for k, v in part.items()), f"seed{seed}"]
-        name = "-".join(words).replace(" ", "_")
+        words = [_folder_of(arm), *(f"{k}{v}" for k, v in part.items()), f"seed{seed}"]
+        name = "-".join(words)
         settings = {"recovery_interval": 1, **grid.common, **grid.arms[arm], **part, "seed": seed}
         config = TrainConfig(**settings, output=str(output), experiment=name)
         runs.append(Planned(Path(output)/name, arm, _named(part), seed, config))
@@ -159,13 +169,6 @@ class Interrupted(Exception):
         super().__init__(name)
         self.signal = getattr(signal, name)
 
-def _measure(run, masks):
-    "Evaluate a run, and keep what was found in its folder."
-    found = {"run": run.folder.name, **evaluate(str(run.folder), masks=masks)}
-    found |= {"weights_sha256": digest_in(run.folder/"model.safetensors")}
-    write_json(run.folder/"evaluation.json", found)
-    return found
-
 def _do(run, masks, console=None, plot=False):
     "Train a run or go on with it, then measure it. Raises Interrupted."
     machine = {k: getattr(run.config, k) for k in machine_settings if k != "grad_accum_steps"}
@@ -173,12 +176,15 @@ def _do(run, masks, console=None, plot=False):
     if begun: done = resume(str(run.folder), console, plot, **machine)
     else: done = train(run.config, console, plot)
     if done.stopped: raise Interrupted(done.stopped)
-    return _measure(run, masks)
+    return keep_scores(run.folder, masks=masks)
 
 # %% ../../nbs/60_comparing.ipynb #6a9e6eb2
-def _failed(run, e):
-    "One sentence on a run that could not be done."
-    return f"{run.folder.name}: {' '.join(str(e).split()) or type(e).__name__}"
+def _tried(run, masks, console):
+    "None, or one sentence on why a run could not be done. Raises Interrupted."
+    try: _do(run, masks, console)
+    except Interrupted: raise
+    except Exception as e:                  # whatever it is, the other runs have a right to theirs
+        return f"{run.folder.name}: {' '.join(str(e).split()) or type(e).__name__}"
 
 def _end_with_parent():
     "Ask this process to save and end when the one that started it is gone."
@@ -193,12 +199,9 @@ def _alone(run, masks, gpu, threads, say):
     if gpu is not None: os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
     torch.set_num_threads(threads)
     with open(f"{run.folder}.log", "a", encoding="utf-8", buffering=1) as log:
-        try:
-            _do(run, masks, Console(file=log, width=120))
-            say.send(None)
+        try: say.send(_tried(run, masks, Console(file=log, width=120)))
         except Interrupted as e: sys.exit(128 + e.signal)
         except KeyboardInterrupt: sys.exit(128 + signal.SIGINT)
-        except Exception as e: say.send(_failed(run, e))
 
 # %% ../../nbs/60_comparing.ipynb #de4c203d
 class _Process:
@@ -221,9 +224,11 @@ class _Process:
 
 # %% ../../nbs/60_comparing.ipynb #3b5caa62
 def _gpu_of(slot):
-    "The GPU of a slot, where there are several."
+    "The GPU of a slot, where this process sees several, as CUDA_VISIBLE_DEVICES names it."
     count = torch.cuda.device_count()
-    return slot % count if count > 1 else None
+    if count < 2: return None
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return names[slot % count] if len(names) >= count else slot % count
 
 def _end(processes):
     "Let processes save and end."
@@ -249,11 +254,7 @@ def _at_once(runs, masks, jobs, tell): # tell(run, error) is called when one has
 # %% ../../nbs/60_comparing.ipynb #1788c7d0
 def _in_turn(runs, masks, console, tell):
     "Runs one after the other, in this process."
-    for run in runs:
-        error = None
-        try: _do(run, masks, console)
-        except (FloatingPointError, OSError, RuntimeError) as e: error = _failed(run, e)
-        tell(run, error)
+    for run in runs: tell(run, _tried(run, masks, console))
 
 # %% ../../nbs/60_comparing.ipynb #998685a3
 MEASURES = { # column: (what it is called, digits)
@@ -392,13 +393,13 @@ def _same_pictures(run, n):
     batches = to_measure(None, config, None, norm)
     pixels = torch.stack(one_of_each(batches.val.dataset, n)).float()
     mean, std = (v.cpu() for v in batches.val.scale)
-    return (pixels - mean)/std, batches.pixels((pixels - mean)/std)
+    return (pixels - mean)/std, pixels/255
 
 @torch.no_grad()
 def _attention_on(run, x):
     "(n, h, w): mean over the heads of the last block, after the softmax."
-    model, config, _ = load_run(str(run.folder))
-    with AttentionTap(model.eval()) as tap: model(x)
+    model, _, _ = load_run(str(run.folder))
+    with AttentionTap(model) as tap: model(x)
     maps = tap.maps()
     return maps.flatten(2).softmax(-1).mean(1).view(len(x), *maps.shape[2:])
 
@@ -408,15 +409,14 @@ def draw_arms(runs: list, # of Planned, all done
     "The same pictures under all arms: a row each, the attention laid over the picture."
     one_each = {}
     for run in runs: one_each.setdefault((run.arm, run.part), run)
-    x, pixels = _same_pictures(runs[0], n)
-    fig, axes = panels(len(one_each) + 1, len(x), 1.25)
-    for ax, picture in zip(axes[0], pixels): ax.imshow(picture.permute(1, 2, 0).clamp(0, 1).numpy())
+    fig, axes = panels(len(one_each) + 1, n, 1.25)
+    for ax, picture in zip(axes[0], _same_pictures(runs[0], n)[1]):
+        ax.imshow(picture.permute(1, 2, 0).numpy())
     for row, ((arm, part), run) in zip(axes[1:], one_each.items()):
-        maps = _attention_on(run, x)
-        E = spatial_entropy(maps)
-        for ax, picture, map_, e in zip(row, pixels, maps, E):
-            ax.imshow(overlay(picture.clamp(0, 1), map_))
-            put_caption(ax, f"{one_line(_titled(arm, part), 18)}: E {e:.2f}")
+        x, pixels = _same_pictures(run, n)                       # in the size of this arm
+        for ax, picture, map_ in zip(row, pixels, _attention_on(run, x)):
+            ax.imshow(overlay(picture, map_))
+            put_caption(ax, one_line(_titled(arm, part), 18))
     return fig
 
 # %% ../../nbs/60_comparing.ipynb #f457dd98
@@ -460,12 +460,13 @@ def _write_figure(path, figure):
 def write_report(grid: Grid, output, failed=()) -> list: # the rows of table.csv
     "Write table.csv, summary.json, curves.png, maps.png and index.html of the runs that are done."
     output, runs = Path(output), planned(grid, output)
-    done = [run for run in runs if _scores(run, grid.masks) is not None]
-    rows = table(done, grid.masks)
+    rows = table(runs, grid.masks)
     if not rows: return rows
+    done = [run for run in runs if run.folder.name in {row["run"] for row in rows}]
     lines = summary(rows, [arm for arm in grid.arms if any(r["arm"] == arm for r in rows)])
     write_rows(output/"table.csv", rows)
-    write_json(output/"summary.json", {"summary": lines, "runs": len(rows), "of": len(runs)})
+    plain = json.loads(json.dumps(lines), parse_constant=lambda nan: None)      # JSON has no NaN
+    write_json(output/"summary.json", {"summary": plain, "runs": len(rows), "of": len(runs)})
     _write_figure(output/"curves.png", draw_curves(done))
     _write_figure(output/"maps.png", draw_arms(done))
     page = _page(lines, list(grid.arms), failed)
@@ -515,7 +516,8 @@ def compare(grid: Grid, output="comparison", # the folder of the runs and of the
     """Train and measure what is not done yet of a grid, and write its report.
 
     Raises Interrupted when it was asked to stop (all runs have saved; call it again to go on), and
-    ValueError where a folder holds a run with other settings.
+    ValueError where a folder holds a run with other settings. A term of `register_regularizer` is
+    known in this process alone, so with it `jobs` has to stay 1.
     """
     if jobs < 1: raise ValueError(f"jobs: got {jobs}, expected at least 1")
     console, output = console or Console(), Path(output)
@@ -532,8 +534,8 @@ def compare(grid: Grid, output="comparison", # the folder of the runs and of the
 
 # %% ../../nbs/60_comparing.ipynb #194d2027
 def default_grid() -> Grid:
-    "Skip kept or dropped, loss off or on, on 500 embedded pictures; two seeds."
-    common = dict(limit=500, epochs=12, img_size=112, batch_size=32,
+    "Skip kept or dropped, loss off or on, on 500 built-in pictures; two seeds."
+    common = dict(limit=500, epochs=8, img_size=112, batch_size=32,
                   model_kwargs=dict(patch_size=8, embed_dim=96, depth=4, num_heads=3))
     on, off = dict(entropy_weight=.1), dict(regularizer="none")
     arms = {"plain": dict(keep_skip=True, **off), "loss": dict(keep_skip=True, **on),

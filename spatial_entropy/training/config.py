@@ -99,7 +99,7 @@ _size, _size0 = Range(0, 1000, above=True), Range(0, 1000)
 class _SourceSettings:
     "Where the pictures come from."
     data: str = _setting("shapes", "a folder or .tar of pictures, torch/NAME, hfds/NAME, "
-                         'wds/SHARDS, or "shapes", the embedded ones')
+                         'wds/SHARDS, or "shapes", the built-in ones')
     data_dir: str | None = _setting(None, "where torch/ and hfds/ data lie, or are put")
     download: bool = _setting(False, "let torchvision download what is not there")
     train_split: str | None = _setting(None, "name of the training split (train)")
@@ -109,7 +109,7 @@ class _SourceSettings:
     fraction: float | None = _setting(
         None, "share of the training pictures, drawn by class and seed", range=_part)
     workers: int | None = _setting(None, "processes that load pictures; default: 0 for the "
-                                   "embedded ones, else 2", "-j", Range(0, 256))
+                                   "built-in ones, else 2", "-j", Range(0, 256))
 
 # %% ../../nbs/51_config.ipynb #92d0cfac
 @dataclass
@@ -147,7 +147,7 @@ class _AugmentationSettings(_LookSettings):
 class _ModelSettings:
     "What is trained."
     model: str | None = _setting(
-        None, "a timm model name; default: a small ViT for the embedded pictures")
+        None, "a timm model name; default: a small ViT for the built-in pictures")
     model_kwargs: dict | None = _setting(
         None, "arguments of timm.create_model, such as patch_size=8")
     pretrained: bool = _setting(False, "start from timm's weights of that name")
@@ -366,10 +366,10 @@ _together = [ # (names, whether they contradict each other, what was expected)
     ("teacher_checkpoint without teacher", lambda c: c.teacher_checkpoint and not c.teacher,
      "the name of its model too"),
     ('data_dir and data="shapes"', lambda c: c.data == "shapes" and c.data_dir,
-     "data to be found there; shapes are embedded"),
+     "data to be found there; shapes are built in"),
     ('names of parts and data="shapes"',
      lambda c: c.data == "shapes" and (c.train_split or c.val_split),
-     "none; the embedded pictures have two parts of their own")]
+     "none; the built-in pictures have two parts of their own")]
 
 # %% ../../nbs/51_config.ipynb #ab4a3f1a
 def _check_pairs(c):
@@ -388,7 +388,7 @@ def _fill_model(c):
     c.model_kwargs = {**(_small if c.model is None else {}), **(c.model_kwargs or {})}
     c.img_size = c.img_size or (64 if c.model is None else 224)
     if c.data == "shapes" and c.img_size not in (drawn := Range(8, 512)):
-        raise ValueError(f"img_size: got {c.img_size}, expected {drawn} for the embedded pictures")
+        raise ValueError(f"img_size: got {c.img_size}, expected {drawn} for the built-in pictures")
     c.model = c.model or "vit_tiny_patch16_224"
 
 # %% ../../nbs/51_config.ipynb #b1637fb2

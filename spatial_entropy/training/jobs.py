@@ -176,9 +176,13 @@ def _schedule(c, optimizer, lr, per_epoch):
     return scheduler
 
 # %% ../../nbs/57_jobs.ipynb #992d8e07
-def _on_copy(model, x, regularizer="spatial-entropy"):
+def _other_term(regularizer):
+    "What is added to the loss in place of the spatial entropy, which is measured anyway; or None."
+    return None if regularizer == "spatial-entropy" else regularizer_term(regularizer)
+
+def _on_copy(model, x, regularizer):
     "The scores of a copy in training mode, after its maps went through the losses."
-    model, term = copy.deepcopy(model).train(), regularizer_term(regularizer)
+    model, term = copy.deepcopy(model).train(), _other_term(regularizer)
     with AttentionTap(model) as tap:
         scores = model(x)
         SpatialEntropyLoss().to(x.device)(tap.maps())
@@ -408,7 +412,7 @@ def _assemble(c, accelerator, model, teacher, per_epoch, update):
     averaged = dict(decay=c.model_ema_decay, use_warmup=c.model_ema_warmup)
     ema = ModelEmaV3(model, **averaged) if c.model_ema else None
     tap, criterion = AttentionTap(model), SpatialEntropyLoss().to(accelerator.device)
-    term = None if c.regularizer == "spatial-entropy" else regularizer_term(c.regularizer)
+    term = _other_term(c.regularizer)
     lr = _learning_rate(c, update)
     optimizer = _optimizer(c, model, lr)
     scheduler = _schedule(c, optimizer, lr, per_epoch)

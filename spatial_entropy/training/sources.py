@@ -60,7 +60,7 @@ class Source:
 
 # %% ../../nbs/52_sources.ipynb #093f2665
 class ShapeSource(Source):
-    "The embedded pictures; an item is a number of `data.shapes`."
+    "The built-in pictures; an item is a number of `data.shapes`."
     def __init__(self, n, split, size):
         self._set, self._split = shapes(n, split, size), split
         super().__init__(range(n), self._set.labels, self._set.classes)
