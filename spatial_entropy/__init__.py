@@ -25,7 +25,7 @@ _modules = { # module: the names that users need of it
     "analysis.evaluation": "accuracy", "analysis.heads": "rank_heads head_maps entropy_heatmap",
     "analysis.localization": "localization_entropy localization_heads",
     "analysis.chance": "entropy_against_chance surrogate_maps",
-    "analysis.objects": "pixel_auc pixel_ap against_others",
+    "analysis.objects": "pixel_auc pixel_ap energy_pointing against_others",
     "analysis.intervals": "bootstrap paired",
     "analysis.scoring": "score_objects score_maps draw_extremes",
     "analysis.outliers": "outliers", "training.config": "TrainConfig configure",

@@ -19,6 +19,7 @@ from spatial_entropy.analysis.objects import (
     boxes_of,
     center_gaussian,
     corloc,
+    energy_pointing,
     grid_jaccard,
     max_box_accuracy,
     pixel_ap,
@@ -108,7 +109,7 @@ def test_scores_are_those_of_scikit_learn_on_the_stretched_map(grid, size, ties)
     maps = torch.randint(0, 4, (3, 2, *grid), generator=g).float() if ties else torch.randn(3, 2, *grid, generator=g)
     masks = torch.rand(3, *size, generator=g) < .3
     valid = torch.rand(3, *size, generator=g) < .8
-    auc, ap, jac = (f(maps, masks, valid) for f in (pixel_auc, pixel_ap, grid_jaccard))
+    auc, ap, jac, energy = (f(maps, masks, valid) for f in (pixel_auc, pixel_ap, grid_jaccard, energy_pointing))
     kept = se.keep_mass(maps.flatten(2).softmax(-1).view(maps.shape), .6)
     full, chosen = (F.interpolate(m.float(), size=size, mode="nearest") for m in (maps, kept))
     for i in range(3):
@@ -116,6 +117,8 @@ def test_scores_are_those_of_scikit_learn_on_the_stretched_map(grid, size, ties)
             truth, value = masks[i][valid[i]].numpy(), full[i, h][valid[i]].numpy()
             assert abs(auc[i, h] - metrics.roc_auc_score(truth, value)) < 1e-9
             assert abs(ap[i, h] - metrics.average_precision_score(truth, value)) < 1e-9
+            rise = np.maximum(value - maps[i, h].double().mean().item(), 0)
+            assert abs(energy[i, h] - rise[truth].sum()/rise.sum()) < 1e-6
             assert abs(jac[i, h] - metrics.jaccard_score(truth, chosen[i, h][valid[i]].bool().numpy())) < 1e-9
 
 
@@ -140,7 +143,7 @@ def test_soft_masks_count_by_their_value():
     assert pointing(torch.tensor([[[[0., 1.], [0., 0.]]]]), soft).item() == .5
 
 
-@pytest.mark.parametrize("score", [pixel_auc, pixel_ap, pointing, grid_jaccard])
+@pytest.mark.parametrize("score", [pixel_auc, pixel_ap, pointing, energy_pointing, grid_jaccard])
 def test_degenerate_maps_and_masks(score):
     masks = torch.zeros(4, 8, 8, dtype=torch.bool)
     masks[1] = True
@@ -155,6 +158,17 @@ def test_degenerate_maps_and_masks(score):
         score(maps, masks[:2])
     with pytest.raises(ValueError, match="outside 0–1"):
         score(maps, masks*255.)
+
+
+@pytest.mark.parametrize("broken", [torch.inf, -torch.inf, torch.nan])
+def test_energy_of_what_has_none(broken):
+    maps, masks = torch.randn(3, 1, 4, 4), torch.zeros(3, 8, 8, dtype=torch.bool)
+    masks[1:, :4] = True
+    maps[1], maps[2, 0, 1, 1] = .1, broken                               # no object; a constant map; a broken cell
+    assert energy_pointing(maps, masks).isnan().all()
+    void = torch.ones(3, 8, 8, dtype=torch.bool)
+    void[:, :4] = False                                                  # the object is void, whole
+    assert energy_pointing(torch.randn(3, 1, 4, 4), masks, void).isnan().all()
 
 
 def test_boxes_by_hand():

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from spatial_entropy.data import drawn_sets, mask_pairs
 from spatial_entropy.training.archives import RowSource, sources
+from spatial_entropy.training.config import is_drawn
 from spatial_entropy.training.sources import Source, _by_share, _take_turns
 
 
@@ -277,6 +279,20 @@ def test_shapes():
     assert contents(few) == contents(train.take(range(20))) and len(whole) == 1000
     tenth, _ = sources(img_size=8, fraction=.1)
     assert len(tenth) == 400 and set(np.bincount(tenth.labels)) == {40} and contents(tenth.take([5]))[0] in contents(train)
+
+
+def test_both_kinds_of_shapes_are_known_by_one_name_everywhere():
+    for name in drawn_sets:
+        assert is_drawn(name)
+        train, val = sources(name, img_size=16, limit=20)
+        masks = mask_pairs(name, 16)
+        assert train.name(3) == f"{name}/train[3]" and len(masks) == len(val)
+        assert np.array_equal(np.asarray(val.open(7)), ((masks[7][0].permute(1, 2, 0) / 2 + .5) * 255).round().byte().numpy())
+    several, one = (sources(name, img_size=16, limit=20)[0] for name in drawn_sets)
+    assert several.labels == one.labels and contents(several) != contents(one)
+    assert not is_drawn("shapes/two") and not is_drawn("./shapes")
+    with pytest.raises(FileNotFoundError, match="shapes/two: no such folder"):
+        sources("shapes/two")
 
 
 def test_limit_takes_classes_in_turns(tmp_path):

@@ -146,8 +146,8 @@ def head_maps(model: nn.Module, # any model that AttentionTap reads
         for _, (maps,) in batches: yield maps
 
 # %% ../../nbs/42_heads.ipynb #ce7eecb0
-_high_is_good = {"attention", "jaccard", "pointing", "pixel_auc", "pixel_ap", "selected", "passed",
-                 "above_chance", "below_chance"}
+_high_is_good = {"attention", "jaccard", "pointing", "pixel_auc", "pixel_ap", "energy_pointing",
+                 "selected", "passed", "above_chance", "below_chance"}
 
 def _rank_key(row, by):
     "What rows are sorted by: the best first; unknown, and heads that are always empty, last."
@@ -365,6 +365,7 @@ _column_labels = dict(entropy="spatial entropy, nats", regions="regions",
                       jaccard="Jaccard index", pointing="pointing game",
                       selected="selected, share of pictures", passed="passed, share of pictures",
                       pixel_auc="pixel AUC", pixel_ap="average precision",
+                      energy_pointing="share of the energy",
                       above_chance="above chance", below_chance="below chance, nats")
 
 def _number_text(v):

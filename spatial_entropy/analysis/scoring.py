@@ -85,7 +85,7 @@ def _row(own, chance, name, heads):
 
 def _in_words(line):
     "A line of the table as text."
-    text = f"{line['score']:10} {line['heads']:5} {line['own']:.3f}"
+    text = f"{line['score']:15} {line['heads']:5} {line['own']:.3f}"
     if "above_chance" not in line: return text
     mean, low, high = (line["above_chance"][k] for k in ("mean", "low", "high"))
     text += f"   chance {line['chance']:.3f}"
@@ -173,7 +173,8 @@ class ObjectScores(_Saved, _Viewed):
     """What `score_objects` and `score_maps` found. `own[name]` is (pictures, blocks, heads).
 
     `chance[name]` is (pictures, shifts, blocks, heads).
-    Names: pixel_auc, pixel_ap, pointing, jaccard (0–1), entropy (nats), density (0–1).
+    Names: pixel_auc, pixel_ap, pointing, energy_pointing, jaccard (all 0–1), entropy (nats),
+    density (0–1).
     NaN where a picture has no object, and for maps with NaN cells.
     """
     own: dict # {score: tensor}

@@ -15,6 +15,7 @@ import torchvision
 
 # %% ../../nbs/53_archives.ipynb #2af026cd
 from ..data import is_hidden, is_picture
+from .config import is_drawn
 from .files import read_text
 from .sources import (
     VALIDATION, Notes, ShapeSource, Source, check_wishes, cut_source, ending_of,
@@ -532,17 +533,17 @@ def _open_sources(data, data_dir, named, download, leave_out):
     return _open_place(Path(data_dir or "")/data, named, leave_out)
 
 # %% ../../nbs/53_archives.ipynb #46611afb
-def _shape_sources(img_size, limit):
-    "[training, validation] of the built-in shapes; what is beyond the limit is never drawn."
-    return [ShapeSource(min(limit or 4000, 4000), "train", img_size),
-            ShapeSource(1000, "val", img_size)]
+def _shape_sources(name, img_size, limit):
+    "[training, validation] of built-in pictures; what is beyond the limit is never drawn."
+    return [ShapeSource(min(limit or 4000, 4000), "train", img_size, name),
+            ShapeSource(1000, "val", img_size, name)]
 
 # %% ../../nbs/53_archives.ipynb #a0ba24f3
-def sources(data: str = "shapes", # "shapes"; a folder, a .tar; torch/NAME, hfds/NAME, wds/SHARDS
+def sources(data: str = "shapes", # "shapes", "shapes/one"; a folder, a .tar; torch/…, hfds/…, wds/…
             data_dir: str | None = None, # where a path begins; root of torch, cache or data of hfds
             train_split: str | None = None, # name of the training part; None: the usual one
             val_split: str | None = None, # of validation; None: the usual one, or drawn by seed
-            img_size: int = 64, # pixels a side, of "shapes" alone
+            img_size: int = 64, # pixels a side, of built-in pictures alone
             seed: int = 0, # of split, limit and fraction
             limit: int | None = None, # most training pictures, equally many per class
             fraction: float | None = None, # of the training pictures and every class, in (0, 1]
@@ -558,8 +559,8 @@ def sources(data: str = "shapes", # "shapes"; a folder, a .tar; torch/NAME, hfds
     set needs a package that is not installed.
     """
     check_wishes(limit, fraction, val_fraction)
-    named, drawn = (train_split, val_split), data == "shapes"
-    if drawn: found, limit = _shape_sources(img_size, limit), None
+    named, drawn = (train_split, val_split), is_drawn(data)
+    if drawn: found, limit = _shape_sources(data, img_size, limit), None
     else: found = _open_sources(data, data_dir, named, download, leave_out)
     train, val = pair_sources(found, split, data, seed, val_fraction)
     if drawn and fraction is None: return train, val

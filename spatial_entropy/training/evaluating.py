@@ -16,6 +16,7 @@ from ..analysis.heads import head_maps
 from ..analysis.scoring import score_objects
 from .batches import loaders, loading
 from ..data import mask_pairs
+from .config import is_drawn
 from .files import write_json
 from .models import digest_in, load_run
 
@@ -64,7 +65,7 @@ def _measured(model, loader, device):
     return measured | _against_chance(model, loader, device)
 
 # %% ../../nbs/59_evaluating.ipynb #c94d17cd
-_judged = "pixel_auc", "pointing", "jaccard"
+_judged = "pixel_auc", "pointing", "energy_pointing", "jaccard"
 
 def _on_objects(model, pairs, batch_size, device):
     "Scores of the best head: own, its chance level, and the difference with its 95 % interval."
@@ -98,14 +99,14 @@ def evaluate(run: str, # a run folder
             ) -> dict: # top1 %, entropy, regions, density; with masks the scores of objects
     """Measure a trained run, its maps beside their chance levels.
 
-    `entropy_chance` is the E of surrogates; with masks, `pixel_auc`, `pointing` and `jaccard` are
+    `entropy_chance` is the E of surrogates; with masks, the scores of objects are
     those of the best head. Raises FileNotFoundError, OSError or ValueError that name it."""
     device = usable_device(device)
     model, config, facts = load_run(run, weights, ("mean", "std"))
     norm = dict(mean=tuple(facts["mean"]), std=tuple(facts["std"]))
     batches = to_measure(data, config, split, norm)
     _check_classes(batches.classes, facts["classes"], data)
-    masks = masks or ("shapes" if config.data == "shapes" else None)
+    masks = masks or (config.data if is_drawn(config.data) else None)
     pairs = mask_pairs(masks, config.img_size, **norm) if masks else None
     scores = dict(data=str(data or config.data), split=batches.val.dataset.source.part)
     scores |= _measured(model.to(device), batches.val, device)

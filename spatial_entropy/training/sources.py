@@ -16,7 +16,7 @@ from PIL import Image
 from timm.utils.misc import natural_key
 
 # %% ../../nbs/52_sources.ipynb #2af026cd
-from ..data import is_hidden, is_picture, open_picture, shapes
+from ..data import drawn_sets, is_hidden, is_picture, open_picture, shapes
 
 # %% ../../nbs/52_sources.ipynb #dd632e93
 def _opened(find, name):
@@ -61,13 +61,13 @@ class Source:
 # %% ../../nbs/52_sources.ipynb #093f2665
 class ShapeSource(Source):
     "The built-in pictures; an item is a number of `data.shapes`."
-    def __init__(self, n, split, size):
-        self._set, self._split = shapes(n, split, size), split
+    def __init__(self, n, split, size, name="shapes"):
+        self._set, self._of = shapes(n, split, size, scene=drawn_sets[name]), f"{name}/{split}"
         super().__init__(range(n), self._set.labels, self._set.classes)
 
     def _open(self, item): return self._set[item][0]
 
-    def _name(self, item): return f"shapes/{self._split}[{item}]"
+    def _name(self, item): return f"{self._of}[{item}]"
 
 # %% ../../nbs/52_sources.ipynb #0cc42c76
 class SpanSource(Source):
