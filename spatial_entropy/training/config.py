@@ -152,7 +152,7 @@ class _ModelSettings:
         None, "arguments of timm.create_model, such as patch_size=8")
     pretrained: bool = _setting(False, "start from timm's weights of that name")
     initial_checkpoint: str | None = _setting(
-        None, "start from this file of weights, or from a run folder")
+        None, "start from this file of weights or run folder, or from demo, the built-in model")
     drop_path: float | None = _setting(None, "stochastic depth", range=_share)
     keep_skip: bool = _setting(False, "leave the last block's skip connection in place")
     teacher: str | None = _setting(None, "a timm model to learn from too (distillation)")

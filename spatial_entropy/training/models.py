@@ -23,6 +23,8 @@ from torch import nn
 # %% ../../nbs/55_models.ipynb #13478811
 from .config import TrainConfig, load_config, shown
 from ..attention.families import UnsupportedModel
+from ..data import shapes
+from ..demo import demo_file
 from .files import write_whole
 from ..attention.surgery import drop_last_skip
 
@@ -203,7 +205,8 @@ def load_weights(path) -> dict: # name: tensor
 
 # %% ../../nbs/55_models.ipynb #3ed5994c
 def _source_of_weights(path):
-    "(file, names of its classes or None) of a file of weights or a run folder."
+    "(file, names of its classes or None) of a file of weights, a run folder, or \"demo\"."
+    if path == "demo" and not Path(path).exists(): return demo_file(), shapes(1).classes
     path = Path(path)
     if path.is_dir(): return path/"model.safetensors", load_config(path)[1].get("classes")
     return path, None
