@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import time
+from dataclasses import fields
 from io import StringIO
 from unittest.mock import patch
 
@@ -287,10 +288,12 @@ def test_only_seeds_that_both_have_are_compared():
     assert next(x for x in summary(rows) if x["arm"] == "b")["less"]["n"] == 2
 
 
-def test_the_default_grid_is_a_2_by_2():
-    arms = default_grid().arms
-    found = sorted((bool(a.get("keep_skip")), a.get("regularizer", "on")) for a in arms.values())
-    assert found == [(False, "none"), (False, "on"), (True, "none"), (True, "on")]
+def test_the_default_grid_differs_in_the_loss_alone(tmp_path):
+    grid = default_grid()
+    (a, b), seeds = (run.config for run in planned(grid, tmp_path)[:2]), {run.seed for run in planned(grid, tmp_path)}
+    assert {f.name for f in fields(a) if getattr(a, f.name) != getattr(b, f.name)} == {"regularizer", "entropy_weight", "experiment"}
+    assert a.regularizer == "none" and b.regularizer == "spatial-entropy" and len(seeds) == 3
+    assert a.data == "shapes/one" and a.initial_checkpoint == "demo" and a.img_size == 112
 
 
 def test_the_files_are_what_they_say(photos, undisturbed):

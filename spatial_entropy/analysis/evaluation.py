@@ -35,20 +35,34 @@ def _scores_of(sums): # the six, over all batches
     return dict(loss=loss/n, top1=100*hits/n, entropy=entropy/maps, regions=regions/maps,
                 pictures=int(n))
 
+# %% ../../nbs/41_evaluation.ipynb #f8f8bb99
+def _more_sums(maps, also): # also: {name: function of maps (B, H, h, w) that gives (B, H)}
+    "For each function the sum of its values, and how many are not NaN: (2·len(also),)"
+    found = [f(maps).double() for f in also.values()]
+    pairs = [torch.stack([v.nansum(), (~v.isnan()).sum()]) for v in found]
+    return torch.cat(pairs) if pairs else torch.zeros(0, device=maps.device).double()
+
+def _more_scores(sums, also):
+    "The means, by name; NaN where no map has a value."
+    return {name: (total/count).item() for name, (total, count) in zip(also, sums.view(-1, 2))}
+
 # %% ../../nbs/41_evaluation.ipynb #668d1d01
 @torch.no_grad()
 def validate(model: nn.Module, tap: AttentionTap, loader, # batches (x, label)
              device="cpu",
              add=lambda sums: sums, # over processes
-            ) -> dict: # loss, top1 in %, entropy in nats, regions per map, pictures
+             also={}, # {name: function of maps (B, H, h, w) that gives (B, H)}; NaN is left out
+            ) -> dict: # loss, top1 in %, entropy in nats, regions per map, pictures; those of also
     "One pass in evaluation mode. Raises ValueError when there was not one picture."
-    was, sums = model.training, torch.zeros(6, device=device, dtype=torch.float64)
+    was, sums = model.training, torch.zeros(6 + 2*len(also), device=device, dtype=torch.float64)
     model.eval()
     for x, label in loader:
         logits = model(x.to(device)).float()
-        sums += _sums_of(logits, label.to(device), tap.maps())
+        maps = tap.maps()
+        sums += torch.cat([_sums_of(logits, label.to(device), maps), _more_sums(maps, also)])
     model.train(was)
-    return _scores_of(add(sums))
+    sums = add(sums)
+    return _scores_of(sums[:6]) | _more_scores(sums[6:], also)
 
 # %% ../../nbs/41_evaluation.ipynb #7fe5738c
 def accuracy(model: nn.Module, loader, device="cpu") -> float: # top-1 in %

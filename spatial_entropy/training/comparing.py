@@ -398,17 +398,18 @@ def _same_pictures(run, n):
     return (pixels - mean)/std, pixels/255
 
 @torch.no_grad()
-def _attention_on(run, x):
-    "(n, h, w): mean over the heads of the last block, after the softmax."
+def _energy_on(run, x):
+    "(n, h, w): what rises above each map's mean, in shares that sum to 1; a mean over the heads."
     model, _, _ = load_run(str(run.folder))
     with AttentionTap(model) as tap: model(x)
     maps = tap.maps()
-    return maps.flatten(2).softmax(-1).mean(1).view(len(x), *maps.shape[2:])
+    rise = (maps - maps.mean((-2, -1), keepdim=True)).clamp_min(0)
+    return (rise/rise.sum((-2, -1), keepdim=True).clamp_min(1e-12)).mean(1)
 
 # %% ../../nbs/60_comparing.ipynb #76a17be0
 def draw_arms(runs: list, # of Planned, all done
               n: int = 6): # pictures; gives a figure
-    "The same pictures under all arms: a row each, the attention laid over the picture."
+    "The same pictures under all arms: a row each, the energy of the maps laid over the picture."
     one_each = {}
     for run in runs: one_each.setdefault((run.arm, run.part), run)
     fig, axes = panels(len(one_each) + 1, n, 1.25)
@@ -416,7 +417,7 @@ def draw_arms(runs: list, # of Planned, all done
         ax.imshow(picture.permute(1, 2, 0).numpy())
     for row, ((arm, part), run) in zip(axes[1:], one_each.items()):
         x, pixels = _same_pictures(run, n)                       # in the size of this arm
-        for ax, picture, map_ in zip(row, pixels, _attention_on(run, x)):
+        for ax, picture, map_ in zip(row, pixels, _energy_on(run, x)):
             ax.imshow(overlay(picture, map_))
             put_caption(ax, one_line(_titled(arm, part), 18))
     return fig
@@ -450,7 +451,8 @@ def _page(lines, arms, failed):
 {_html_tables(lines)}{missing}
 <h2>Curves</h2><img src="curves.png" alt="Accuracy, entropy and loss over the epochs of each arm">
 <h2>The same pictures under each arm</h2>
-<img src="maps.png" alt="Pictures, and below them the attention of each arm laid over them">
+<p>Bright: what rises above each map's mean, a mean over the heads of the last block.</p>
+<img src="maps.png" alt="Pictures, and below them the maps of each arm laid over them">
 """
 
 # %% ../../nbs/60_comparing.ipynb #bb0a0934
@@ -536,10 +538,8 @@ def compare(grid: Grid, output="comparison", # the folder of the runs and of the
 
 # %% ../../nbs/60_comparing.ipynb #194d2027
 def default_grid() -> Grid:
-    "Skip kept or dropped, loss off or on, on 500 built-in pictures; two seeds."
-    common = dict(limit=500, epochs=8, img_size=112, batch_size=32,
-                  model_kwargs=dict(patch_size=8, embed_dim=96, depth=4, num_heads=3))
-    on, off = dict(entropy_weight=.1), dict(regularizer="none")
-    arms = {"plain": dict(keep_skip=True, **off), "loss": dict(keep_skip=True, **on),
-            "surgery": dict(off), "both": dict(on)}
-    return Grid(arms, seeds=[1, 2], common=common)
+    "The demo model tuned on 500 pictures of one object, without the loss and with it; three seeds."
+    common = dict(data="shapes/one", initial_checkpoint="demo", limit=500, epochs=6, img_size=112,
+                  batch_size=32, keep_skip=True, recovery_interval=50, entropy_schedule="warmup")
+    arms = {"without": dict(regularizer="none"), "with": dict(entropy_weight=.03)}
+    return Grid(arms, seeds=[1, 2, 3], common=common)

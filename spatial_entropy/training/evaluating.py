@@ -10,9 +10,8 @@ import os
 from pathlib import Path
 import torch
 from ..attention.tap import AttentionTap
-from ..analysis.chance import entropy_against_chance
+from ..analysis.chance import beside_entropy
 from ..analysis.evaluation import score_masks, usable_device, validate
-from ..analysis.heads import head_maps
 from ..analysis.scoring import score_objects
 from .batches import loaders, loading
 from ..data import mask_pairs
@@ -45,24 +44,11 @@ def _check_classes(found, trained, data):
     raise ValueError(f"{data}: its classes ({first}, …) are not the {len(trained)} that the run "
                      "was trained on")
 
-# %% ../../nbs/59_evaluating.ipynb #16d16b92
-def _against_chance(model, loader, device):
-    "Means over the maps of a loader's pictures: E of their surrogates, and density."
-    sums, pictures = torch.zeros(2, dtype=torch.float64), 0
-    for maps in head_maps(model, loader, device=device):
-        last = next(iter(maps.values()))
-        found = entropy_against_chance(last, n=2).mean()
-        sums += len(last)*torch.tensor([found["chance"], found["density"]], dtype=torch.float64)
-        pictures += len(last)
-    chance, density = (sums/max(pictures, 1)).tolist()
-    return dict(entropy_chance=chance, density=density)
-
 # %% ../../nbs/59_evaluating.ipynb #efa48721
 def _measured(model, loader, device):
-    "What a pass over pictures tells."
-    with AttentionTap(model) as tap: found = validate(model, tap, loader, device)
-    measured = {k: found[k] for k in ("top1", "loss", "entropy", "regions", "pictures")}
-    return measured | _against_chance(model, loader, device)
+    "What a pass over pictures tells of a model and its last block's maps."
+    with AttentionTap(model) as tap:
+        return validate(model, tap, loader, device, also=beside_entropy())
 
 # %% ../../nbs/59_evaluating.ipynb #c94d17cd
 _judged = "pixel_auc", "pointing", "energy_pointing", "jaccard"

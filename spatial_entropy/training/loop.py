@@ -23,6 +23,7 @@ from .config import TrainConfig, configure, save_config
 from .files import use, write_json, write_rows, write_whole
 from .jobs import (Job, load_settings, machine_settings, prepare,
                                            save_checkpoint, step_name, weights_of)
+from ..analysis.chance import beside_entropy
 from ..analysis.evaluation import validate
 from .models import digest_in, load_weights, save_weights, weights_digest
 from ..measure.operators import label_regions, spatial_entropy
@@ -194,9 +195,10 @@ def _looked_at(job):
     with AttentionTap(job.ema.module) as tap: yield job.ema.module, tap
 
 def _validated(job):
-    "What `validate` says of the model that is judged."
+    "What `validate` says of the model that is judged; the chance level of E by 8 pictures a batch."
     with _looked_at(job) as (model, tap), job.accelerator.autocast():
-        return validate(model, tap, job.loaders.val, job.accelerator.device, job.accelerator.reduce)
+        return validate(model, tap, job.loaders.val, job.accelerator.device,
+                        job.accelerator.reduce, also=beside_entropy(1, pictures=8))
 
 # %% ../../nbs/58_loop.ipynb #06a4b2f7
 def _check_finite(job):
@@ -223,7 +225,9 @@ def _metrics_row(job, rate, start):
     trained, v = _trained(job), _validated(job)
     return dict(epoch=job.place.epoch + 1, lr=max(g["lr"] for g in job.optimizer.param_groups),
                 entropy_weight=_entropy_weight(job), **trained, val_loss=v["loss"],
-                val_top1=v["top1"], val_entropy=v["entropy"], val_regions=v["regions"],
+                val_top1=v["top1"], val_entropy=v["entropy"],
+                val_entropy_chance=v["entropy_chance"], val_regions=v["regions"],
+                val_density=v["density"],
                 images_per_s=rate, seconds=time.perf_counter() - start)
 
 # %% ../../nbs/58_loop.ipynb #5f7c7d8e

@@ -97,7 +97,8 @@ class _Where:
 # %% ../../nbs/56_progress.ipynb #b4be2b6d
 _column_forms = {"train_ce": "train loss {:.3f}", "train_top1": "top-1 {:5.1f}%",
             "train_entropy": "entropy {:.3f}", "val_top1": "|  val top-1 {:5.1f}%",
-            "val_entropy": "entropy {:.3f}", "val_regions": "regions {:.2f}"}
+            "val_entropy": "entropy {:.3f}", "val_entropy_chance": "(chance {:.3f})",
+            "val_regions": "regions {:.2f}"}
 
 def epoch_line(row: dict, # of metrics.csv; what is missing is left out
                epochs: int, # of the whole run
