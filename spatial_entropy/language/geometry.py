@@ -73,6 +73,7 @@ def runs_of(ids, # (B, N)
     begins, ends = ((is_one.diff(dim=1) == sign).nonzero().tolist() for sign in (1, -1))
     return [Run(b, start, end - start) for (b, start), (_, end) in zip(begins, ends)]
 
+# %% ../../nbs/70_geometry.ipynb #7d8f5d8e
 @dataclass
 class Given:
     "What a model was given, as its entry in the table sees it."
