@@ -10,10 +10,8 @@ import time
 from types import SimpleNamespace
 from unittest.mock import patch
 
-import nbformat
 import pytest
 from matplotlib.animation import FFMpegWriter
-from nbclient import NotebookClient
 from PIL import Image
 from rich.console import Console
 from rich.errors import LiveError
@@ -353,16 +351,7 @@ def test_a_console_that_writes_to_a_file_gets_the_lines_and_the_cell_the_plot(ke
     assert lines(out) == [epoch_line(r, 2) for r in rows(2)] and len(kernel.shown) == 1
 
 
-def in_a_kernel(folder, *cells):
-    "Outputs of the last of some cells."
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
-    with patch.dict(os.environ, IPYTHONDIR=str(folder)):
-        NotebookClient(nb, timeout=300, kernel_name="python3").execute()
-    return nb.cells[-1].outputs
-
-
-def test_a_real_kernel_keeps_one_text_and_one_plot(tmp_path):
-    code = """if True:
+PLOTTED = """if True:
         import gc, os, warnings
         from matplotlib.figure import Figure
         from spatial_entropy.training.progress import RunProgress
@@ -375,16 +364,7 @@ def test_a_real_kernel_keeps_one_text_and_one_plot(tmp_path):
         del p; gc.collect()
         assert not [o for o in gc.get_objects() if issubclass(type(o), Figure)], "figures stay behind"
         """
-    for environment in ("", "import os; os.environ['MPLBACKEND'] = 'agg'"):                        # also without the inline backend
-        text, plot = in_a_kernel(tmp_path, environment, code)
-        assert [o.output_type for o in (text, plot)] == ["display_data"] * 2 and text.data.keys() == {"text/plain", "text/html"}
-        said = text.data["text/plain"].splitlines()
-        assert len(said) == 5 and said[0] == "epoch   1/4  |  val top-1   0.0%" and said[-1] == "saved"
-        assert base64.b64decode(plot.data["image/png"])[:4] == b"\x89PNG"
-
-
-def test_a_fork_of_a_real_kernel_prints_lines(tmp_path):
-    code = """if True:
+FORKED = """if True:
         import multiprocessing
         from spatial_entropy.training.progress import RunProgress
         def work():
@@ -394,7 +374,32 @@ def test_a_fork_of_a_real_kernel_prints_lines(tmp_path):
         child = multiprocessing.get_context("fork").Process(target=work)
         child.start(); child.join(); print("exit code", child.exitcode)
         """
-    outputs = in_a_kernel(tmp_path, code)
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    "Outputs of each cell of two real kernels: one as it comes, and one without the inline backend."
+    sys.modules.setdefault("rfc3987_syntax", None)       # grammars of web addresses, for seconds, which jsonschema does without
+    import nbformat
+    from nbclient import NotebookClient
+    notebooks = [nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
+                 for cells in ((FORKED, PLOTTED), ("import os; os.environ['MPLBACKEND'] = 'agg'", PLOTTED))]
+    with patch.dict(os.environ, IPYTHONDIR=str(tmp_path_factory.mktemp("ipython"))):
+        for nb in notebooks:
+            NotebookClient(nb, timeout=300, kernel_name="python3").execute()
+    return [[cell.outputs for cell in nb.cells] for nb in notebooks]
+
+
+def test_a_real_kernel_keeps_one_text_and_one_plot(kernels):
+    for _, (text, plot) in kernels:
+        assert [o.output_type for o in (text, plot)] == ["display_data"] * 2 and text.data.keys() == {"text/plain", "text/html"}
+        said = text.data["text/plain"].splitlines()
+        assert len(said) == 5 and said[0] == "epoch   1/4  |  val top-1   0.0%" and said[-1] == "saved"
+        assert base64.b64decode(plot.data["image/png"])[:4] == b"\x89PNG"
+
+
+def test_a_fork_of_a_real_kernel_prints_lines(kernels):
+    outputs = kernels[0][0]
     assert {o.output_type for o in outputs} == {"stream"}
     assert sorted("".join(o.text for o in outputs).splitlines()) == ["epoch   1/3", "epoch   2/3", "epoch   3/3", "exit code 0", "first"]
 
