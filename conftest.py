@@ -10,6 +10,7 @@ import ast
 import atexit
 import contextlib
 import copy
+import gc
 import importlib
 import os
 import re
@@ -19,6 +20,7 @@ import tempfile
 import traceback
 import warnings
 from configparser import ConfigParser
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,7 @@ CHECKS = re.compile(r"assert\w*$|test_\w+$|(raises|warns|fail|expect_fail|Except
 EXPORTS = ("export", "exporti", "exports")
 
 
+@cache
 def settings():
     parser = ConfigParser(delimiters=["="])
     parser.read(ROOT / "settings.ini", encoding="utf-8")
@@ -49,6 +52,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    gc.disable()                                       # until all is imported and collected
     cfg = settings()
     config.nb_home = ROOT / cfg["nbs_path"]
     config.nb_off = set(cfg.get("tst_flags", "").split()) - set(config.getoption("--flags").split())
@@ -94,13 +98,27 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
+def pytest_collection_finish():
+    "What is imported by now stays: nobody has to go through millions of objects again for each piece of rubbish."
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+    atexit.register(gc.unfreeze)
+
+
+@cache
+def parsed(cell):
+    "The cell's statements; None where it holds a magic."
+    return cell.parsed_()
+
+
 def tree(cell):
-    return ast.Module(cell.parsed_() or [], [])
+    return ast.Module(parsed(cell) or [], [])
 
 
 def asserts(cell):
     "Whether anything in the cell can fail a test on purpose."
-    if cell.parsed_() is None:  # it holds a magic
+    if parsed(cell) is None:
         return bool(re.search(r"^\s*assert\b|\bassert_\w+\(|\braises\(", cell.source, re.MULTILINE))
     for node in ast.walk(tree(cell)):
         if isinstance(node, ast.Assert):
@@ -191,7 +209,7 @@ class Notebook(pytest.File):
             dirs = cell.directives_
             if "default_exp" in dirs:
                 self.default_exp = dirs["default_exp"][0]
-            if self.unwanted(cell) or not tree(cell).body and cell.parsed_() is not None:
+            if self.unwanted(cell) or not tree(cell).body and parsed(cell) is not None:
                 continue
             codes.append(i)
             if any(o in dirs for o in EXPORTS) or asserts(cell) or self.flags(cell):
@@ -218,6 +236,7 @@ class Notebook(pytest.File):
         if self.shell is not None:
             self.shell.atexit_operations()  # closes its history before the folder goes, and frees its names
             atexit.unregister(self.shell.atexit_operations)
+            gc.freeze()                        # which collected the rubbish: what is left are libraries that the notebook imported
         self.shell = None
 
     def start(self):

@@ -18,6 +18,8 @@ _modules = { # module: the names that users need of it
     "attention.rows": "similarity_maps",
     "attention.families": "Adapter Layer UnsupportedModel register_adapter",
     "attention.tap": "AttentionTap", "attention.surgery": "drop_last_skip register_surgery",
+    "language.geometry": "LanguageAdapter register_language_adapter Picture Part",
+    "language.tap": "TextImageTap",
     "measure.operators": "label_regions spatial_entropy SpatialEntropyLoss",
     "loops.schedule": "entropy_weight", "loops.regularizer": "SpatialEntropyRegularizer",
     "loops.timm": "spatial_entropy_task",

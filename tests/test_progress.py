@@ -10,13 +10,12 @@ import time
 from types import SimpleNamespace
 from unittest.mock import patch
 
-import nbformat
 import pytest
 from matplotlib.animation import FFMpegWriter
-from nbclient import NotebookClient
 from PIL import Image
 from rich.console import Console
 from rich.errors import LiveError
+from runs import forked
 
 from spatial_entropy.training.progress import Rate, RunProgress, _bars_of, _text_of, epoch_line, film, plot_metrics
 
@@ -159,21 +158,28 @@ def test_a_short_epoch_has_no_status_line():
 
 
 def test_a_pipe_and_a_dumb_terminal_get_the_same(tmp_path):
-    code = ("from spatial_entropy.training.progress import RunProgress\nwith RunProgress(1, 1) as p: p.epoch(0); p.update(1); "
-            "p.note('[red]a note[/red] :cat: ' + 'x'*200); p.finish(dict(epoch=1, val_top1=50.))")
-    plain = {k: v for k, v in os.environ.items() if k != "FORCE_COLOR"} | {"TERM": "xterm"}
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=plain)
-    assert said.stdout == f"[red]a note[/red] :cat: {'x' * 200}\nepoch   1/1  |  val top-1  50.0%\n" and said.stderr == ""
+    def a_run():
+        with RunProgress(1, 1) as p:
+            p.epoch(0)
+            p.update(1)
+            p.note("[red]a note[/red] :cat: " + "x" * 200)
+            p.finish(dict(epoch=1, val_top1=50.))
+
+    assert forked(a_run, FORCE_COLOR=None, TERM="xterm") == (0, f"[red]a note[/red] :cat: {'x' * 200}\nepoch   1/1  |  val top-1  50.0%\n", "")
     dumb = console(True, _environ={"TERM": "dumb"}, color_system=None)
     go(dumb, updates=3)
     assert lines(dumb) == [epoch_line(r, 2) for r in rows(2)]
 
 
 def test_a_command_that_a_cell_starts_prints_lines():
-    code = "from spatial_entropy.training.progress import RunProgress\nwith RunProgress(1, 1) as p: p.epoch(0); p.update(1); p.finish(dict(epoch=1))"
-    for extra, bars in (({}, True), ({"JPY_PARENT_PID": "1"}, False)):
-        environment = {k: v for k, v in os.environ.items() if k not in ("JPY_PARENT_PID", "NO_COLOR")} | {"TERM": "xterm", "FORCE_COLOR": "1"} | extra
-        said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment).stdout
+    def a_run():
+        with RunProgress(1, 1) as p:
+            p.epoch(0)
+            p.update(1)
+            p.finish(dict(epoch=1))
+
+    for parent, bars in ((None, True), ("1", False)):
+        _, said, _ = forked(a_run, JPY_PARENT_PID=parent, NO_COLOR=None, TERM="xterm", FORCE_COLOR="1")
         assert ("\x1b" in said) == bars and (bars or said == "epoch   1/1\n")
 
 
@@ -241,20 +247,20 @@ def test_missing_columns_are_left_out():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_loading_process_prints_past_the_bars():
-    code = """if True:
-        import os, sys
-        from rich.console import Console
-        from spatial_entropy.training.progress import RunProgress
+    def a_run():
         console = Console(force_terminal=True, width=100)
         with RunProgress(1, 10, console) as p:
             p.epoch(0)
             with console._lock, p.screen.live._lock:                     # as if the thread were just drawing
                 child = os.fork()
-                if not child: print("a warning", file=sys.stderr); sys.stderr.flush(); os._exit(7)
+                if not child:
+                    print("a warning", file=sys.stderr)
+                    sys.stderr.flush()
+                    os._exit(7)
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-        """
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env={**os.environ, "TERM": "xterm"})
-    assert said.returncode == 0 and said.stderr == "a warning\n", said.stderr
+
+    code, _, complaints = forked(a_run, TERM="xterm")
+    assert code == 0 and complaints == "a warning\n", complaints
 
 
 # ---- a notebook
@@ -353,16 +359,7 @@ def test_a_console_that_writes_to_a_file_gets_the_lines_and_the_cell_the_plot(ke
     assert lines(out) == [epoch_line(r, 2) for r in rows(2)] and len(kernel.shown) == 1
 
 
-def in_a_kernel(folder, *cells):
-    "Outputs of the last of some cells."
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
-    with patch.dict(os.environ, IPYTHONDIR=str(folder)):
-        NotebookClient(nb, timeout=300, kernel_name="python3").execute()
-    return nb.cells[-1].outputs
-
-
-def test_a_real_kernel_keeps_one_text_and_one_plot(tmp_path):
-    code = """if True:
+PLOTTED = """if True:
         import gc, os, warnings
         from matplotlib.figure import Figure
         from spatial_entropy.training.progress import RunProgress
@@ -375,16 +372,7 @@ def test_a_real_kernel_keeps_one_text_and_one_plot(tmp_path):
         del p; gc.collect()
         assert not [o for o in gc.get_objects() if issubclass(type(o), Figure)], "figures stay behind"
         """
-    for environment in ("", "import os; os.environ['MPLBACKEND'] = 'agg'"):                        # also without the inline backend
-        text, plot = in_a_kernel(tmp_path, environment, code)
-        assert [o.output_type for o in (text, plot)] == ["display_data"] * 2 and text.data.keys() == {"text/plain", "text/html"}
-        said = text.data["text/plain"].splitlines()
-        assert len(said) == 5 and said[0] == "epoch   1/4  |  val top-1   0.0%" and said[-1] == "saved"
-        assert base64.b64decode(plot.data["image/png"])[:4] == b"\x89PNG"
-
-
-def test_a_fork_of_a_real_kernel_prints_lines(tmp_path):
-    code = """if True:
+FORKED = """if True:
         import multiprocessing
         from spatial_entropy.training.progress import RunProgress
         def work():
@@ -394,7 +382,32 @@ def test_a_fork_of_a_real_kernel_prints_lines(tmp_path):
         child = multiprocessing.get_context("fork").Process(target=work)
         child.start(); child.join(); print("exit code", child.exitcode)
         """
-    outputs = in_a_kernel(tmp_path, code)
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    "Outputs of each cell of two real kernels: one as it comes, and one without the inline backend."
+    sys.modules.setdefault("rfc3987_syntax", None)       # grammars of web addresses, for seconds, which jsonschema does without
+    import nbformat
+    from nbclient import NotebookClient
+    notebooks = [nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
+                 for cells in ((FORKED, PLOTTED), ("import os; os.environ['MPLBACKEND'] = 'agg'", PLOTTED))]
+    with patch.dict(os.environ, IPYTHONDIR=str(tmp_path_factory.mktemp("ipython"))):
+        for nb in notebooks:
+            NotebookClient(nb, timeout=300, kernel_name="python3").execute()
+    return [[cell.outputs for cell in nb.cells] for nb in notebooks]
+
+
+def test_a_real_kernel_keeps_one_text_and_one_plot(kernels):
+    for _, (text, plot) in kernels:
+        assert [o.output_type for o in (text, plot)] == ["display_data"] * 2 and text.data.keys() == {"text/plain", "text/html"}
+        said = text.data["text/plain"].splitlines()
+        assert len(said) == 5 and said[0] == "epoch   1/4  |  val top-1   0.0%" and said[-1] == "saved"
+        assert base64.b64decode(plot.data["image/png"])[:4] == b"\x89PNG"
+
+
+def test_a_fork_of_a_real_kernel_prints_lines(kernels):
+    outputs = kernels[0][0]
     assert {o.output_type for o in outputs} == {"stream"}
     assert sorted("".join(o.text for o in outputs).splitlines()) == ["epoch   1/3", "epoch   2/3", "epoch   3/3", "exit code 0", "first"]
 

@@ -69,6 +69,7 @@ ROOMS = {  # room: the rooms that it may import
     "demo": set(),
     "measure": set(),
     "attention": set(),
+    "language": {"measure", "attention"},
     "loops": {"measure", "attention"},
     "analysis": {"measure", "attention", "pictures"},
     "training": {"measure", "attention", "loops", "analysis", "pictures", "data"},

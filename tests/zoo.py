@@ -3,6 +3,7 @@ from dataclasses import dataclass, field
 
 import timm
 import torch
+from timm.models.vitamin import VitCfg, VitConvCfg
 
 TINY = dict(embed_dim=48, depth=2, num_heads=2)
 
@@ -41,6 +42,26 @@ def plain(name, reads="cls", layers=2, **kwargs):
     return Model(name, layers, "plain", dict(patch_size=8) | TINY | kwargs, reads=reads)
 
 
+def _volo(size):
+    from timm.models.volo import VOLO
+    return VOLO((1, 1, 1, 1), size, num_classes=3, embed_dims=(48,) * 4, num_heads=(2,) * 4)
+
+
+def _nest(size):
+    from timm.models.nest import Nest
+    return Nest(size, num_classes=3, embed_dims=(24, 48, 48), num_heads=(2, 2, 2), depths=(1, 1, 2))
+
+
+def _gcvit(size):
+    from timm.models.gcvit import GlobalContextVit
+    return GlobalContextVit(img_size=size, num_classes=3, depths=(2, 2, 2, 2), num_heads=(1, 1, 2, 2), embed_dim=16, window_ratio=(8, 16, 16, 32))
+
+
+def _mvit(size, **kwargs):
+    from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
+    return MultiScaleVit(MultiScaleVitCfg((1, 2, 2, 1), 24, **kwargs), size, num_classes=3)
+
+
 TIMM = [
     plain("vit_tiny_patch16_224"), plain("deit_tiny_patch16_224"), plain("deit_tiny_distilled_patch16_224"), plain("deit3_small_patch16_224"),
     plain("vit_small_patch14_dinov2"), plain("vit_small_patch14_reg4_dinov2"), plain("vit_base_patch16_clip_224"),
@@ -56,9 +77,10 @@ TIMM = [
     plain("vit_srelpos_small_patch16_224", "mean"), plain("naflexvit_base_patch16_gap", "mean"), plain("naflexvit_base_patch16_siglip", "pool", 3),
     plain("naflexvit_so150m2_patch16_reg1_gap", "mean"),
     Model("vit_tiny_r_s16_p8_224", 2, kwargs=TINY, sizes=((64, 64), (64, 128)), step=32),
-    Model("vitamin_small_224", 14, sizes=((64, 64), (64, 96)), step=16, reads="mean"),
+    Model("vitamin_small_224", 3, kwargs=dict(embed_dim=48, depth=3, num_heads=2, embed_cfg=VitCfg(
+        (16, 24, 48), (1, 1, 1), 16, VitConvCfg(norm_layer="layernorm2d", norm_eps=1e-6), head_type="1d")), sizes=((64, 64), (64, 96)), step=16, reads="mean"),
     Model("cait_xxs24_224", 4, "class", dict(patch_size=8) | TINY), Model("xcit_nano_12_p8_224", 2, "class", TINY),
-    Model("volo_d1_224", 16, "volo", sizes=((64, 64), (96, 64)), step=16),
+    Model("volo_d1_224", 5, "volo", sizes=((64, 64), (96, 64)), step=16, build=_volo),
     Model("convit_tiny", 3, "convit", dict(patch_size=8, depth=3, embed_dim=12, num_heads=4, local_up_to_layer=2), sizes=((32, 32), (48, 48))),
     Model("tnt_s_patch16_224", 2, kwargs=dict(embed_dim=48, depth=2, num_heads_outer=2), sizes=((32, 32), (32, 48)), step=16),
     Model("pit_ti_224", 3, "pit", dict(base_dims=(8, 8, 8), depth=(1, 1, 1), heads=(2, 2, 2)), sizes=((64, 64), (64, 96))),
@@ -68,6 +90,8 @@ TIMM = [
 
 _SWIN = dict(window_size=4, embed_dim=24, depths=(2, 2), num_heads=(2, 2))
 _BOTH = ((64, 64), (64, 96))
+_MAXVIT = dict(depths=(1, 1, 1, 1), embed_dim=(32, 32, 64, 64), stem_width=16)
+_COAT, _LEVIT = _MAXVIT | dict(depths=(1, 1, 2, 1)), dict(embed_dim=(32, 48, 64), key_dim=8, num_heads=(2, 3, 4), depth=(1, 2, 2))
 _AROUND = (*_BOTH, (16, 16), (8, 16), (8, 8))                # grids above a window of 4, equal to it, and below
 TIMM += [
     Model("swin_tiny_patch4_window7_224", 4, "swin", _SWIN, _AROUND),
@@ -76,7 +100,7 @@ TIMM += [
     Model("swin_large_patch4_window12_384", 4, "swin", _SWIN | dict(window_size=8), ((64, 64), (32, 64))),
     Model("swin_base_patch4_window7_224", 4, "swin", _SWIN | dict(always_partition=True, strict_img_size=False), ((64, 64), (40, 64), (16, 16))),
     Model("swinv2_tiny_window8_256", 4, "swin", _SWIN, _AROUND), Model("swinv2_cr_tiny_224", 4, "swin", _SWIN, _AROUND),
-    Model("gcvit_xxtiny", 12, "gcvit", dict(window_ratio=(8, 16, 16, 32)), ((64, 64), (64, 128))),
+    Model("gcvit_xxtiny", 8, "gcvit", sizes=((64, 64), (64, 128)), build=_gcvit),
     Model("tiny_vit_5m_224", 3, "tiny_vit", dict(embed_dims=(16, 16, 32, 32), depths=(1, 1, 1, 1), num_heads=(2, 2, 2, 2), window_sizes=(4, 3, 4, 2)),
           _BOTH, False),
     Model("samvit_base_patch16", 2, "sam", dict(patch_size=8, window_size=3, global_attn_indexes=(1,)) | TINY, ((64, 64), (48, 96))),
@@ -85,18 +109,21 @@ TIMM += [
     Model("davit_tiny", 4, "davit", dict(depths=(1, 1, 1, 1), embed_dims=(24, 48, 48, 48), num_heads=(2, 2, 2, 2), window_size=3), _BOTH, False),
     Model("twins_svt_small", 4, "twins", dict(depths=(2, 2), embed_dims=(16, 16), num_heads=(2, 2), wss=(3, 4), sr_ratios=(4, 2), mlp_ratios=(2, 2)), _BOTH),
     Model("twins_pcpvt_small", 2, "twins", dict(depths=(1, 1), embed_dims=(16, 16), num_heads=(2, 2), sr_ratios=(4, 2), mlp_ratios=(2, 2)), _BOTH),
-    Model("nest_tiny", 12, "nest", sizes=((64, 64), (128, 128))),
-    Model("maxvit_tiny_tf_224", 22, "maxvit", sizes=_BOTH), Model("maxvit_rmlp_nano_rw_256", 14, "maxvit", sizes=_BOTH),
-    Model("maxxvit_rmlp_nano_rw_256", 14, "maxvit", sizes=_BOTH), Model("coatnet_0_rw_224", 9, "maxvit", sizes=_BOTH),
-    Model("coatnext_nano_rw_224", 9, "maxvit", sizes=_BOTH),
-    Model("pvt_v2_b0", 8, "pvt", sizes=((64, 64), (64, 96)), img_size=False),
-    Model("pvt_v2_b2_li", 16, "pvt", sizes=((64, 64), (64, 96)), img_size=False, near=1.5),
-    Model("mvitv2_tiny", 10, "mvit", sizes=((64, 64), (96, 96))), Model("mvitv2_base_cls", 24, "mvit", sizes=((64, 64), (96, 96))),
-    Model("levit_128s", 11, "levit", sizes=((224, 224),), img_size=False), Model("levit_conv_128s", 11, "levit", sizes=((224, 224),), img_size=False),
-    Model("efficientformer_l1", 1, "levit", sizes=((224, 224),), img_size=False),
-    Model("efficientformerv2_s0", 5, "levit", sizes=((224, 224),), img_size=False),
-    Model("visformer_tiny", 8, "nchw", sizes=((64, 64), (64, 96))), Model("fastvit_sa12", 2, "nchw", sizes=((128, 128), (128, 192)), img_size=False),
-    Model("hiera_tiny_224", 12, "hiera", sizes=((64, 64), (64, 96))), Model("hiera_small_abswin_256", 16, "hiera", sizes=((64, 64), (64, 96))),
+    Model("nest_tiny", 4, "nest", sizes=((64, 64), (128, 128)), build=_nest),
+    Model("maxvit_tiny_tf_224", 8, "maxvit", _MAXVIT, _BOTH), Model("maxvit_rmlp_nano_rw_256", 8, "maxvit", _MAXVIT, _BOTH),
+    Model("maxxvit_rmlp_nano_rw_256", 8, "maxvit", _MAXVIT, _BOTH), Model("coatnet_0_rw_224", 3, "maxvit", _COAT, _BOTH),
+    Model("coatnext_nano_rw_224", 3, "maxvit", _COAT, _BOTH),
+    Model("pvt_v2_b0", 5, "pvt", dict(depths=(1, 1, 2, 1), embed_dims=(16, 16, 40, 64)), _BOTH, False),
+    Model("pvt_v2_b2_li", 5, "pvt", dict(depths=(1, 2, 1, 1), embed_dims=(16, 16, 40, 64)), _BOTH, False, near=1.5),
+    Model("mvitv2_tiny", 6, "mvit", sizes=((64, 64), (96, 96)), build=_mvit),
+    Model("mvitv2_base_cls", 6, "mvit", sizes=((64, 64), (96, 96)), build=lambda size: _mvit(size, use_cls_token=True)),
+    Model("levit_128s", 7, "levit", _LEVIT, ((224, 224),), False), Model("levit_conv_128s", 7, "levit", _LEVIT, ((224, 224),), False),
+    Model("efficientformer_l1", 1, "levit", dict(depths=(1, 1, 2, 2), embed_dims=(16, 16, 32, 48)), ((224, 224),), False),
+    Model("efficientformerv2_s0", 5, "levit", dict(depths=(1, 1, 3, 3), embed_dims=(16, 16, 32, 48)), ((224, 224),), False),
+    Model("visformer_tiny", 4, "nchw", dict(embed_dim=64, depth=(1, 2, 2), num_heads=2), _BOTH),
+    Model("fastvit_sa12", 2, "nchw", dict(layers=(1, 1, 1, 2), embed_dims=(16, 16, 32, 64)), ((128, 128), (128, 192)), False),
+    Model("hiera_tiny_224", 7, "hiera", dict(embed_dim=16, stages=(1, 2, 3, 1)), _BOTH),
+    Model("hiera_small_abswin_256", 7, "hiera", dict(embed_dim=16, stages=(1, 2, 3, 1)), _BOTH),
 ]
 
 
@@ -121,8 +148,10 @@ TIMM += [
     Model("mobilenetv4_hybrid_medium_075", 8, "mqa", sizes=((64, 96),), img_size=False, spread=True),
     Model("caformer_s18", 2, "metaformer", sizes=((64, 64), (72, 96)), build=_caformer),
     Model("nextvit_small", 1, "grid_of", sizes=((64, 64), (72, 96)), build=_nextvit),
-    Model("iformer_t", 5, "grid_of", sizes=((64, 96),), img_size=False), Model("shvit_s1", 9, "grid_of", sizes=((128, 192),), img_size=False, spread=True),
-    Model("csatv2", 4, "grid_of", sizes=((128, 192),), img_size=False), Model("lowformer_b0", 7, "grid_of", sizes=((64, 96),), img_size=False, spread=True),
+    Model("iformer_t", 5, "grid_of", dict(dims=(16, 16, 32, 64), depths=(1, 1, 9, 6)), ((64, 96),), False),
+    Model("shvit_s1", 9, "grid_of", dict(embed_dim=(32, 48, 64), partial_dim=(16, 16, 16)), ((128, 192),), False, spread=True),
+    Model("csatv2", 4, "grid_of", dict(dims=(16, 24, 32, 48), depths=(1, 1, 3, 3)), ((128, 192),), False),
+    Model("lowformer_b0", 7, "grid_of", dict(width_list=[8, 16, 16, 32, 64]), ((64, 96),), False, spread=True),
     Model("cpubone_nano", 3, "grid_of", sizes=((64, 96),), img_size=False),
     Model("efficientvit_m0", 6, "msra", sizes=((128, 128), (128, 160)), img_size=False),
     Model("deepseek_vit_412m", 2, kwargs=_ENCODER, reads="mean"), Model("qwen3_vit_416m", 2, kwargs=_ENCODER, reads="mean"),
@@ -197,9 +226,9 @@ HF = [
 ]
 
 
-def _torchvision(size):
+def _torchvision(size, layers=2):
     from torchvision.models.vision_transformer import VisionTransformer
-    return VisionTransformer(image_size=size[0], patch_size=8, num_layers=2, num_heads=2, hidden_dim=48, mlp_dim=64, num_classes=3)
+    return VisionTransformer(image_size=size[0], patch_size=8, num_layers=layers, num_heads=2, hidden_dim=48, mlp_dim=64, num_classes=3)
 
 
 def _torchvision_swin(size, second=False):

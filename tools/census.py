@@ -116,18 +116,26 @@ def recorded(model, given):
         return all(m.ndim == 4 and min(m.shape) > 0 for m in tap.maps().values())
 
 
-def look(build, ran=None):
-    """(group, family or reason, proof, hosts) of one model; `ran` remembers what ran, by class and kinds of layers."""
+def sorted_into(build):
+    """(group, family or reason, model, its inputs, what was found in it) of one model, which does not run; found is None where it is not read."""
     from spatial_entropy.attention.families import UnsupportedModel, find
     try:
         model, given = built(build)
     except Exception as error:                                  # the library's own: no default, or not on its own
-        return UNBUILT, f"{type(error).__name__}: {' '.join(str(error).split())[:90]}", "", ()
+        return UNBUILT, f"{type(error).__name__}: {' '.join(str(error).split())[:90]}", None, None, None
     try:
         found = find(model)
     except UnsupportedModel as error:
         why = reason(error)
-        return group_of(why), why, "", ()
+        return group_of(why), why, model, given, None
+    return GROUPS[0], found.adapter.name, model, given, found
+
+
+def look(build, ran=None):
+    """(group, family or reason, proof, hosts) of one model; `ran` remembers what ran, by class and kinds of layers."""
+    group, text, model, given, found = sorted_into(build)
+    if found is None:
+        return group, text, "", ()
     hosts, ran = frozenset(k.host for _, _, k in found.layers), {} if ran is None else ran
     key = type(model), type(found.model), hosts
     if key not in ran:
@@ -136,7 +144,7 @@ def look(build, ran=None):
         except Exception as error:                              # the page says "found"; the terminal says why
             ran[key] = "found"
             print(f"    {type(error).__name__}: {str(error)[:200]}", flush=True)
-    return GROUPS[0], found.adapter.name, ran[key], hosts
+    return group, text, ran[key], hosts
 
 
 @cache

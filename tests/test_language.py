@@ -1,0 +1,212 @@
+"""Maps from words to pictures, of small random copies of transformers' vision-language models: against eager attention, by moved patches, in generation."""
+import pytest
+import torch
+from torch.testing import assert_close
+from zoo_language import IMAGE, SPECS, VIDEO, made, noise
+
+import spatial_entropy as se
+from spatial_entropy.attention.tap import cells_off, patches_at, peaks
+
+EVERY = [pytest.param(s, id=s.name) for s in SPECS]
+NEW = 8                                                  # tokens that are generated
+PLACES = ((.15, .4), (.4, .85), (.6, .15), (.85, .6))     # of height and width
+
+
+def read(model, inputs, *args, **kwargs):
+    """The tap, after one pass."""
+    with torch.no_grad(), se.TextImageTap(model, *args, **kwargs) as tap:
+        model(**inputs)
+    return tap
+
+
+def tables(model, run):
+    """What `run` gives with eager attention."""
+    model.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            return run()
+    finally:
+        model.set_attn_implementation("sdpa")
+
+
+def laid(tap, weights, name):
+    """(B, H, N) weights of all tokens, at the tokens of a view, where they lie; written out cell by cell."""
+    maps = []
+    for b, place in tap.prompt.layout.views[name].items():
+        h, w = place.part.grid
+        cells = range(h * w) if place.part.cells is None else place.part.cells.tolist()
+        m = torch.zeros(weights.shape[1], h * w + 1)
+        for i, cell in enumerate(cells):
+            m[:, cell] = weights[b, :, tap.prompt.layout.at[b, place.first + i]]
+        maps.append(m[:, :-1].unflatten(-1, (h, w)))
+    return torch.stack(maps)
+
+
+@pytest.mark.parametrize("spec", EVERY)
+def test_every_layer_is_that_of_eager_attention(spec):
+    model, inputs = made(spec), spec.given()
+    tap = read(model, inputs)
+    maps = tap.maps(spec.view)
+    name = tap.view_name(spec.view)
+    assert set(maps) == set(range(len(maps))) and next(iter(maps.values())).shape[-2:] == spec.grid
+    want = tables(model, lambda: model(**inputs, output_attentions=True).attentions)
+    for i, m in maps.items():
+        assert_close(m, laid(tap, want[i][:, :, -1], name), atol=1e-5, rtol=0)
+        assert m.amax() > 1.5 * m.mean()                                # something that could be wrong
+    assert max(tap.check(**inputs).values()) < 1e-5
+
+
+def embedded(model, spec, picture):
+    """(N, d) what the language model reads."""
+    text, kept = read(model, spec.given(picture=picture)).text, []
+    hook = text.register_forward_pre_hook(lambda _, args, kwargs: kept.append(kwargs["inputs_embeds"]), with_kwargs=True)
+    try:
+        with torch.no_grad(): model(**spec.given(picture=picture))
+    finally:
+        hook.remove()
+    return kept[0]
+
+
+@pytest.mark.parametrize("spec", EVERY)
+def test_a_patch_that_is_changed_shows_in_its_cell(spec):
+    model = made(spec)
+    still, boxes = noise(spec.size), patches_at(PLACES, spec.size)
+    tap, before, moved = read(model, spec.given()), embedded(model, spec, still), []
+    for top, left, h, w in boxes:
+        picture = still.clone()
+        picture[:, top:top + h, left:left + w] = 1 - picture[:, top:top + h, left:left + w].round()
+        change = (embedded(model, spec, picture) - before).norm(dim=-1)
+        moved.append(laid(tap, change[:, None], tap.view_name(spec.view))[0, 0])
+    for box, cell in zip(boxes, peaks(torch.stack(moved))):
+        assert cell is not None, "no cell stands out"
+        assert cells_off(cell, spec.grid, box, spec.size) <= .5 + spec.near, (box, divmod(cell, spec.grid[1]))
+
+
+@pytest.mark.parametrize("spec", EVERY)
+def test_generated_tokens_are_those_of_eager_attention_and_of_the_whole_text(spec):
+    model, inputs = made(spec), spec.given()
+    greedy = dict(max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True, suppress_tokens=[IMAGE, VIDEO])
+    with se.TextImageTap(model, "generated") as tap:
+        said = model.generate(**inputs, **greedy).sequences
+    maps, name = tap.maps(spec.view), tap.view_name(spec.view)
+    steps = tables(model, lambda: model.generate(**inputs, **greedy, output_attentions=True))
+    assert torch.equal(steps.sequences, said)
+    for i, m in maps.items():
+        assert m.shape[1] == NEW
+        for t in range(NEW):
+            assert_close(m[:, t], laid(tap, steps.attentions[t][i][:, :, -1], name), atol=1e-5, rtol=0)
+    if spec.prefix: return
+    n = inputs["input_ids"].shape[1]
+    longer = {k: torch.nn.functional.pad(v, (0, NEW)) if v.shape == (1, n) else v for k, v in inputs.items()}
+    whole = longer | dict(input_ids=said, attention_mask=torch.ones_like(said))
+    want = tables(model, lambda: model(**whole, output_attentions=True).attentions)
+    for i, m in maps.items():
+        for t in range(NEW): assert_close(m[:, t], laid(tap, want[i][:, :, n - 1 + t], name), atol=1e-5, rtol=0)
+
+
+def padded(short, long):
+    """Two prompts as a batch, the first with padding on its left."""
+    n = long["input_ids"].shape[1]
+    def grown(k):
+        a, b = short[k], long[k]
+        if a.ndim == 2 and b.shape == (1, n) and a.dtype == torch.long: a = torch.nn.functional.pad(a, (n - a.shape[1], 0))
+        return torch.cat([a, b])
+    return {k: grown(k) for k in long}
+
+
+@pytest.mark.parametrize("spec", EVERY)
+def test_a_batch_padded_on_the_left_is_its_prompts(spec):
+    model, long, short = made(spec), spec.given(0), spec.given(1)
+    for k, v in short.items():
+        if v.shape == long["input_ids"].shape: short[k] = torch.cat([v[:, :-3], v[:, -1:]], 1)       # two words less
+    batch, runs = padded(short, long), dict(max_new_tokens=4, do_sample=False)
+    for cache in ("dynamic", "static"):
+        alone = []
+        with se.TextImageTap(model, "generated") as tap:
+            for inputs in (short, long):
+                model.generate(**inputs, **runs)
+                alone.append(tap.maps(spec.view))
+            model.generate(**batch, **runs, cache_implementation=cache)
+        for i, m in tap.maps(spec.view).items():
+            assert_close(m, torch.cat([a[i] for a in alone]), atol=2e-5, rtol=0)
+
+
+# ---- what is asked ----
+
+LLAVA = SPECS[0]
+
+
+def test_reductions_keep_what_they_say():
+    model, inputs = made(LLAVA), LLAVA.given()
+    whole = read(model, inputs).maps()
+    for reduce, want in (("share", lambda m: m.sum((-2, -1))), ("entropy", se.spatial_entropy), (2, lambda m: m[:, [2]]),
+                         (lambda m: m.amax((-2, -1)), lambda m: m.amax((-2, -1)))):
+        for i, r in read(model, inputs, reduce=reduce).maps().items(): assert_close(r, want(whole[i]))
+    with se.TextImageTap(model, "generated", reduce="share") as tap: model.generate(**inputs, max_new_tokens=3)
+    assert tap.maps()[0].shape == (1, 3, 4)
+
+
+def test_logits_are_those_whose_softmax_is_the_map():
+    model, inputs = made(LLAVA), LLAVA.given()
+    logits, maps = read(model, inputs, softmax=False).maps(), read(model, inputs).maps()
+    for i, s in logits.items():
+        assert_close(s.flatten(2).softmax(-1), (maps[i] / maps[i].sum((-2, -1), keepdim=True)).flatten(2))
+
+
+def test_a_span_is_the_mean_of_its_tokens_and_layers_can_be_chosen():
+    model, inputs = made(LLAVA), LLAVA.given()
+    each = [read(model, inputs, i).maps() for i in (-3, -2)]
+    span = read(model, inputs, slice(-3, -1)).maps()
+    for i, m in span.items(): assert_close(m, (each[0][i] + each[1][i]) / 2)
+    assert_close(read(model, inputs, slice(-3, -1), layers=-1).maps(), span[1])
+    assert set(read(model, inputs, layers=[0]).maps()) == {0}
+
+
+def test_two_taps_do_not_hear_one_another_and_leave_the_model_as_it_was():
+    model, inputs = made(LLAVA), LLAVA.given()
+    with se.TextImageTap(model, 0) as a, se.TextImageTap(model) as b, torch.no_grad(): out = model(**inputs).logits
+    assert_close(b.maps()[0], read(model, inputs).maps()[0])
+    assert set(a.unseen()) == {0, 1}
+    with pytest.warns(UserWarning, match="do not see up to 100% of the image tokens"): a.maps()
+    assert "get_image_features" not in vars(model.model) and not model.model._forward_pre_hooks
+    with torch.no_grad(): assert torch.equal(model(**inputs).logits, out)
+
+
+# ---- what is wrong is one sentence ----
+
+def test_bad_input_is_said():
+    model, inputs = made(LLAVA), LLAVA.given()
+    ids = inputs["input_ids"]
+    one_less = dict(input_ids=torch.cat([ids[:, :3], ids[:, 4:]], 1), attention_mask=None)
+    mistakes = [
+        (ValueError, "no image token", {"input_ids": ids[:, -4:]}, {}),
+        (ValueError, "got 15 image tokens in the prompts, expected 16", inputs | one_less, {}),
+        (ValueError, "got token 99, expected one from", inputs, dict(query=99)),
+        (ValueError, "names none of the", inputs, dict(query=slice(90, 99))),
+    ]
+    for error, said, given, more in mistakes:
+        with pytest.raises(error, match=said) as e: read(model, given, **more)
+        assert "\n" not in str(e.value)
+    for error, said, more in ((ValueError, "pass tokenizer=processor", dict(query="the mug")), (TypeError, "query: got None", dict(query=None)),
+                              (ValueError, "layers: got 7", dict(layers=7)), (ValueError, "reduce: got 'sum'", dict(reduce="sum"))):
+        with pytest.raises(error, match=said): se.TextImageTap(model, **more)
+
+
+def test_what_cannot_be_followed_is_refused():
+    model, inputs = made(LLAVA), LLAVA.given()
+    for more, error, said in ((dict(num_beams=2), Exception, "beams|num_beams=1"), (dict(prefill_chunk_size=4), Exception, "image tokens|one pass")):
+        with se.TextImageTap(model, "generated"), pytest.raises(error, match=said): model.generate(**inputs, max_new_tokens=3, **more)
+    with pytest.raises(se.UnsupportedModel, match="Linear: no entry for this vision-language model. An entry needs its class"):
+        se.TextImageTap(torch.nn.Linear(2, 2))
+    tap = read(model, inputs)
+    with pytest.raises(ValueError, match="got 'image 1', expected one of 'image 0'"): tap.maps(1)
+
+
+def test_several_pictures_have_names():
+    model, inputs = made(LLAVA), LLAVA.given()
+    ids = torch.tensor([[1, *[IMAGE] * 16, 3, *[IMAGE] * 16, 5, 6]])
+    tap = read(model, dict(input_ids=ids, pixel_values=torch.cat([inputs["pixel_values"]] * 2)))
+    assert list(tap.views) == ["image 0", "image 1"]
+    with pytest.raises(ValueError, match="got None, expected one of 'image 0', 'image 1'"): tap.maps()
+    assert not torch.equal(tap.maps(0)[0], tap.maps("image 1")[0])
+    assert_close(tap.shares(0)[0] + tap.shares(1)[0], tap.sites[0].kept[0].sum(-1))
