@@ -225,7 +225,7 @@ _measures = { # of `evaluate`: what it is called, and how it is written
     "entropy": ("spatial entropy, nats", "{:.3f}"), "regions": ("regions per map", "{:.2f}"),
     "density": ("share of cells above the mean", "{:.2f}"), "pictures": ("pictures", "{}"),
     "pixel_auc": ("pixel AUC, best head", "{:.3f}"), "pointing": ("pointing, best head", "{:.3f}"),
-    "energy_pointing": ("energy on the object, best head", "{:.3f}"),
+    "energy_pointing": ("mass on the object, best head", "{:.3f}"),
     "jaccard": ("mask Jaccard, best head", "{:.3f}"),
     "jaccard_best_head": ("mask Jaccard, best head", "{:.3f}"),
     "jaccard_mean_head": ("mask Jaccard, mean head", "{:.3f}"),

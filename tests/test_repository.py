@@ -72,7 +72,7 @@ ROOMS = {  # room: the rooms that it may import
     "language": {"measure", "attention"},
     "loops": {"measure", "attention"},
     "analysis": {"measure", "attention", "pictures"},
-    "training": {"measure", "attention", "loops", "analysis", "pictures", "data"},
+    "training": {"measure", "attention", "loops", "analysis", "pictures", "data", "demo"},
     "commands": {"measure", "attention", "loops", "analysis", "training", "pictures", "data"},
     "__init__": set(),
 }

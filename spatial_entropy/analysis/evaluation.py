@@ -51,9 +51,10 @@ def _more_scores(sums, also):
 def validate(model: nn.Module, tap: AttentionTap, loader, # batches (x, label)
              device="cpu",
              add=lambda sums: sums, # over processes
-             also={}, # {name: function of maps (B, H, h, w) that gives (B, H)}; NaN is left out
+             also=None, # {name: function of maps (B, H, h, w) that gives (B, H)}; NaN is left out
             ) -> dict: # loss, top1 in %, entropy in nats, regions per map, pictures; those of also
     "One pass in evaluation mode. Raises ValueError when there was not one picture."
+    also = also or {}
     was, sums = model.training, torch.zeros(6 + 2*len(also), device=device, dtype=torch.float64)
     model.eval()
     for x, label in loader:

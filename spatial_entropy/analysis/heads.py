@@ -365,7 +365,7 @@ _column_labels = dict(entropy="spatial entropy, nats", regions="regions",
                       jaccard="Jaccard index", pointing="pointing game",
                       selected="selected, share of pictures", passed="passed, share of pictures",
                       pixel_auc="pixel AUC", pixel_ap="average precision",
-                      energy_pointing="share of the energy",
+                      energy_pointing="mass on the object",
                       above_chance="above chance", below_chance="below chance, nats")
 
 def _number_text(v):

@@ -261,8 +261,8 @@ MEASURES = { # column: (what it is called, digits)
     "top1": ("top-1, %", 1), "entropy": ("E, nats", 3), "entropy_chance": ("E of chance", 3),
     "regions": ("regions", 2), "density": ("density", 3), "pixel_auc": ("pixel AUC", 3),
     "pixel_auc_above": ("AUC above chance", 3), "pointing_above": ("pointing above chance", 3),
-    "energy_pointing": ("energy on the object", 3),
-    "energy_pointing_above": ("energy above chance", 3),
+    "energy_pointing": ("mass on the object", 3),
+    "energy_pointing_above": ("mass above chance", 3),
     "jaccard_best_head": ("Jaccard", 3), "jaccard_above": ("Jaccard above chance", 3)}
 
 def _row(run, scores):
@@ -398,7 +398,7 @@ def _same_pictures(run, n):
     return (pixels - mean)/std, pixels/255
 
 @torch.no_grad()
-def _energy_on(run, x):
+def _mass_on(run, x):
     "(n, h, w): what rises above each map's mean, in shares that sum to 1; a mean over the heads."
     model, _, _ = load_run(str(run.folder))
     with AttentionTap(model) as tap: model(x)
@@ -409,7 +409,7 @@ def _energy_on(run, x):
 # %% ../../nbs/60_comparing.ipynb #76a17be0
 def draw_arms(runs: list, # of Planned, all done
               n: int = 6): # pictures; gives a figure
-    "The same pictures under all arms: a row each, the energy of the maps laid over the picture."
+    "The same pictures under all arms: a row each, the mass of the maps laid over the picture."
     one_each = {}
     for run in runs: one_each.setdefault((run.arm, run.part), run)
     fig, axes = panels(len(one_each) + 1, n, 1.25)
@@ -417,7 +417,7 @@ def draw_arms(runs: list, # of Planned, all done
         ax.imshow(picture.permute(1, 2, 0).numpy())
     for row, ((arm, part), run) in zip(axes[1:], one_each.items()):
         x, pixels = _same_pictures(run, n)                       # in the size of this arm
-        for ax, picture, map_ in zip(row, pixels, _energy_on(run, x)):
+        for ax, picture, map_ in zip(row, pixels, _mass_on(run, x)):
             ax.imshow(overlay(picture, map_))
             put_caption(ax, one_line(_titled(arm, part), 18))
     return fig

@@ -8,7 +8,6 @@ __all__ = ['to_measure', 'evaluate', 'keep_scores']
 # %% ../../nbs/59_evaluating.ipynb #116cbcaf
 import os
 from pathlib import Path
-import torch
 from ..attention.tap import AttentionTap
 from ..analysis.chance import beside_entropy
 from ..analysis.evaluation import score_masks, usable_device, validate
