@@ -1,12 +1,14 @@
 """Runs in forked children: started, killed, gone on with, compared. Everything slow is imported once, by the parent.
 
 Of a run's seconds most go into matplotlib's drawings and into validating on a thousand pictures; these runs draw `quick` and validate on 40. Runs that
-draw and validate as they are meant to: tests/test_commands.py, test_machines.py, test_torchrun in test_processes.py.
+draw and validate as they are meant to: tests/test_commands.py, test_machines.py.
 """
 import multiprocessing
 import os
 import signal
 import socket
+import sys
+import tempfile
 import time
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -148,6 +150,29 @@ def whole(output, settings=everything, **options):
     code, = exit_codes(start(output, settings, **options))
     assert code == 0, code
     return Path(output) / "run"
+
+
+def forked(act, **environment):
+    "Exit code, stdout and stderr of what a fork does, as of a program with other variables (None: without it), but whose imports are paid."
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as out, tempfile.TemporaryFile("w+", encoding="utf-8") as err:
+        def child():
+            torch.set_num_threads(1)
+            for name, value in environment.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
+            for number, file in ((1, out), (2, err)):
+                os.dup2(file.fileno(), number)
+            sys.stdout, sys.stderr = open(1, "w", encoding="utf-8", closefd=False), open(2, "w", encoding="utf-8", closefd=False)
+            try:
+                act()
+            finally:
+                sys.stdout.flush()
+
+        process = processes.Process(target=child)
+        process.start()
+        code, = exit_codes(process)
+        return code, *((f.seek(0), f.read())[1] for f in (out, err))
 
 
 def free_port():

@@ -80,12 +80,12 @@ def test_stock_timm_loads_the_weights(trained):
         assert torch.equal(model.eval()(x), ours(x))     # … and is the same model after it
 
 
-def test_evaluate_with_masks(trained, photos):
+def test_evaluate_with_masks(trained, photos, capsys):
     out = photos / "scores.json"
-    said = run("evaluate", trained[0], "--masks", photos / "pairs", "-o", out)
-    assert said.returncode == 0, said.stderr
+    code, said, err = typed(capsys, "evaluate", trained[0], "--masks", photos / "pairs", "-o", out)
+    assert code == 0, err
     scores = json.loads(out.read_text())
-    assert scores["mask_pairs"] == 8 and 0 <= scores["jaccard_mean_head"] <= scores["jaccard_best_head"] <= 1 and "Jaccard" in said.stdout
+    assert scores["mask_pairs"] == 8 and 0 <= scores["jaccard_mean_head"] <= scores["jaccard_best_head"] <= 1 and "Jaccard" in said
     assert scores["pictures"] in (10, 11, 12)            # 12 of 60 are for validation, of which up to two are broken
 
 
@@ -93,11 +93,7 @@ def test_evaluate_with_masks(trained, photos):
 def test_draw(trained, photos, block, capsys):
     out = photos / f"out{block}.png"
     line = "draw", trained[0], photos / "pairs" / "images" / "0.jpg", photos / "pairs" / "images" / "1.jpg", "-o", out, "--block", block
-    if block == 0:                                       # as a program of its own, once
-        said = run(*line)
-        assert said.returncode == 0, said.stderr
-    else:
-        assert typed(capsys, *line)[0] == 0
+    assert typed(capsys, *line)[0] == 0
     assert np.asarray(Image.open(out)).std() > 10
 
 
@@ -241,7 +237,8 @@ def test_runs_lie_in_the_data(photos, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path / "photos")
     small = ("--epochs", 1, "--limit", 16, "-b", 8, "--img-size", 16, "-j", 0, "--model-kwargs", "depth=2", "embed_dim=24", "num_heads=2", "patch_size=8")
     for k in (1, 2):
-        code, said, err = typed(capsys, "train", "--data", ".", "--experiment", f"r{k}", *small)
+        with quick():
+            code, said, err = typed(capsys, "train", "--data", ".", "--experiment", f"r{k}", *small)
         assert code == 0, err
         assert len(json.loads(Path(f"runs/r{k}/facts.json").read_text())["classes"]) == 3
         assert said.count("1 × folder of runs") >= k             # found by the second run, and by each one's evaluation

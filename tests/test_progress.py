@@ -15,6 +15,7 @@ from matplotlib.animation import FFMpegWriter
 from PIL import Image
 from rich.console import Console
 from rich.errors import LiveError
+from runs import forked
 
 from spatial_entropy.training.progress import Rate, RunProgress, _bars_of, _text_of, epoch_line, film, plot_metrics
 
@@ -157,21 +158,28 @@ def test_a_short_epoch_has_no_status_line():
 
 
 def test_a_pipe_and_a_dumb_terminal_get_the_same(tmp_path):
-    code = ("from spatial_entropy.training.progress import RunProgress\nwith RunProgress(1, 1) as p: p.epoch(0); p.update(1); "
-            "p.note('[red]a note[/red] :cat: ' + 'x'*200); p.finish(dict(epoch=1, val_top1=50.))")
-    plain = {k: v for k, v in os.environ.items() if k != "FORCE_COLOR"} | {"TERM": "xterm"}
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=plain)
-    assert said.stdout == f"[red]a note[/red] :cat: {'x' * 200}\nepoch   1/1  |  val top-1  50.0%\n" and said.stderr == ""
+    def a_run():
+        with RunProgress(1, 1) as p:
+            p.epoch(0)
+            p.update(1)
+            p.note("[red]a note[/red] :cat: " + "x" * 200)
+            p.finish(dict(epoch=1, val_top1=50.))
+
+    assert forked(a_run, FORCE_COLOR=None, TERM="xterm") == (0, f"[red]a note[/red] :cat: {'x' * 200}\nepoch   1/1  |  val top-1  50.0%\n", "")
     dumb = console(True, _environ={"TERM": "dumb"}, color_system=None)
     go(dumb, updates=3)
     assert lines(dumb) == [epoch_line(r, 2) for r in rows(2)]
 
 
 def test_a_command_that_a_cell_starts_prints_lines():
-    code = "from spatial_entropy.training.progress import RunProgress\nwith RunProgress(1, 1) as p: p.epoch(0); p.update(1); p.finish(dict(epoch=1))"
-    for extra, bars in (({}, True), ({"JPY_PARENT_PID": "1"}, False)):
-        environment = {k: v for k, v in os.environ.items() if k not in ("JPY_PARENT_PID", "NO_COLOR")} | {"TERM": "xterm", "FORCE_COLOR": "1"} | extra
-        said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment).stdout
+    def a_run():
+        with RunProgress(1, 1) as p:
+            p.epoch(0)
+            p.update(1)
+            p.finish(dict(epoch=1))
+
+    for parent, bars in ((None, True), ("1", False)):
+        _, said, _ = forked(a_run, JPY_PARENT_PID=parent, NO_COLOR=None, TERM="xterm", FORCE_COLOR="1")
         assert ("\x1b" in said) == bars and (bars or said == "epoch   1/1\n")
 
 
@@ -239,20 +247,20 @@ def test_missing_columns_are_left_out():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_loading_process_prints_past_the_bars():
-    code = """if True:
-        import os, sys
-        from rich.console import Console
-        from spatial_entropy.training.progress import RunProgress
+    def a_run():
         console = Console(force_terminal=True, width=100)
         with RunProgress(1, 10, console) as p:
             p.epoch(0)
             with console._lock, p.screen.live._lock:                     # as if the thread were just drawing
                 child = os.fork()
-                if not child: print("a warning", file=sys.stderr); sys.stderr.flush(); os._exit(7)
+                if not child:
+                    print("a warning", file=sys.stderr)
+                    sys.stderr.flush()
+                    os._exit(7)
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-        """
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env={**os.environ, "TERM": "xterm"})
-    assert said.returncode == 0 and said.stderr == "a warning\n", said.stderr
+
+    code, _, complaints = forked(a_run, TERM="xterm")
+    assert code == 0 and complaints == "a warning\n", complaints
 
 
 # ---- a notebook
