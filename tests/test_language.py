@@ -344,3 +344,17 @@ def test_without_a_cache_the_steps_are_the_same():
         with se.TextImageTap(model, "generated") as tap: model.generate(**inputs, max_new_tokens=4, do_sample=False, use_cache=cache, suppress_tokens=[IMAGE])
         found.append(tap.maps())
     for i, m in found[0].items(): assert_close(found[1][i], m, atol=1e-5, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_flex_attention_is_read_through_its_mask(monkeypatch):
+    import transformers.integrations.flex_attention as flex
+    from torch.nn.attention.flex_attention import flex_attention
+    monkeypatch.setattr(flex, "compile_friendly_flex_attention", lambda q, k, v, training=False, **more: flex_attention(q, k, v, **more))
+    model, inputs = made(LLAVA), LLAVA.given()
+    want, text = read(model, inputs).maps(), model.model.language_model
+    text.set_attn_implementation("flex_attention")
+    try:
+        for i, m in read(model, inputs).maps().items(): assert_close(m, want[i], atol=1e-5, rtol=0)
+    finally:
+        text.set_attn_implementation("sdpa")
