@@ -228,47 +228,7 @@ def register_language_adapter(entry: LanguageAdapter) -> LanguageAdapter: # the 
     _language_adapters.insert(0, entry)
     return entry
 
-def language_adapters():
+def language_adapters(add=()): # entries to put at the end
     "The entries, in order."
+    _language_adapters.extend(add)
     return list(_language_adapters)
-
-# %% ../../nbs/70_geometry.ipynb #0dffd615
-def _models(names): # "folder.Class" of transformers
-    of = lambda name: name.partition(".")
-    return tuple(f"transformers.models.{a}.modeling_{a}.{b}" for a, _, b in map(of, names.split()))
-
-def _patches(given, size):
-    "(h, w) of patches of a picture of `size` pixels."
-    patch = given.config.vision_config.patch_size
-    if isinstance(patch, int): patch = patch, patch
-    return tuple(s//p for s, p in zip(size, patch))
-
-def _strategy(given): # "full" keeps [CLS]
-    own = given.inputs.get("vision_feature_select_strategy")
-    return own or getattr(given.config, "vision_feature_select_strategy", "default")
-
-def _as_one(grid, before=0):
-    "A picture of one part, with some tokens before it that have no place."
-    h, w = grid
-    if not before: return Picture([Part(grid)])
-    return Picture([Part(grid, torch.cat([torch.full((before,), h*w), torch.arange(h*w)]))])
-
-# %% ../../nbs/70_geometry.ipynb #7bfc3ee1
-def _llava(given):
-    "A picture each, (H/p)·(W/p) tokens; with Pixtral as its tower each has a size of its own."
-    if given.inputs.get("image_sizes") is not None:
-        return [_as_one(_patches(given, s)) for s in given.get("image_sizes").tolist()]
-    tower = getattr(given.config.vision_config, "model_type", "")
-    has_cls = tower not in ("siglip_vision_model", "siglip2_vision_model", "pixtral")
-    before = int(_strategy(given) == "full" and has_cls)
-    grid = _patches(given, given.sizes())
-    return [_as_one(grid, before) for _ in given.get("pixel_values")]
-
-_language_adapters += [
-    LanguageAdapter("LLaVA, BakLLaVA, Pixtral", _models("llava.LlavaModel"), _llava,
-                    note="(H/p)·(W/p), row by row; with Pixtral each picture in its own size"),
-    LanguageAdapter("ViP-LLaVA", _models("vipllava.VipLlavaModel"), _llava,
-                    note="(H/p)·(W/p), row by row"),
-    LanguageAdapter("PaliGemma, ColPali", _models("paligemma.PaliGemmaModel"), _llava,
-                    note="(H/p)·(W/p), row by row, before the words"),
-]
