@@ -38,6 +38,7 @@ everything = dict(limit=64, batch_size=8, epochs=2, model_kwargs=dict(depth=2, e
                   device="cpu", img_size=32)
 shapes(64, size=32).images, shapes(40, "val", 32).images    # drawn once, before the forks; and what else each child would load for itself:
 SpatialEntropyLoss()(torch.rand(1, 1, 4, 4, requires_grad=True)).backward(), label_regions(torch.ones(1, 1, 4, 4) > 0)
+jobs._versions()
 with suppress(ImportError):
     import datasets  # noqa: F401
 

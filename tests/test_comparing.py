@@ -97,10 +97,12 @@ def test_killed_ten_times_the_table_is_the_same(photos, undisturbed, tmp_path):
 
 
 def test_two_at_a_time_give_the_same_table(photos, undisturbed, tmp_path):
+    "One of them spawned, as all are, the other a fork, which is spared the imports."
     folder, rows = undisturbed
-    grid = grid_of(photos)
-    grid.seeds = [1]
-    again, failed = compare(grid, tmp_path / "c", 2, quiet())
+    grid, spawn = grid_of(photos), comparing.get_context("spawn")
+    grid.seeds, ways = [1], iter([spawn, processes])
+    with patch.object(comparing, "get_context", lambda method: next(ways)), patch.object(os, "cpu_count", lambda: 2):
+        again, failed = compare(grid, tmp_path / "c", 2, quiet())           # with a thread each
     assert again == rows[:2] and not failed
     assert "epoch   2/2" in (tmp_path / "c" / "plain-seed1.log").read_text(encoding="utf-8")
 

@@ -14,7 +14,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from kinds import grey_noise
-from runs import assert_same, everything, exit_codes, pair, start, state, whole
+from runs import assert_same, everything, exit_codes, pair, quick, start, state, whole
 
 from spatial_entropy.commands import main
 from spatial_entropy.training import batches, jobs
@@ -240,7 +240,7 @@ def test_unreadable_pictures_are_named(tmp_path):
     (data / "class1" / "3.png").write_bytes(b"nothing")
     for f in (data / "class0").glob("[0-4].png"):
         f.write_bytes(f.read_bytes()[:90])
-    with contextlib.redirect_stdout(io.StringIO()) as said:
+    with quick(), contextlib.redirect_stdout(io.StringIO()) as said:
         assert main(["train", "--data", str(data), "--output", str(tmp_path), "--experiment", "r", *words(small)]) == 0
     found = re.search(r"(\d) picture\(s\) could not be read and were left out: class", said.getvalue())
     assert found and 3 <= int(found[1]) <= 6                 # an epoch of 16 of the 19 training pictures may not meet all
@@ -255,10 +255,10 @@ def test_no_readable_picture_ends_in_a_sentence(tmp_path):
 
 
 def test_fine_tuning_on_other_classes_says_that_the_classifier_starts_anew(tmp_path):
-    with contextlib.redirect_stdout(io.StringIO()):
+    with quick(), contextlib.redirect_stdout(io.StringIO()):
         assert main(["train", "--data", str(folder(tmp_path / "data2", 2)), "--output", str(tmp_path), "--experiment", "two", *words(small)]) == 0
         where = ["--data", str(folder(tmp_path / "data3", 3)), "--output", str(tmp_path), "--initial-checkpoint", str(tmp_path / "two")]
-    with contextlib.redirect_stdout(io.StringIO()) as said:
+    with quick(), contextlib.redirect_stdout(io.StringIO()) as said:
         assert main(["train", *where, "--experiment", "three", *words(small)]) == 0
     assert "model.safetensors has 2 classes, the data 3: the classifier starts anew" in said.getvalue()
     code, said = typed(["train", *where, *words({**small, "model_kwargs": dict(depth=2, embed_dim=24, num_heads=2)})])

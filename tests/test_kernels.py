@@ -1,8 +1,8 @@
 """The fused CPU kernels: a hundred thousand maps, threads, forks, compilers, and machines that lack something."""
+import json
 import os
 import subprocess
 import sys
-import textwrap
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -77,16 +77,56 @@ def test_many_python_threads_at_once():
                 assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
 
 
-def run(code, **env):
-    said = subprocess.run([sys.executable, "-W", "always", "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300,
-                          env={**os.environ, **env}, cwd=os.path.dirname(__file__) + "/..")
-    assert said.returncode == 0, said.stderr[-3000:]
-    return said.stdout + said.stderr
+PROGRAM = """
+import json, os, sys, textwrap
+import torch
+for name, (code, file) in json.load(sys.stdin).items():                 # of the package and of numba nothing is imported yet
+    child = os.fork()
+    if not child:
+        said = os.open(file, os.O_WRONLY | os.O_CREAT)
+        os.dup2(said, 1), os.dup2(said, 2)
+        exec(compile(textwrap.dedent(code), name, "exec"), {"__name__": "__main__"})
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(0)
+    print(name, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_a_forked_child_computes_after_its_parent_did():
-    run("""
+def codes():
+    "What the tests below have to try in a process that imports the package anew."
+    return {name: test.code for name, test in globals().items() if hasattr(test, "code")}
+
+
+def anew(code):
+    "Marks a test of what a new process says that runs this code: the fixture `said`."
+    def mark(test):
+        test.code = code
+        return test
+    return mark
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    "What each of the codes printed, each in a fork of one program that had imported torch, and nothing else."
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork on this system")
+    folder = tmp_path_factory.mktemp("programs")
+    asked = {name: (code, str(folder / name)) for name, code in codes().items()}
+    done = subprocess.run([sys.executable, "-W", "always", "-c", PROGRAM], input=json.dumps(asked), capture_output=True, text=True, timeout=900,
+                          cwd=os.path.dirname(__file__) + "/..")
+    assert done.returncode == 0, done.stderr[-3000:]
+    ended = dict(line.split() for line in done.stdout.splitlines())
+    return {name: (ended[name], (folder / name).read_text()) for name in asked}
+
+
+@pytest.fixture
+def said(programs, request):
+    code, text = programs[request.function.__name__]
+    assert code == "0", text[-3000:]
+    return text
+
+
+@anew("""
         import os, torch, spatial_entropy as se
         torch.set_num_threads(2)
         maps = torch.randn(64, 12, 14, 14)
@@ -98,6 +138,8 @@ def test_a_forked_child_computes_after_its_parent_did():
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert torch.equal(se.spatial_entropy(maps), want)
     """)
+def test_a_forked_child_computes_after_its_parent_did(said):
+    pass                                             # it ended well
 
 
 def test_workers_of_a_data_loader_may_use_it():
@@ -112,8 +154,7 @@ def test_workers_of_a_data_loader_may_use_it():
     assert torch.equal(torch.cat(list(torch.utils.data.DataLoader(Maps(), 2, num_workers=2))), alone)
 
 
-def test_without_numba_the_clear_answer_comes_and_says_so_once():
-    said = run("""
+@anew("""
         import sys
         sys.modules["numba"] = None                  # as if it were not installed
         import torch, spatial_entropy as se
@@ -122,11 +163,11 @@ def test_without_numba_the_clear_answer_comes_and_says_so_once():
         for _ in range(3): se.SpatialEntropyLoss()(x).backward()
         print(backend("cpu"), bool(x.grad.abs().sum() > 0), int(se.label_regions(x > 9).max()))
     """)
+def test_without_numba_the_clear_answer_comes_and_says_so_once(said):
     assert "clear True 0" in said and said.count("no fused kernels for cpu") == 1
 
 
-def test_where_nothing_can_be_kept_on_disk_it_is_compiled_in_memory():
-    said = run("""
+@anew("""
         import numba.core.caching as caching
         class Nowhere(caching._CacheLocator):
             from_function = classmethod(lambda cls, *a: None)
@@ -140,6 +181,7 @@ def test_where_nothing_can_be_kept_on_disk_it_is_compiled_in_memory():
             print(kernels._options["cache"], se.spatial_entropy(torch.eye(4)).item())
         print(*(w.message for w in said), sep="\\n")
     """)
+def test_where_nothing_can_be_kept_on_disk_it_is_compiled_in_memory(said):
     assert "False 0.0" in said and said.count("numba's kept code cannot be used (no folder for it can be written)") == 1
 
 

@@ -327,3 +327,34 @@ def test_a_new_entry_is_read():
         model.model.__class__ = Other.__mro__[1]
         from spatial_entropy.language import geometry
         geometry._language_adapters.pop(0)
+
+
+def test_the_vision_tower_can_be_tapped_beside_the_words():
+    model, inputs = made(LLAVA), LLAVA.given()
+    with se.AttentionTap(model) as tower, se.TextImageTap(model, "generated") as words:
+        model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert tower.maps().shape == (1, 2, 4, 4) and words.maps()[0].shape == (1, 3, 4, 4, 4)
+    alone = read(model, inputs).maps()
+    for i, m in words.maps(step=0).items(): assert_close(m, alone[i])
+
+
+def test_without_a_cache_the_steps_are_the_same():
+    model, inputs, found = made(LLAVA), LLAVA.given(), []
+    for cache in (True, False):
+        with se.TextImageTap(model, "generated") as tap: model.generate(**inputs, max_new_tokens=4, do_sample=False, use_cache=cache, suppress_tokens=[IMAGE])
+        found.append(tap.maps())
+    for i, m in found[0].items(): assert_close(found[1][i], m, atol=1e-5, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_flex_attention_is_read_through_its_mask(monkeypatch):
+    import transformers.integrations.flex_attention as flex
+    from torch.nn.attention.flex_attention import flex_attention
+    monkeypatch.setattr(flex, "compile_friendly_flex_attention", lambda q, k, v, training=False, **more: flex_attention(q, k, v, **more))
+    model, inputs = made(LLAVA), LLAVA.given()
+    want, text = read(model, inputs).maps(), model.model.language_model
+    text.set_attn_implementation("flex_attention")
+    try:
+        for i, m in read(model, inputs).maps().items(): assert_close(m, want[i], atol=1e-5, rtol=0)
+    finally:
+        text.set_attn_implementation("sdpa")

@@ -896,10 +896,11 @@ class AttentionTap(_Readable):
     with fused attention left on and parameter names unchanged. A similarity is q·k/√d with the
     layer's bias or mask, as it enters the softmax. Without `with`, call `close` when
     done; under checkpointing, not before the backward pass. Layers are counted in the order in
-    which they run; a pool by attention is the last one. Several taps may listen. Each thread has
-    passes of its own; a compiled model has one thread. Raises UnsupportedModel, with family and
-    reason, for a model without such a map, ValueError for a wrong block or query, RuntimeError
-    rather than ever returning nothing.
+    which they run; a pool by attention is the last one. Of a vision-language model they are those
+    of its vision tower; TextImageTap reads where the words look. Several taps may listen. Each
+    thread has passes of its own; a compiled model has one thread. Raises UnsupportedModel, with
+    family and reason, for a model without such a map, ValueError for a wrong block or query,
+    RuntimeError rather than ever returning nothing.
     """
     def __init__(self,
                  model: nn.Module, # a vision model, also compiled, in DDP, or inside another module

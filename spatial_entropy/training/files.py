@@ -11,6 +11,7 @@ __all__ = ['sync_folder', 'new_name', 'create', 'sweep', 'Held', 'writing', 'wri
 import csv, errno, hashlib, json, os, platform, re, secrets, shutil, sys, time
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -267,7 +268,8 @@ def write_json(path, value):
     return write_whole(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 # %% ../../nbs/50_files.ipynb #f2df6663
-def _version(package):
+@cache
+def _version(package): # asked for with each checkpoint
     try: return version(package)
     except PackageNotFoundError: return "not installed"
 

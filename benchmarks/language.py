@@ -1,0 +1,136 @@
+"""What a TextImageTap costs: peak memory beside eager attention, and the slowdown of generate.
+
+    python benchmarks/language.py [--memory] [--speed] [-o FILE]
+
+The model has LLaVA's classes, random weights and the layers and heads of one of 7B, but is narrow: a head is 8 wide. Memory is the peak of a process of its
+own, less that of one that runs the model without a tap. Eager attention keeps every layer's table, which no usual machine holds for 32 layers: it is measured
+with one layer and with two, and the rest is computed from the difference.
+"""
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+
+IMAGE = 9
+HEADS, WIDTH, PATCHES = 32, 8, 48                        # 48×48 image tokens
+
+
+def model_of(layers, attention="sdpa"):
+    """A narrow model, and a prompt of `tokens` tokens with a picture of 48×48."""
+    import transformers as t
+    torch.manual_seed(0)
+    vision = t.CLIPVisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=4, image_size=4 * PATCHES)
+    text = t.LlamaConfig(hidden_size=HEADS * WIDTH, intermediate_size=2 * HEADS * WIDTH, num_hidden_layers=layers, num_attention_heads=HEADS,
+                         num_key_value_heads=HEADS, vocab_size=256, max_position_embeddings=8192)
+    config = t.LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE)
+    model = t.LlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa").eval()
+    if attention == "eager": model.model.language_model.set_attn_implementation("eager")
+    return model
+
+
+def prompt_of(tokens):
+    words = [i % 200 + 20 for i in range(tokens - PATCHES**2)]
+    return dict(input_ids=torch.tensor([[*words[:8], *[IMAGE] * PATCHES**2, *words[8:]]]), pixel_values=torch.randn(1, 3, 4 * PATCHES, 4 * PATCHES))
+
+
+def one_run(how, layers, tokens):
+    """Runs the model once; the peak of this process, in MiB."""
+    from spatial_entropy.language.tap import TextImageTap
+    model, prompt = model_of(layers, "eager" if how == "eager" else "sdpa"), prompt_of(tokens)
+    with torch.no_grad():
+        if how == "eager":
+            kept = model(**prompt, output_attentions=True, logits_to_keep=1).attentions
+            assert len(kept) == layers
+        elif how == "plain": model(**prompt, logits_to_keep=1)
+        else:
+            with TextImageTap(model, reduce="share" if how == "share" else None) as tap: model(**prompt, logits_to_keep=1)
+            assert len(tap.maps()) == layers
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def peak(how, layers, tokens):
+    """The peak of a fresh process."""
+    command = [sys.executable, __file__, "--one", how, str(layers), str(tokens)]
+    found = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
+    return float(found.stdout.splitlines()[-1])
+
+
+def memory(layers, tokens):
+    """Peaks in MiB, and what is left of them without the model."""
+    plain = {n: peak("plain", n, tokens) for n in (1, 2, layers)}
+    ours = {how: peak(how, layers, tokens) for how in ("maps", "share")}
+    eager = {n: peak("eager", n, tokens) for n in (1, 2)}
+    more = {n: eager[n] - plain[n] for n in eager}
+    slope = more[2] - more[1]
+    return dict(layers=layers, heads=HEADS, tokens=tokens, image_tokens=PATCHES**2, dtype="float32", plain_mib=plain, tap_mib=ours, eager_mib=eager,
+                tap_more_mib={how: round(value - plain[layers], 1) for how, value in ours.items()},
+                eager_more_mib={n: round(value, 1) for n, value in more.items()},
+                eager_more_computed_mib=round(more[1] + slope * (layers - 1), 1), table_of_a_layer_mib=HEADS * tokens**2 * 4 / 2**20)
+
+
+def speed(layers, tokens, rounds, new):
+    """Seconds of generate without and with a tap, by turns; the ratio of each pair."""
+    from spatial_entropy.language.tap import TextImageTap
+    model, prompt = model_of(layers), prompt_of(tokens)
+    model.generation_config.update(pad_token_id=0, eos_token_id=None)
+
+    def seconds(tapped):
+        runs = dict(max_new_tokens=new, do_sample=False)
+        start = time.perf_counter()
+        if tapped:
+            with TextImageTap(model, "generated", reduce="share"): model.generate(**prompt, **runs)
+        else: model.generate(**prompt, **runs)
+        return time.perf_counter() - start
+    seconds(True), seconds(False)
+    pairs = []
+    for i in range(rounds):
+        found = {tapped: seconds(tapped) for tapped in ((True, False) if i % 2 else (False, True))}
+        same = seconds(False)                                            # two equal runs: the noise
+        pairs.append((found[False], found[True], same))
+    ratios, noise = [b / a for a, b, _ in pairs], [c / a for a, _, c in pairs]
+    quartiles = lambda values: [round(q, 4) for q in statistics.quantiles(values, n=4)]
+    return dict(layers=layers, tokens=tokens, new_tokens=new, rounds=rounds, seconds_without_with_again=pairs, quartiles_of_ratio=quartiles(ratios),
+                quartiles_of_equal_runs=quartiles(noise))
+
+
+def about():
+    import transformers
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, encoding="utf-8", cwd=Path(__file__).parent).stdout.strip()
+    return dict(date=str(date.today()), commit=commit, torch=torch.__version__, transformers=transformers.__version__, python=platform.python_version(),
+                machine=platform.machine(), threads=torch.get_num_threads())
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--speed", action="store_true")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/cpu/language.json"))
+    parser.add_argument("--one", nargs=3, metavar=("HOW", "LAYERS", "TOKENS"), help="one run, for the peak of its process")
+    args = parser.parse_args(argv)
+    if args.one:
+        print(one_run(args.one[0], int(args.one[1]), int(args.one[2])))
+        return 0
+    if args.tokens < PATCHES**2 + 16: parser.error(f"--tokens: got {args.tokens}, expected at least {PATCHES**2 + 16}")
+    found = json.loads(args.output.read_text(encoding="utf-8")) if args.output.exists() else {}
+    if args.memory or not args.speed: found["memory"] = about() | memory(args.layers, args.tokens)
+    if args.speed or not args.memory: found["speed"] = about() | speed(args.layers, args.tokens, args.rounds, args.new_tokens)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(found, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
