@@ -202,5 +202,5 @@ def test_the_text_of_a_file_never_depends_on_the_machine():
 def test_readme_is_the_index_and_ci_runs_its_command():
     subprocess.run([sys.executable, "tools/readme.py", "--check"], cwd=ROOT, check=True)
     commands = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("python3 -m venv")]
-    assert [c.rsplit(" ", 2)[-2:] for c in commands] == [[".venv/bin/spatial-entropy", "train"], ["-m", "pytest"]]
+    assert [c.split(" && ")[-1] for c in commands] == [".venv/bin/spatial-entropy compare --jobs 2", ".venv/bin/python -m pytest"]
     assert "grep -m 1 -- '-m pytest$' README.md" in (ROOT / ".ci/run").read_text(encoding="utf-8")
