@@ -146,7 +146,7 @@ def test_the_processes_of_a_comparison_end_with_it(photos, tmp_path, number):
     "Asked to end, it ends two, which are forks here; killed, the one that was spawned, as all are, sees it."
     grid, asked = grid_of(photos, epochs=1000), number == signal.SIGTERM
     grid.seeds, grid.arms = [1], dict(list(ARMS.items())[:1 + asked])
-    with patch.object(comparing, "get_context", (lambda method: processes) if asked else comparing.get_context):
+    with patch.object(comparing, "get_context", (lambda method: processes) if asked else comparing.get_context), patch.object(os, "cpu_count", lambda: 2):
         child = processes.Process(target=_child, args=(grid, tmp_path / "c", 2))
         child.start()
     end = time.monotonic() + 90
