@@ -68,7 +68,7 @@ def quick_curves(rows):
 @contextmanager
 def quick():
     "Inside, runs draw grey pixels and validate on 40 of the shapes."
-    few = lambda n, split, size: ShapeSource(40 if split == "val" else n, split, size)
+    few = lambda n, split, size, name: ShapeSource(40 if split == "val" else n, split, size, name)
     with patch.multiple(training, picture_of_maps=quick_maps, plot_metrics=quick_curves), patch.object(archives, "ShapeSource", few):
         yield
 
