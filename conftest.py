@@ -100,6 +100,13 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
+def pytest_runtest_setup():
+    "Tests fork, and a fork waits for ever in an operation on more threads than one, once its parent has run one."
+    torch = sys.modules.get("torch")
+    if "PYTEST_XDIST_WORKER" in os.environ and torch and torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
+
+
 def pytest_collection_finish():
     "What is imported by now stays: nobody has to go through millions of objects again for each piece of rubbish."
     gc.collect()
