@@ -1,7 +1,7 @@
 """Runs in forked children: started, killed, gone on with, compared. Everything slow is imported once, by the parent.
 
 Of a run's seconds most go into matplotlib's drawings and into validating on a thousand pictures; these runs draw `quick` and validate on 40. Runs that
-draw and validate as they are meant to: tests/test_commands.py, test_machines.py.
+draw and validate as they are meant to: tests/test_commands.py, test_machines.py, test_torchrun in test_processes.py.
 """
 import multiprocessing
 import os

@@ -21,7 +21,7 @@ def run(*command, **env):
 
 def test_in_the_interpreter_against_the_oracle():
     done = eval(run("tests/interpreted.py").splitlines()[-1])
-    assert done["entropy"] >= 500 and done["gradient"] >= 500 and done["labels"] >= 400, done
+    assert done["entropy"] >= 600 and done["gradient"] >= 600 and done["labels"] >= 500, done
 
 
 def test_every_kernel_compiles(tmp_path):

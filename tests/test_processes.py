@@ -1,21 +1,22 @@
 """Several processes: torchrun, accelerate's notebook_launcher, and the same weights as one process that accumulates."""
 import os
 import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import notebook_launcher
 from accelerate.state import AcceleratorState, PartialState
-from runs import assert_same, everything, exit_codes, forked, free_port, pair, processes, quick, slow, state, until, whole
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from runs import assert_same, everything, exit_codes, free_port, pair, processes, quick, slow, state, until, whole
 
-from spatial_entropy.commands import main
 from spatial_entropy.training import jobs
 from spatial_entropy.training.config import TrainConfig
 from spatial_entropy.training.loop import resume, train
 from spatial_entropy.training.models import load_weights
 
+here = Path(sys.executable).parent
 alone, two = {**everything, "grad_accum_steps": 2}, {**everything, "grad_accum_steps": 1}
 # Sums of four gradients are rounded in another order than two sums of two. AdamW divides noise by noise where the gradient is zero but for rounding
 # (the bias of the keys, which softmax does not see), and moves such a weight by the learning rate in any direction; SGD does not.
@@ -62,28 +63,19 @@ small = ("train --limit 64 -b 8 --epochs 1 --img-size 32 --model-kwargs depth=1 
          "--picture-interval 9 --experiment run --output").split()
 
 
-def typed(*words):
-    "What torchrun starts twice."
-    torch.set_num_threads(1)
-    with quick():
-        if main([str(w) for w in words]):
-            raise RuntimeError("the command failed")
-    sys.stdout.flush()
-
-
 @pytest.fixture(scope="module")
 def torchrun(tmp_path_factory):
-    "What two processes under torchrun said, and the folder they wrote to. Its agent forks them; the program's own start is in test_commands.py."
+    "What two processes under torchrun said, and the folder they wrote to."
     folder = tmp_path_factory.mktemp("torchrun")
-    config = LaunchConfig(1, 1, 2, run_id="none", rdzv_backend="static", rdzv_endpoint=f"127.0.0.1:{free_port()}", rdzv_configs={"rank": 0},
-                          max_restarts=0, start_method="fork")
-    return forked(lambda: elastic_launch(config, typed)(*small, folder), OMP_NUM_THREADS="1"), folder
+    command = [here / "torchrun", "--nproc-per-node", "2", "--no-python", here / "spatial-entropy", *small, folder]
+    said = subprocess.run(list(map(str, command)), capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    return said, folder
 
 
 def test_torchrun(torchrun):
-    (code, said, complaints), folder = torchrun
-    assert code == 0, complaints
-    assert said.count("run folder: ") == said.count("as JSON: ") == 1 and "2 × cpu" in said
+    said, folder = torchrun
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.count("run folder: ") == said.stdout.count("as JSON: ") == 1 and "2 × cpu" in said.stdout
     assert [p.name for p in folder.iterdir()] == ["run"]
     assert len(list((jobs.checkpoints(folder / "run")[-1]).glob("random_states_*.pkl"))) == 2
 

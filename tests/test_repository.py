@@ -166,7 +166,7 @@ def test_pages_can_be_read():
 def test_no_paths_of_a_machine():
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, encoding="utf-8").stdout.split()
     for f in files:
-        if Path(f).suffix in {".py", ".md", ".ipynb", ".ini", ".toml", ".json", ".csv"}:
+        if Path(f).suffix in {".py", ".md", ".ipynb", ".ini", ".toml", ".json", ".csv", ".yaml", ".yml"}:
             found = re.search(r"/home/\w|/roo[t]/|/wor[k]/|/tm[p]/\w", (ROOT / f).read_text(encoding="utf-8"))
             assert not found, f"{f} contains {found.group(0)}"
 
