@@ -8,16 +8,19 @@ with one layer and with two, and the rest is computed from the difference.
 """
 import argparse
 import json
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
+
+from spatial_entropy.commands import Parser, lenient_output, outcome
+from spatial_entropy.training.files import write_json
 
 IMAGE = 9
 HEADS, WIDTH, PATCHES = 32, 8, 48                        # 48×48 image tokens
@@ -102,35 +105,44 @@ def speed(layers, tokens, rounds, new):
 
 
 def about():
-    import transformers
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, encoding="utf-8", cwd=Path(__file__).parent).stdout.strip()
-    return dict(date=str(date.today()), commit=commit, torch=torch.__version__, transformers=transformers.__version__, python=platform.python_version(),
-                machine=platform.machine(), threads=torch.get_num_threads())
+    from loss import machine_facts
+    return {"date": str(date.today()), "threads": torch.get_num_threads(), "transformers": version("transformers"), **machine_facts(torch.device("cpu"))}
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--speed", action="store_true")
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/cpu/language.json"))
-    parser.add_argument("--one", nargs=3, metavar=("HOW", "LAYERS", "TOKENS"), help="one run, for the peak of its process")
-    args = parser.parse_args(argv)
+def prepare(args):
+    "What is to be done."
     if args.one:
-        print(one_run(args.one[0], int(args.one[1]), int(args.one[2])))
-        return 0
-    if args.tokens < PATCHES**2 + 16: parser.error(f"--tokens: got {args.tokens}, expected at least {PATCHES**2 + 16}")
+        how, layers, tokens = args.one
+        return lambda: print(one_run(how, int(layers), int(tokens)))
+    for name, least in (("layers", 2), ("tokens", PATCHES**2 + 16), ("rounds", 2), ("new_tokens", 2)):
+        if getattr(args, name) < least:
+            raise ValueError(f"{name}: got {getattr(args, name)}, expected at least {least}")
+    return lambda: measure(args)
+
+
+def measure(args):
+    "Memory, speed or, where neither is named, both; what the file holds already stays."
     found = json.loads(args.output.read_text(encoding="utf-8")) if args.output.exists() else {}
     if args.memory or not args.speed: found["memory"] = about() | memory(args.layers, args.tokens)
     if args.speed or not args.memory: found["speed"] = about() | speed(args.layers, args.tokens, args.rounds, args.new_tokens)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_json(args.output, found)
     print(json.dumps(found, indent=1))
-    return 0
+
+
+def parser():
+    p = Parser("language.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--memory", action="store_true", help="peaks alone")
+    p.add_argument("--speed", action="store_true", help="the slowdown of generate alone")
+    p.add_argument("--layers", type=int, default=32)
+    p.add_argument("--tokens", type=int, default=4096, help="of the prompt")
+    p.add_argument("--rounds", type=int, default=15, help="pairs of runs")
+    p.add_argument("--new-tokens", type=int, default=32, help="generated in a run")
+    p.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/cpu/language.json"))
+    p.add_argument("--one", nargs=3, metavar=("HOW", "LAYERS", "TOKENS"), help="one run, for the peak of its process")
+    return p
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with lenient_output():
+        sys.exit(outcome("language.py", prepare, parser().parse_args()))

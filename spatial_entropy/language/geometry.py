@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Part', 'with_newlines', 'tile_by_tile', 'Picture', 'Run', 'runs_of', 'Given', 'Place', 'Layout', 'laid_out', 'laid',
-           'LanguageAdapter', 'find_language', 'register_language_adapter', 'language_adapters']
+           'LanguageAdapter', 'find_language', 'register_language_adapter', 'add_language_adapters',
+           'language_adapters']
 
 # %% ../../nbs/70_geometry.ipynb #2ff82833
 from collections.abc import Callable
@@ -228,7 +229,11 @@ def register_language_adapter(entry: LanguageAdapter) -> LanguageAdapter: # the 
     _language_adapters.insert(0, entry)
     return entry
 
-def language_adapters(add=()): # entries to put at the end
+def add_language_adapters(entries: list) -> list: # the names
+    "Put entries behind those that are there."
+    _language_adapters.extend(entries)
+    return [entry.name for entry in entries]
+
+def language_adapters() -> list: # of LanguageAdapter
     "The entries, in order."
-    _language_adapters.extend(add)
     return list(_language_adapters)

@@ -7,7 +7,7 @@ __all__ = ['tagged']
 
 # %% ../../nbs/71_layouts.ipynb #203e78bb
 import torch
-from .geometry import LanguageAdapter, Part, Picture, language_adapters
+from .geometry import LanguageAdapter, Part, Picture, add_language_adapters
 from .geometry import tile_by_tile, with_newlines
 
 # %% ../../nbs/71_layouts.ipynb #391afe6b
@@ -42,7 +42,7 @@ def _llava(given):
     grid = _patches(given, given.sizes())
     return [_as_one(grid, before) for _ in given.get("pixel_values")]
 
-language_adapters(add=[
+add_language_adapters([
     LanguageAdapter("LLaVA, Pixtral", _models("llava.LlavaModel"), _llava,
                     note="(H/p)·(W/p), row by row; with Pixtral each picture in its own size"),
     LanguageAdapter("ViP-LLaVA", _models("vipllava.VipLlavaModel"), _llava,
@@ -80,7 +80,7 @@ def _pixel_sizes(given):
     grids = (_patches(given, s) for s in torch.as_tensor(sizes).tolist())
     return [_as_one((h//a, w//b)) for h, w in grids]
 
-language_adapters(add=[
+add_language_adapters([
     LanguageAdapter("Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5", _models(
         "qwen2_vl.Qwen2VLModel qwen2_5_vl.Qwen2_5_VLModel qwen3_vl.Qwen3VLModel "
         "qwen3_vl_moe.Qwen3VLMoeModel qwen3_5.Qwen3_5Model qwen3_5_moe.Qwen3_5MoeModel"),
@@ -108,7 +108,7 @@ def _pooled(name):
         return [_as_one((side, side)) for _ in given.get("pixel_values").flatten(0, -4)]
     return pictures
 
-language_adapters(add=[
+add_language_adapters([
     LanguageAdapter("Gemma 3", _models("gemma3.Gemma3Model"), _pooled("mm_tokens_per_image"),
                     note="√`mm_tokens_per_image` a side; a crop counts as a picture"),
     LanguageAdapter("Janus, DeepSeek-VL",
@@ -155,7 +155,7 @@ def _tiles_by_tag(last):
         return [_of_tiles(len(own), grid) for own in tagged(given, last)]
     return pictures
 
-language_adapters(add=[
+add_language_adapters([
     LanguageAdapter("InternVL", _models("internvl.InternVLModel"), _tiles_in_runs,
                     note="a view for each tile, after pixel shuffle"),
     LanguageAdapter("Cohere Vision", _models("cohere2_vision.Cohere2VisionModel"),
@@ -190,7 +190,7 @@ def _by_rows(given):
             pictures.append(Picture([tiles, Part((h, w), name="whole")]))
     return pictures
 
-language_adapters(add=[
+add_language_adapters([
     LanguageAdapter("Idefics 3, SmolVLM", _models("idefics3.Idefics3Model smolvlm.SmolVLMModel"),
                     _by_rows, text="text_model", note="tiles laid together; the whole picture"),
 ])
@@ -234,7 +234,7 @@ def _ended(grid, newline):
     return Picture([Part(grid, torch.arange(n + 1) if newline else None)])
 
 # %% ../../nbs/71_layouts.ipynb #dbc80a18
-language_adapters(add=[
+add_language_adapters([
     LanguageAdapter("LLaVA-NeXT",
                     _models("llava_next.LlavaNextModel llava_next_video.LlavaNextVideoModel"),
                     _anyres, note="tiles laid together, unpadded; the whole picture"),
@@ -248,7 +248,7 @@ _ASIDE = "layers of their own look at the picture from aside; it has no tokens a
 
 def _refused(name, models, why): return LanguageAdapter(name, _models(models), why=why)
 
-language_adapters(add=[
+add_language_adapters([
     _refused("BLIP-2", "blip_2.Blip2Model blip_2.Blip2ForConditionalGeneration", _LEARNED),
     _refused("InstructBLIP", "instructblip.InstructBlipModel "
              "instructblip.InstructBlipForConditionalGeneration", _LEARNED),
