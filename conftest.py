@@ -12,6 +12,7 @@ import contextlib
 import copy
 import gc
 import importlib
+import multiprocessing
 import os
 import re
 import signal
@@ -75,6 +76,12 @@ def interpret_triton():
 
         if not torch.cuda.is_available():
             os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_sessionfinish():
+    "What a test left behind when its time was over would be waited for when the interpreter ends."
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def pytest_unconfigure(config):

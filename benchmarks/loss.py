@@ -325,9 +325,9 @@ def _cuda_time(call):
 
 def _set_threads(n):
     "The same number of threads for torch, numba and OpenCV, where they are loaded; scipy, skimage and cc3d have one."
-    torch.set_num_threads(n)
     if numba := sys.modules.get("numba"): numba.set_num_threads(min(n, numba.config.NUMBA_NUM_THREADS))
     if cv2 := sys.modules.get("cv2"): cv2.setNumThreads(n)
+    torch.set_num_threads(n)               # last: numba's first call gives OpenMP, and so torch, as many threads as there are cores
 
 
 def _high_water(): # bytes
@@ -358,10 +358,12 @@ def _cuda_peak_extra(call):
 
 
 def in_fork(measure, *arguments):
-    "measure(…) -> int in a copy of this process, so that nobody finds holes that another has left; None when it died."
+    "measure(…) -> int in a copy of this process with one thread, so that nobody finds holes that another has left; None when it died."
     read, write = os.pipe()
     if not (pid := os.fork()):
-        try: os.write(write, str(measure(*arguments)).encode())
+        try:
+            _set_threads(1)                # OpenMP's other threads stay behind, and an operation on two would wait for them for ever
+            os.write(write, str(measure(*arguments)).encode())
         finally: os._exit(0)
     os.close(write)
     with os.fdopen(read, encoding="utf-8") as answer: said = answer.read()

@@ -1,4 +1,10 @@
 """The benchmarks that are run from a checkout: what is wrong is one sentence, what is right is written."""
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import loss
 import pytest
 import training
@@ -27,3 +33,23 @@ def test_a_very_small_benchmark_writes_its_report(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert loss.main("--quick --shapes 2x2x8 --peers scipy --repeats 1 --budget 0".split()) == 0
     assert sorted(p.name for p in (tmp_path / "benchmark-results").iterdir()) == ["benchmark.json", "benchmark.png"]
+
+
+FORK = """
+import loss, numba, torch
+def measure():
+    loss.give_back_at_once()
+    return int(torch.ones(2, 1 << 20).sum()) + torch.get_num_threads()
+torch.set_num_threads(2); torch.ones(2, 1 << 20).sum()
+print(loss.in_fork(measure))
+loss._set_threads(1)
+print(torch.get_num_threads())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="no numba")
+def test_a_fork_has_one_thread_and_does_not_wait_for_its_parents():
+    env = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(Path(loss.__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", FORK], env=env, capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stdout.split()) == (0, [str(2**21 + 1), "1"]), done.stderr

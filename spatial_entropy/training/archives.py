@@ -512,7 +512,7 @@ def _open_place(path, named, leave_out):
     "Sources of a folder or a tar. Raises FileNotFoundError, ValueError."
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such folder; expected an image folder, or \"shapes\", "
-                                "a .tar, torch/…, hfds/… or wds/…")
+                                "\"shapes/one\", a .tar, torch/…, hfds/… or wds/…")
     if not path.is_dir() and not (path.is_file() and path.suffix == ".tar"):
         raise ValueError(f"{path}: is neither a folder nor a .tar; unpack it, or pack it as a .tar")
     return file_sources(path, named, leave_out=leave_out)
@@ -521,8 +521,8 @@ def _open_place(path, named, leave_out):
 def _open_sources(data, data_dir, named, download, leave_out):
     "[training, validation] or [not yet split] of a name or a path."
     if str(data) == "":
-        raise ValueError("data: got no name; expected a folder, a .tar, \"shapes\", torch/…, "
-                         "hfds/… or wds/…")
+        raise ValueError("data: got no name; expected a folder, a .tar, \"shapes\", "
+                         "\"shapes/one\", torch/…, hfds/… or wds/…")
     prefix, _, rest = data.partition("/") if isinstance(data, str) else ("", "", "")
     if prefix == "torch": return torch_sources(rest.lower(), data_dir, named, download)
     if prefix == "hfds": return hub_sources(rest, data_dir, named)
