@@ -73,6 +73,7 @@ ROOMS = {  # room: the rooms that it may import
     "loops": {"measure", "attention"},
     "analysis": {"measure", "attention", "pictures"},
     "training": {"measure", "attention", "loops", "analysis", "pictures", "data", "demo"},
+    "exploring": {"measure", "attention", "analysis", "training", "pictures", "data", "demo"},
     "commands": {"measure", "attention", "loops", "analysis", "training", "pictures", "data"},
     "__init__": set(),
 }
