@@ -23,7 +23,7 @@ _modules = { # module: the names that users need of it
     "language.heads": "rank_text_heads locate draw_located located_table text_maps",
     "measure.operators": "label_regions spatial_entropy SpatialEntropyLoss",
     "loops.schedule": "entropy_weight", "loops.regularizer": "SpatialEntropyRegularizer",
-    "loops.timm": "spatial_entropy_task",
+    "loops.timm": "spatial_entropy_task", "language.looking": "look",
     "loops.alternatives": "register_regularizer", "analysis.masks": "mask_jaccard pointing",
     "analysis.evaluation": "accuracy", "analysis.heads": "rank_heads head_maps entropy_heatmap",
     "analysis.localization": "localization_entropy localization_heads",
