@@ -512,6 +512,7 @@ def _check_look(args):
     if not 0 <= getattr(args, "level", 0) < 1:
         raise ValueError(f"level: got {args.level}, expected from 0 to below 1")
 
+# %% ../nbs/61_commands.ipynb #5e1f07a9
 def _looked(args, picture):
     "What the model answers and where it looks, as a `Look`, and what was said of it."
     from warnings import catch_warnings, simplefilter

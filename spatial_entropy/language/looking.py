@@ -81,6 +81,7 @@ def _jsonable(value):
     if isinstance(value, (list, tuple)): return [_jsonable(v) for v in value]
     return None if value != value else value
 
+# %% ../../nbs/79_looking.ipynb #dff4e108
 @dataclass(repr=False)
 class Look:
     "What a model answered, and where it looked."
