@@ -115,8 +115,7 @@ def look(model, # a vision-language model that `TextImageTap` reads
          prompt: str, # the question
          query="last", # as of `TextImageTap`: "generated", a phrase of the prompt, …
          *, heads="sample", # [(layer, head), …], a ranking, or those that this sample selects
-         best: int = 3, # how many of these
-         layers="all", # a number, or several
+         best: int = 3, layers="all", # how many of these; a layer's number, or several
          view=None, # which tile, where a picture has several
          new_tokens: int = 20, # of the answer, at most
          box=None, form: str = "xywh", # the true one in pixels, to be scored; or "xyxy"
