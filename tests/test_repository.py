@@ -69,7 +69,7 @@ ROOMS = {  # room: the rooms that it may import
     "demo": set(),
     "measure": set(),
     "attention": set(),
-    "language": {"measure", "attention"},
+    "language": {"measure", "attention", "analysis", "pictures", "data"},
     "loops": {"measure", "attention"},
     "analysis": {"measure", "attention", "pictures"},
     "training": {"measure", "attention", "loops", "analysis", "pictures", "data", "demo"},
