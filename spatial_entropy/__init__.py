@@ -14,7 +14,7 @@ __doc__ = "Spatial entropy for Vision Transformers: attention that falls on conn
 # %% ../nbs/69_names.ipynb #11fee6cb
 _modules = { # module: the names that users need of it
     "pictures": "show_maps show_regions overlay", "measure.regions": "above_mean keep_mass",
-    "measure.entropy": "region_mass", "data": "shapes mask_pairs", "demo": "demo_model",
+    "measure.entropy": "region_mass", "data": "shapes mask_pairs colored_shapes", "demo": "demo_model",
     "attention.rows": "similarity_maps",
     "attention.families": "Adapter Layer UnsupportedModel register_adapter",
     "attention.tap": "AttentionTap", "attention.surgery": "drop_last_skip register_surgery",
@@ -44,6 +44,7 @@ _frameworks = { # module: (names, the extra that brings the framework)
     "loops.transformers": ("SpatialEntropyTrainer SpatialEntropyTrainerMixin", "transformers"),
     "loops.fastai": ("SpatialEntropyFastai", "fastai"),
     "loops.torchmetrics": ("SpatialEntropyMetric", "torchmetrics"),
+    "language.demo": ("demo_language_model", "transformers"),
 }
 
 # %% ../nbs/69_names.ipynb #de2bac02
