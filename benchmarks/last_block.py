@@ -146,11 +146,11 @@ def scored(model, tokens, pairs):
     return found
 
 
-def built_in(pictures):
-    "Demo model, tokens to learn from and to be measured on, pictures with masks."
+def built_in(pictures, measured=1000):
+    "Demo model, tokens of so many pictures to learn from and to be measured on, pictures with masks."
     model = demo_model()
     part = {}
-    for name, split, n, seed in (("train", "train", pictures, 1), ("val", "val", 1000, 0)):
+    for name, split, n, seed in (("train", "train", pictures, 1), ("val", "val", measured, 0)):
         drawn = shapes(n, split, 112, seed)
         images = torch.tensor(drawn.images).permute(0, 3, 1, 2)
         batches = zip(images.split(64), torch.tensor(drawn.labels).split(64))

@@ -225,7 +225,7 @@ def adapt_markdown(source, symbols, home):
 def contents(index, written):
     "The sidebar: the parts of the map in the index, and the pages that tests write."
     rows = "\n".join(text(c["source"]) for c in index["cells"])
-    parts, pages = re.split(r"^\| \*\*(.+)\*\* \| \|$", rows, flags=re.M)[1:], r"^\| \[\w+\]\((\w+)\.(?:ipynb|html)\)"
+    parts, pages = re.split(r"^\| \*\*(.+)\*\* \| .*\|$", rows, flags=re.M)[1:], r"^\| \[\w+\]\((\w+)\.(?:ipynb|html)\)"
     listed = [(title, re.findall(pages, body, re.M)) for title, body in zip(parts[::2], parts[1::2])]
     for title, names in [*listed, ("Tables", written)]:
         yield "\n".join(["```{toctree}", ":hidden:", f":caption: {title}", "", *names, "```"])

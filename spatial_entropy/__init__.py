@@ -35,7 +35,7 @@ _modules = { # module: the names that users need of it
     "training.sources": "Source", "training.batches": "loaders", "training.models": "load_run",
     "training.progress": "plot_metrics", "training.loop": "train resume",
     "training.evaluating": "evaluate",
-    "training.comparing": "compare Grid read_grid",
+    "training.comparing": "compare Grid read_grid", "exploring": "Explorer",
 }
 
 # %% ../nbs/69_names.ipynb #965e83a5

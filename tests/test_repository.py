@@ -1,6 +1,7 @@
 """The repository keeps its own rules: a clean export, arrows that point down, cells that fit on a screen."""
 import ast
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "spatial_entropy"
@@ -73,6 +75,7 @@ ROOMS = {  # room: the rooms that it may import
     "loops": {"measure", "attention"},
     "analysis": {"measure", "attention", "pictures"},
     "training": {"measure", "attention", "loops", "analysis", "pictures", "data", "demo"},
+    "exploring": {"measure", "attention", "analysis", "training", "pictures", "data", "demo"},
     "commands": {"measure", "attention", "loops", "analysis", "training", "pictures", "data"},
     "__init__": set(),
 }
@@ -204,3 +207,15 @@ def test_readme_is_the_index_and_ci_runs_its_command():
     commands = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("python3 -m venv")]
     assert [c.split(" && ")[-1] for c in commands] == [".venv/bin/spatial-entropy compare --jobs 2", ".venv/bin/python -m pytest"]
     assert "grep -m 1 -- '-m pytest$' README.md" in (ROOT / ".ci/run").read_text(encoding="utf-8")
+
+
+def test_the_files_for_the_forge_are_well_formed():
+    "YAML that can be read; the workflows call what CONTRIBUTING names; the citation names the paper."
+    for path in [*ROOT.glob(".github/**/*.yml"), ROOT / ".pre-commit-config.yaml", ROOT / "CITATION.cff"]:
+        assert yaml.safe_load(path.read_text(encoding="utf-8")), path
+    flow = {path.stem: path.read_text(encoding="utf-8") for path in ROOT.glob(".github/workflows/*.yml")}
+    assert flow.keys() == {"tests", "site", "publish"}
+    assert ".ci/run" in flow["tests"] and "docs/build.py" in flow["site"] and "id-token: write" in flow["publish"]
+    for hook in yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]:
+        assert shutil.which(hook["entry"].split()[0], path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"), hook
+    assert "Peruzzo" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")

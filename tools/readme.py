@@ -2,7 +2,8 @@
 
 Markdown stays as it is, but for relative links, which start at the repository's root here. Code becomes fences unless
 `echo: false`; `#|` lines go; outputs follow. Cells with `hide`, `include: false` or `default_exp` are left out. The
-figures of a cell that has no markdown output are saved as nbs/images/index-1.png, -2.png, …
+figures of a cell that has no markdown output are saved as nbs/images/index-1.png, -2.png, … What comes after the comment
+"The README ends here." is on the site only.
 """
 import argparse
 import base64
@@ -16,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FRONT = "<!-- Made from {} by tools/readme.py: edit the notebook. -->"
 LINK = re.compile(r'(\]\(\s*<?|^\[[^\]]+\]:\s+|\b(?:src|href)=")([^)\s">]+)', re.MULTILINE)
+END = "<!-- The README ends here. -->"
 CODE = re.compile(r"(^ {0,3}(?P<f>```+|~~~+).*?^ {0,3}(?P=f)[`~]*\s*?$|(?P<t>`+)[^`].*?(?P=t)(?!`))", re.M | re.S)
 
 
@@ -94,7 +96,9 @@ def build(notebook, home):
     for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
         source = text(cell["source"])
         if cell["cell_type"] == "markdown":
-            blocks.append(relink(source.strip(), home))
+            blocks.append(relink(source.partition(END)[0].strip(), home))
+        if END in source:
+            break
         if cell["cell_type"] != "code":
             continue
         options, body = split(source)

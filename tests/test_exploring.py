@@ -1,0 +1,227 @@
+"""The explorer's core: every number of a view is the library's own, whatever is chosen; a broken choice is one sentence."""
+import base64
+import io
+import json
+import resource
+from functools import cache
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import spatial_entropy as se
+from spatial_entropy.data import mask_pairs
+from spatial_entropy.exploring import SURROGATES, Explorer, as_state, file_of, items_of, reply, thresholded
+
+VIT = dict(img_size=64, patch_size=16, embed_dim=48, depth=3, num_heads=4, num_classes=5)
+
+
+@pytest.fixture(scope="module")
+def two():
+    "Two models of different depth and width on the built-in pictures."
+    torch.manual_seed(0)
+    return Explorer({"plain": se.demo_model(), "other": timm.create_model("vit_tiny_patch16_224", **VIT)}, "shapes/one")
+
+
+def tapped(subject, image, block, query):
+    with se.AttentionTap(subject.model, block, query) as tap, torch.no_grad():
+        subject.model(subject.transform(image)[None])
+        return tap.maps()[0]
+
+
+@pytest.mark.parametrize("connectivity", [8, 4])
+@pytest.mark.parametrize("threshold", [dict(), dict(times_mean=1.3), dict(times_mean=0), dict(mass=.6)], ids=str)
+def test_every_number_is_the_librarys(two, threshold, connectivity):
+    for picture, block, query in ((0, -1, "auto"), (17, 0, (2, 3)), (17, -1, "mean")):
+        check_numbers(two, picture, block, query, threshold, connectivity)
+
+
+def check_numbers(two, picture, block, query, threshold, connectivity):
+    view = two.view(picture=picture, block=block, query=query, connectivity=connectivity, head=1, **threshold)
+    for subject, side in zip(two.subjects, view.sides):
+        image, mask = mask_pairs("shapes/one", two.subjects[0].size).read(picture)
+        maps = tapped(subject, image, block, query)
+        torch.testing.assert_close(side.maps, maps, rtol=0, atol=0)
+        x, on = maps, se.above_mean(maps)
+        if "mass" in threshold:
+            x = maps.flatten(-2).softmax(-1).view(maps.shape)
+            on = se.keep_mass(x, threshold["mass"])
+        elif threshold:
+            x = maps - maps.amin((-2, -1), keepdim=True)
+            on = se.above_mean(x, threshold["times_mean"])
+        E = se.spatial_entropy(x, connectivity, **threshold)
+        labels = se.label_regions(on, connectivity)
+        others = thresholded(se.surrogate_maps(maps, SURROGATES), **threshold)[0]
+        known = dict(entropy=E, regions=labels.amax((-2, -1)).float(), chance=se.spatial_entropy(others, connectivity, **threshold).mean(0),
+                     jaccard=se.mask_jaccard(maps[None], mask[None])[0].float(), pixel_auc=se.pixel_auc(maps[None], mask[None])[0].float(),
+                     energy_pointing=se.energy_pointing(maps[None], mask[None])[0].float(), density=on.float().mean((-2, -1)))
+        for name, value in known.items():
+            assert torch.equal(side.columns[name], value), name
+            assert side[name] == value[1].item() == side.numbers()[name]
+        assert torch.equal(side.labels, labels[1])
+        assert len(side.shares) == labels[1].max()
+        P = side.shares
+        torch.testing.assert_close(-torch.special.xlogy(P, P).sum().float(), E[1], rtol=1e-5, atol=2e-6)
+        if not threshold:
+            torch.testing.assert_close(P.float(), se.region_mass(maps[1], labels[1]))
+            if connectivity == 8:
+                assert torch.equal(side.columns["chance"], se.entropy_against_chance(maps, SURROGATES).chance)
+
+
+def test_the_code_of_a_view_leads_to_its_numbers(two, tmp_path):
+    se.shapes(1, size=90)[0][0].save(tmp_path / "a b.png")
+    for explorer, given in ((Explorer(images=tmp_path), dict(query=(3, 3), mass=.4)), (Explorer(), dict(picture=5, times_mean=1.5, connectivity=4, head=2)),
+                            (Explorer(images="shapes/one"), dict(picture=9, block=1))):
+        view = explorer.view(**given)
+        exec(view.code, made := {})
+        side = view.sides[0]
+        assert (made["E"].item(), made["chance"].item()) == (side["entropy"], side["chance"])
+        assert torch.equal(made["labels"], side.labels)
+
+
+def test_heads_are_sorted(two):
+    for sort, column, sign in (("entropy", "entropy", 1), ("difference", "difference", 1), ("overlap", "jaccard", -1)):
+        for side in two.view(picture=3, sort=sort).sides:
+            values = [sign * row[column] for row in side.numbers()["heads"]]
+            assert values == sorted(values) and sorted(side.order) == list(range(len(side.maps)))
+    assert two.view(sort="head").sides[1].order == [0, 1, 2, 3]
+
+
+def test_each_model_has_a_block_and_a_head_of_its_own(two):
+    a, b = two.view(block=(3, 0), head=(2, -1)).sides
+    assert (a.block, a.head, b.block, b.head) == (3, 2, 0, 3)
+
+
+def test_a_run_and_a_folder_with_masks(tmp_path):
+    from spatial_entropy.demo import DEMO
+    from spatial_entropy.training.config import TrainConfig, save_config
+    from spatial_entropy.training.models import save_weights
+    run = tmp_path / "run"
+    run.mkdir()
+    kwargs = {k: v for k, v in DEMO.items() if k not in ("img_size", "num_classes")}
+    save_config(run, TrainConfig(img_size=112, model_kwargs=kwargs, keep_skip=True), classes=se.shapes(1).classes, mean=(.5,) * 3, std=(.5,) * 3)
+    save_weights(se.demo_model().state_dict(), run / "model.safetensors")
+    data = se.shapes(4, size=100)
+    for kind, arrays in (("images", data.images), ("masks", data.masks)):
+        (tmp_path / "pairs" / kind).mkdir(parents=True)
+        for i, a in enumerate(arrays):
+            Image.fromarray(a).save(tmp_path / "pairs" / kind / f"{i}.png")
+    explorer = Explorer(run, tmp_path / "pairs")
+    view = explorer.view(picture=2)
+    assert len(explorer.items) == 4 and view.mask.any() and "jaccard" in view.sides[0].columns
+    exec(view.code, made := {})
+    assert made["E"].item() == view.sides[0]["entropy"]
+    memory = Explorer(se.demo_model(), [(data.images[2], data.masks[2]), data[1][0]])
+    assert memory.view().mask.any() and memory.view(picture=1).mask is None
+    assert memory.view().sides[0]["jaccard"] > 0
+
+
+def test_maps_are_computed_once_a_picture():
+    explorer, ran = Explorer(), []
+    explorer.subjects[0].model.register_forward_hook(lambda *a: ran.append(1))
+    explorer.view(picture=1)
+    for given in (dict(block=0), dict(head=2), dict(times_mean=2), dict(mass=.5), dict(connectivity=4), dict(sort="overlap")):
+        explorer.view(picture=1, **given)
+    assert len(ran) == 1
+    explorer.view(picture=1, query=(3, 3))
+    explorer.view(picture=1, query=(3, 3), block=1)
+    assert len(ran) == 2
+    assert "_tap_sites" not in vars(explorer.subjects[0].model.blocks[-1].attn)             # and no tap stays
+
+
+def test_an_update_takes_100_ms_at_most():
+    "CPU time of a whole answer, as a widget gets it, in the demo model and in a ViT-S/16 at 224 pixels."
+    torch.manual_seed(0)
+    small = timm.create_model("vit_small_patch16_224").eval()
+    for explorer in (Explorer(), Explorer(small)):
+        for name, given in (("threshold", dict(times_mean=1.2)), ("connectivity", dict(connectivity=4)), ("head", dict(head=2)), ("mass", dict(mass=.5))):
+            reply(explorer, dict(kind="view"))
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_utime
+            for _ in range(5):
+                assert reply(explorer, dict(kind="view", state=given))["kind"] == "view"
+            spent = (resource.getrusage(resource.RUSAGE_SELF).ru_utime - before) / 5
+            print(f"{explorer.subjects[0].name} {name}: {1000 * spent:.0f} ms")
+            assert spent < .1, (name, spent)
+
+
+def test_models_of_several_stages_and_without_cls(two):
+    torch.manual_seed(0)
+    for name, options in (("swin_tiny_patch4_window7_224", dict(img_size=224)), ("pvt_v2_b0", {}), ("vit_base_patch16_siglip_224", dict(depth=2))):
+        explorer = Explorer(timm.create_model(name, **options).eval())
+        for block in (0, -1):
+            side = explorer.view(block=block).sides[0]
+            assert side.map.shape == side.labels.shape and np.isfinite(side["entropy"])
+        answer = reply(explorer, dict(kind="view", state=dict(query=[1, 1], block=-1)))
+        assert answer["kind"] == "view" or "query" in answer["said"], answer
+
+
+@cache
+def one():
+    return Explorer()
+
+
+@pytest.mark.parametrize("call,said", [
+    (lambda: Explorer(torch.nn.Linear(1, 1)), "no adapter for this family"),
+    (lambda: Explorer(timm.create_model("resnet18")), "a convolutional network: no attention"),
+    (lambda: Explorer("nowhere_tiny"), "does not know"),
+    (lambda: Explorer([se.demo_model()] * 3), "got 3 models, expected one, or two side by side"),
+    (lambda: Explorer([]), "got 0 models"),
+    (lambda: Explorer(images="nowhere"), "nowhere: no such folder or picture"),
+    (lambda: Explorer(images=[]), "images: got an empty list"),
+    (lambda: Explorer(images=3), "images: got int, expected a folder"),
+    (lambda: one().view(picture=40), "picture: got 40, expected a number from 0 to 39"),
+    (lambda: one().view(picture=-1), "picture: got -1"),
+    (lambda: one().view(block=4), "block: got 4, expected a number from -4 to 3"),
+    (lambda: one().view(head=3), "head: got 3, expected a number from -3 to 2 in block 3"),
+    (lambda: one().view(head=(1, 1)), "head: got (1, 1), but there is one model"),
+    (lambda: one().view(query=(14, 0)), "query: got (14, 0), expected a patch of the 14×14 grid"),
+    (lambda: one().view(query="register"), "query: got 'register'"),
+    (lambda: one().view(times_mean=float("nan")), "times_mean: got nan"),
+    (lambda: one().view(mass=0), "mass: got 0, expected a share in (0, 1]"),
+    (lambda: one().view(connectivity=6), "connectivity: got 6, expected 4 or 8"),
+    (lambda: one().view(colour=6), "got 'colour', expected one of picture"),
+    (lambda: as_state(dict(query=[[1], 2])), "query: got ([1], 2)"),
+])
+def test_what_cannot_be_is_one_sentence(call, said):
+    with pytest.raises((ValueError, TypeError, OSError)) as e:
+        call()
+    assert said in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_folder_without_pictures(tmp_path):
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(ValueError, match="no picture in it; expected files such as .png"):
+        items_of(tmp_path, 64)
+    (tmp_path / "broken.png").write_bytes(b"x")
+    with pytest.raises(OSError, match="broken.png"):
+        Explorer(images=tmp_path)
+
+
+def test_questions_of_any_kind_have_an_answer():
+    explorer, file = Explorer(), io.BytesIO()
+    se.shapes(1, size=50)[0][0].save(file, format="PNG")
+    data = base64.b64encode(file.getvalue()).decode()
+    answer = reply(explorer, dict(kind="picture", name="x\n<b>.png", data=data, state=dict(block=1), n=7))
+    assert answer["n"] == 7 and answer["pictures"][-1] == "x�<b>.png" and answer["state"]["picture"] == 40 and answer["mask"] is None
+    assert json.loads(json.dumps(answer)) == answer
+    for what, start in (("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml"), ("json", b"{"), ("py", b"import")):
+        file = reply(explorer, dict(kind="export", what=what, state=dict(query=[3, 4])))
+        assert base64.b64decode(file["data"]).startswith(start) and file["name"] == f"view.{what}"
+    numbers = json.loads(file_of(explorer.view(picture=4), "json"))
+    assert numbers["models"][0]["entropy"] == explorer.view(picture=4).sides[0]["entropy"]
+    for wrong in ({}, None, [], dict(kind="view", state=3), dict(kind="view", state=dict(head=[1])), dict(kind="picture", data="é"), dict(kind="picture"),
+                  dict(kind="export"), dict(kind="view", state=dict(picture=10**30)), dict(kind=["view"])):
+        answer = reply(explorer, wrong)
+        assert answer["kind"] == "error" and answer["said"] and "\n" not in answer["said"], wrong
+
+
+def test_maps_with_nan_are_said_to_be_broken():
+    model = se.demo_model()
+    with torch.no_grad():
+        model.blocks[3].attn.qkv.weight[:] = float("nan")
+    explorer = Explorer.__new__(Explorer)
+    explorer.__init__(model)
+    answer = reply(explorer, dict(kind="view"))
+    assert answer["sides"][0]["entropy"] is None and "NaN" not in json.dumps(answer)
