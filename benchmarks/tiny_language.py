@@ -326,7 +326,7 @@ def parser():
     p.add_argument("--pictures", type=int, default=6000, help="to learn from")
     p.add_argument("--tower-steps", type=int, default=1600, help="of the tower, 32 pictures each")
     p.add_argument("--steps", type=int, default=900, help="of the language model, 24 pictures with four questions each")
-    p.add_argument("--questions", type=int, default=200, help="to judge the heads by, half to choose and half to score")
+    p.add_argument("--questions", type=int, default=120, help="to judge the heads by, half to choose and half to score")
     p.add_argument("--top", type=int, default=3, help="heads that are selected in a sample, at most")
     p.add_argument("--best", type=int, default=3, help="heads that are used together")
     p.add_argument("--threads", type=int, default=1, help="of torch")
