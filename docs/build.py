@@ -128,6 +128,30 @@ class Api:
             return m[0] + ("\n   :exclude-members: " + ", ".join(own) if own else "")
         return re.sub(r"^\.\. autoclass:: (\S+)$", option, markdown, flags=re.MULTILINE)
 
+    def reference(self):
+        "The page of all public names: signature, what it is, where it is shown. Every name needs an entry on a page."
+        package = importlib.import_module(settings()["lib_name"])
+        homes = {module: page.removesuffix(".ipynb") for page, module in self.modules.items()}
+        lines, missing = ["# Reference", "", ":::{container} lead", f"The {len(package.__all__)} names of "
+                          f"`import {package.__name__} as se`; each leads to its parameters, errors and source.", ":::"], []
+        rooms = {}
+        for module, names in package._modules.items():
+            rooms.setdefault(module.partition(".")[0] if "." in module else "at the top", []).extend((module, n) for n in names.split())
+        for room, listed in rooms.items():
+            lines += ["", f"## {room}", "", "| name | what it is | page |", "|---|---|---|"]
+            for module, name in listed:
+                obj = getattr(package, name)
+                full = f"{getattr(obj, '__module__', None) or f'{package.__name__}.{module}'}.{name}"
+                full = full if full in self.shown else f"{package.__name__}.{module}.{name}"
+                missing += [name] * (full not in self.shown)
+                page = homes[f"{package.__name__}.{module}"]
+                said = (inspect.getdoc(obj) or "").partition("\n\n")[0].replace("\n", " ").replace("|", "\\|")
+                missing += [f"{name} (no docstring)"] * (not said)
+                lines.append(f"| {{py:obj}}`{name} <{full}>` | {said} | [{page.partition('_')[2]}]({page}.ipynb) |")
+        if missing:
+            raise SystemExit(f"public names without an entry on a page: {', '.join(missing)}")
+        return "\n".join(lines) + "\n"
+
     def symbols(self):
         "Full names by the short names that mean one thing only."
         res, twice = {}, set()
@@ -223,11 +247,11 @@ def adapt_markdown(source, symbols, home):
 
 
 def contents(index, written):
-    "The sidebar: the parts of the map in the index, and the pages that tests write."
+    "The sidebar: the parts of the map in the index, and the pages to look things up."
     rows = "\n".join(text(c["source"]) for c in index["cells"])
     parts, pages = re.split(r"^\| \*\*(.+)\*\* \| .*\|$", rows, flags=re.M)[1:], r"^\| \[\w+\]\((\w+)\.(?:ipynb|html)\)"
     listed = [(title, re.findall(pages, body, re.M)) for title, body in zip(parts[::2], parts[1::2])]
-    for title, names in [*listed, ("Tables", written)]:
+    for title, names in [*listed, ("To look up", written)]:
         yield "\n".join(["```{toctree}", ":hidden:", f":caption: {title}", "", *names, "```"])
 
 
@@ -257,6 +281,9 @@ def adapt(proc):
     pages, written = [o.removesuffix(".ipynb") for o in books if o != "index.ipynb"], [o.stem for o in sorted(DOCS.glob("*.md"))]
     for page in written:
         shutil.copy(DOCS / f"{page}.md", SOURCE)
+    (SOURCE / "reference.md").write_text(api.reference(), encoding="utf-8")
+    (SOURCE / "changelog.md").write_text(adapt_markdown((ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), symbols, ROOT), encoding="utf-8")
+    written = ["reference", *written, "changelog"]
     for name, nb in books.items():
         cells, titled = [], False
         for cell in nb["cells"]:

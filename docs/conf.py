@@ -46,6 +46,7 @@ viewcode_line_numbers = True
 
 html_theme = "furo"
 html_title = f"{project} {version}"
+html_favicon = "_static/favicon.svg"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False

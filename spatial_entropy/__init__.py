@@ -14,7 +14,8 @@ __doc__ = "Spatial entropy for Vision Transformers: attention that falls on conn
 # %% ../nbs/69_names.ipynb #11fee6cb
 _modules = { # module: the names that users need of it
     "pictures": "show_maps show_regions overlay", "measure.regions": "above_mean keep_mass",
-    "measure.entropy": "region_mass", "data": "shapes mask_pairs colored_shapes", "demo": "demo_model",
+    "measure.entropy": "region_mass", "demo": "demo_model",
+    "data": "shapes mask_pairs colored_shapes",
     "attention.rows": "similarity_maps",
     "attention.families": "Adapter Layer UnsupportedModel register_adapter",
     "attention.tap": "AttentionTap", "attention.surgery": "drop_last_skip register_surgery",
@@ -23,7 +24,7 @@ _modules = { # module: the names that users need of it
     "language.heads": "rank_text_heads locate draw_located located_table text_maps",
     "measure.operators": "label_regions spatial_entropy SpatialEntropyLoss",
     "loops.schedule": "entropy_weight", "loops.regularizer": "SpatialEntropyRegularizer",
-    "loops.timm": "spatial_entropy_task",
+    "loops.timm": "spatial_entropy_task", "language.looking": "look",
     "loops.alternatives": "register_regularizer", "analysis.masks": "mask_jaccard pointing",
     "analysis.evaluation": "accuracy", "analysis.heads": "rank_heads head_maps entropy_heatmap",
     "analysis.localization": "localization_entropy localization_heads",
@@ -39,27 +40,29 @@ _modules = { # module: the names that users need of it
 }
 
 # %% ../nbs/69_names.ipynb #965e83a5
-_frameworks = { # module: (names, the extra that brings the framework)
-    "loops.lightning": ("SpatialEntropyLightning", "lightning"),
-    "loops.transformers": ("SpatialEntropyTrainer SpatialEntropyTrainerMixin", "transformers"),
-    "loops.fastai": ("SpatialEntropyFastai", "fastai"),
-    "loops.torchmetrics": ("SpatialEntropyMetric", "torchmetrics"),
-    "language.demo": ("demo_language_model", "transformers"),
+_frameworks = { # module: (names, the framework, the extra that brings it)
+    "loops.lightning": ("SpatialEntropyLightning", "lightning", "lightning"),
+    "loops.transformers": ("SpatialEntropyTrainer SpatialEntropyTrainerMixin", "transformers",
+                           "transformers"),
+    "loops.fastai": ("SpatialEntropyFastai", "fastai", "fastai"),
+    "loops.torchmetrics": ("SpatialEntropyMetric", "torchmetrics", "torchmetrics"),
+    "widgets": ("explore", "anywidget", "explore"),
+    "language.demo": ("demo_language_model", "transformers", "transformers"),
 }
 
 # %% ../nbs/69_names.ipynb #de2bac02
 _home = {name: module for module, names in _modules.items() for name in names.split()}
-_optional = {name: module for module, (names, _) in _frameworks.items() for name in names.split()}
+_optional = {name: module for module, (names, *_) in _frameworks.items() for name in names.split()}
 _rooms = {module.partition(".")[0] for module in (*_modules, *_frameworks)}
 
 # %% ../nbs/69_names.ipynb #384dd819
 def _framework(module):
     "A module that needs a framework. Raises ImportError that names the extra."
-    extra = _frameworks[module][1]
+    framework, extra = _frameworks[module][1:]
     try: return import_module(f"{__name__}.{module}")
     except ModuleNotFoundError as e:
-        if (e.name or "").split(".")[0] != extra: raise
-        said = (f"{__name__}.{module} needs {extra}, which is not installed; "
+        if (e.name or "").split(".")[0] != framework: raise
+        said = (f"{__name__}.{module} needs {framework}, which is not installed; "
                 f"pip install 'spatial_entropy[{extra}]'")
         raise ImportError(said, name=e.name) from None
 

@@ -7,8 +7,9 @@ __all__ = ['ORDERS', 'SURROGATES', 'SHOWN', 'thresholded', 'region_shares', 'Sta
            'subjects_of', 'Item', 'items_of', 'Side', 'side_of', 'code_of', 'View', 'Explorer', 'screen_of', 'file_of',
            'reply']
 
-# %% ../nbs/60_exploring.ipynb #71eec2b7
+# %% ../nbs/60_exploring.ipynb #bcb3cab5
 import json
+import math
 from base64 import b64decode, b64encode
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
@@ -316,7 +317,7 @@ def _order_of(columns, sort):
     keys = (sign*columns[name]).nan_to_num(torch.inf)
     return keys.argsort(stable=True).tolist()
 
-# %% ../nbs/60_exploring.ipynb #30d898e4
+# %% ../nbs/60_exploring.ipynb #51e38984
 @dataclass
 class Side:
     "What one model sees, at one block and head."
@@ -337,7 +338,7 @@ class Side:
 
     def numbers(self) -> dict: # plain numbers; NaN as None
         "What was measured of the head, and of all heads, best first."
-        plain = lambda v: None if v != v else v
+        plain = lambda v: v if math.isfinite(v) else None
         of = lambda h: {name: plain(v[h].item()) for name, v in self.columns.items()}
         return dict(name=self.name, block=self.block, head=self.head, grid=list(self.map.shape),
                     shares=self.shares.tolist(), **of(self.head),
@@ -367,7 +368,7 @@ def side_of(name, maps, # {block: (H, h, w)}
     return Side(name, block, n, head % len(s), s, labels, shares, columns,
                 _order_of(columns, state.sort))
 
-# %% ../nbs/60_exploring.ipynb #57c76b13
+# %% ../nbs/60_exploring.ipynb #2365f293
 def _draw_picture(ax, view, grid):
     "The picture, the outline of its object, and a frame around the patch that asks."
     pixels, mask = np.asarray(view.image), view.mask
@@ -388,8 +389,9 @@ def _draw_regions(ax, side):
     edge = dict(path_effects=[withStroke(linewidth=2, foreground="w")], ha="center", va="center")
     for n, share in enumerate(side.shares.tolist(), 1):
         if share < .02: continue
-        y, x = (v.float().mean().item() for v in (side.labels == n).nonzero(as_tuple=True))
-        ax.text(x, y, f"{share:.2f}", fontsize=7, **edge)
+        y, x = (v.float() for v in (side.labels == n).nonzero(as_tuple=True))
+        above = .9 if len(y) < 6 else 0                      # what is small is not hidden
+        ax.text(x.mean(), y.mean() - above, f"{share:.2f}", fontsize=7, **edge)
 
 # %% ../nbs/60_exploring.ipynb #ac831c9e
 def _said(side):
@@ -573,10 +575,10 @@ def _bytes_of(maps): # (H, h, w)
     scaled = (255*(m - low)/(high - low).clamp_min(1e-12)).round().to(torch.uint8)
     return [b64encode(row.numpy().tobytes()).decode() for row in scaled]
 
-# %% ../nbs/60_exploring.ipynb #402024c1
+# %% ../nbs/60_exploring.ipynb #5bae9960
 def _for_screen(side):
     "A view's side, for a screen."
-    cell = lambda v: float(f"{v:.4g}") if v == v else None
+    cell = lambda v: float(f"{v:.4g}") if math.isfinite(v) else None
     return side.numbers() | dict(
         blocks=side.blocks, pictures=_bytes_of(side.maps), labels=side.labels.tolist(),
         map=[[cell(v) for v in row] for row in side.map.tolist()])

@@ -76,6 +76,8 @@ ROOMS = {  # room: the rooms that it may import
     "analysis": {"measure", "attention", "pictures"},
     "training": {"measure", "attention", "loops", "analysis", "pictures", "data", "demo"},
     "exploring": {"measure", "attention", "analysis", "training", "pictures", "data", "demo"},
+    "serving": {"exploring"},
+    "widgets": {"exploring"},
     "commands": {"measure", "attention", "loops", "analysis", "training", "pictures", "data"},
     "__init__": set(),
 }
