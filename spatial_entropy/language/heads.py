@@ -172,7 +172,7 @@ def combined(maps: Tensor, # (K, h, w)
              smooth: float = 1., # standard deviation of the Gaussian, in cells; 0 for none
             ) -> Tensor: # (h, w) float64
     "The sum of smoothed maps. Raises ValueError for a NaN or infinite cell."
-    total = maps.double().sum(0).cpu()
+    total = maps.cpu().double().sum(0)
     if not total.isfinite().all():
         raise ValueError("maps: got a NaN or infinite cell, which half precision gives where "
                          "attention overflows; load the model in bfloat16 or float32")
@@ -351,15 +351,22 @@ def _square(p, w, h): # what a processor that pads to a square sees, in pixels
     side = max(w, h)
     return (w - side)/2, (h - side)/2, (w + side)/2, (h + side)/2
 
+def _resized(p, w, h): # (width, height) before the cut
+    sides = dict(getattr(p, "size", None) or {}) if getattr(p, "do_resize", False) else {}
+    if sides.get("height") and sides.get("width"): return sides["width"], sides["height"]
+    unit = sides["shortest_edge"]/min(w, h) if sides.get("shortest_edge") else 1
+    return w*unit, h*unit
+
 def frame_of(processor, size): # (width, height) of a picture
     "The box of the picture that the grid covers, in shares of it."
     p, (w, h) = getattr(processor, "image_processor", processor), size
     x0, y0, x1, y1 = _square(p, w, h)
-    crop, sides = getattr(p, "crop_size", None), dict(getattr(p, "size", None) or {})
+    crop = getattr(p, "crop_size", None)
     cuts = getattr(p, "do_center_crop", False) and not getattr(p, "image_grid_pinpoints", None)
-    if cuts and crop and sides.get("shortest_edge") and getattr(p, "do_resize", False):
-        unit = min(x1 - x0, y1 - y0)/sides["shortest_edge"]       # pixels of the picture in one
-        x, y, cw, ch = (x0 + x1)/2, (y0 + y1)/2, crop["width"]*unit/2, crop["height"]*unit/2
+    if cuts and crop:
+        resized = _resized(p, x1 - x0, y1 - y0)
+        x, cw = (x0 + x1)/2, crop["width"]/resized[0]*(x1 - x0)/2
+        y, ch = (y0 + y1)/2, crop["height"]/resized[1]*(y1 - y0)/2
         x0, y0, x1, y1 = x - cw, y - ch, x + cw, y + ch
     return x0/w, y0/h, x1/w, y1/h
 
