@@ -15,8 +15,7 @@ __doc__ = "Spatial entropy for Vision Transformers: attention that falls on conn
 _modules = { # module: the names that users need of it
     "pictures": "show_maps show_regions overlay", "measure.regions": "above_mean keep_mass",
     "measure.entropy": "region_mass", "demo": "demo_model",
-    "data": "shapes mask_pairs colored_shapes",
-    "attention.rows": "similarity_maps",
+    "data": "shapes mask_pairs colored_shapes", "attention.rows": "similarity_maps",
     "attention.families": "Adapter Layer UnsupportedModel register_adapter",
     "attention.tap": "AttentionTap", "attention.surgery": "drop_last_skip register_surgery",
     "language.geometry": "LanguageAdapter register_language_adapter Picture Part",
