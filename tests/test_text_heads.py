@@ -190,6 +190,15 @@ def test_the_frame_is_what_the_processor_shows(size, how):
     check_frame(eye, w, h)
 
 
+@pytest.mark.parametrize("size", [(96, 64), (64, 96)])
+def test_the_frame_of_a_processor_that_squeezes_and_cuts(size):
+    eye = processor_of().image_processor
+    eye.size = dict(height=48, width=40)
+    check_frame(eye, *size)
+    eye.do_resize = False
+    check_frame(eye, *size)
+
+
 def test_the_frame_of_a_processor_that_pads():
     import transformers as t
     eye = t.LlavaImageProcessor(do_pad=True, size=dict(shortest_edge=32), crop_size=dict(height=32, width=32))

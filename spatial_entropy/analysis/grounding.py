@@ -18,7 +18,7 @@ from torchvision.ops import box_iou
 from .masks import pointing
 from .objects import energy_pointing
 from ..measure.operators import label_regions
-from ..measure.regions import as_float64, centered, check_maps
+from ..measure.regions import centered, check_maps
 
 # %% ../../nbs/49_grounding.ipynb #ceccecd1
 _FORMS = {"xywh": "x, y, width, height", "xyxy": "x0, y0, x1, y1"}
@@ -150,11 +150,11 @@ def box_around(region: Tensor # (..., h, w) bool
 SCORES = "pointing", "energy_pointing", "iou"
 
 def _iou(maps, truth, on, level): # (H, h, w); on: (h, w)
-    region = main_region(maps, level)
+    region = main_region(maps, level).cpu()
     if truth.mask is None:
-        boxes = box_around(region).nan_to_num(0).cpu()
+        boxes = box_around(region).nan_to_num(0)
         return box_iou(boxes, truth.inside).amax(1)
-    r = as_float64(region).cpu()
+    r = region.double()
     both = (r*on).sum((-2, -1))
     return both/(r.sum((-2, -1)) + on.sum() - both)
 

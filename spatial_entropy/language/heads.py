@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROMPT', 'Seen', 'looks', 'measured', 'rank_seen', 'best_heads', 'combined', 'Located', 'locate_seen', 'LocatedTable',
-           'located_table', 'draw_located', 'TextSample', 'prompted', 'frame_of', 'as_sample', 'text_maps',
-           'rank_text_heads', 'locate']
+           'located_table', 'put_located', 'draw_located', 'TextSample', 'prompted', 'frame_of', 'as_sample',
+           'on_model', 'text_maps', 'rank_text_heads', 'locate']
 
 # %% ../../nbs/77_text_heads.ipynb #e197434a
 import inspect
@@ -172,7 +172,7 @@ def combined(maps: Tensor, # (K, h, w)
              smooth: float = 1., # standard deviation of the Gaussian, in cells; 0 for none
             ) -> Tensor: # (h, w) float64
     "The sum of smoothed maps. Raises ValueError for a NaN or infinite cell."
-    total = maps.double().sum(0).cpu()
+    total = maps.cpu().double().sum(0)
     if not total.isfinite().all():
         raise ValueError("maps: got a NaN or infinite cell, which half precision gives where "
                          "attention overflows; load the model in bfloat16 or float32")
@@ -288,19 +288,25 @@ def _put_truth(ax, truth, size):
     ax.contour(on, [.5], colors="white", linewidths=1.2, linestyles="--",
                extent=(-.5, w - .5, -.5, h - .5))
 
-def draw_located(found: Located):
-    "The picture, the map over it, and the maps of its heads. A matplotlib figure."
-    canvas, K = _canvas(found.seen), len(found.heads)
+# %% ../../nbs/77_text_heads.ipynb #e4aaed03
+def put_located(axes, # of the picture, the map over it, and of each head
+                found: Located):
+    "Draw a sample into axes."
+    canvas = _canvas(found.seen)
     size = canvas.shape[1], canvas.shape[0]
-    fig, axes = panels(1, 2 + K, 1.7)
-    axes[0, 0].imshow(canvas.numpy())
-    axes[0, 1].imshow(overlay(canvas.numpy(), found.map))
-    for ax in axes[0, :2]: _put_truth(ax, found.seen.truth, size)
-    _put_box(axes[0, 1], box_around(main_region(found.map, found.level)), size, "#e8442a")
-    put_caption(axes[0, 0], one_line(found.seen.name, 34))
-    for ax, (layer, head) in zip(axes[0, 2:], found.heads):
+    axes[0].imshow(canvas.numpy())
+    axes[1].imshow(overlay(canvas.numpy(), found.map))
+    for ax in axes[:2]: _put_truth(ax, found.seen.truth, size)
+    _put_box(axes[1], box_around(main_region(found.map, found.level)), size, "#e8442a")
+    put_caption(axes[0], one_line(found.seen.name, 34))
+    for ax, (layer, head) in zip(axes[2:], found.heads):
         ax.imshow(found.seen.maps[layer][head].float().cpu().numpy(), cmap="viridis")
         put_caption(ax, f"layer {layer}, head {head}")
+
+def draw_located(found: Located):
+    "The picture, the map over it, and the maps of its heads. A matplotlib figure."
+    fig, axes = panels(1, 2 + len(found.heads), 1.7)
+    put_located(axes[0], found)
     return fig
 
 # %% ../../nbs/77_text_heads.ipynb #12d7aee9
@@ -345,15 +351,22 @@ def _square(p, w, h): # what a processor that pads to a square sees, in pixels
     side = max(w, h)
     return (w - side)/2, (h - side)/2, (w + side)/2, (h + side)/2
 
+def _resized(p, w, h): # (width, height) before the cut
+    sides = dict(getattr(p, "size", None) or {}) if getattr(p, "do_resize", False) else {}
+    if sides.get("height") and sides.get("width"): return sides["width"], sides["height"]
+    unit = sides["shortest_edge"]/min(w, h) if sides.get("shortest_edge") else 1
+    return w*unit, h*unit
+
 def frame_of(processor, size): # (width, height) of a picture
     "The box of the picture that the grid covers, in shares of it."
     p, (w, h) = getattr(processor, "image_processor", processor), size
     x0, y0, x1, y1 = _square(p, w, h)
-    crop, sides = getattr(p, "crop_size", None), dict(getattr(p, "size", None) or {})
+    crop = getattr(p, "crop_size", None)
     cuts = getattr(p, "do_center_crop", False) and not getattr(p, "image_grid_pinpoints", None)
-    if cuts and crop and sides.get("shortest_edge") and getattr(p, "do_resize", False):
-        unit = min(x1 - x0, y1 - y0)/sides["shortest_edge"]       # pixels of the picture in one
-        x, y, cw, ch = (x0 + x1)/2, (y0 + y1)/2, crop["width"]*unit/2, crop["height"]*unit/2
+    if cuts and crop:
+        resized = _resized(p, x1 - x0, y1 - y0)
+        x, cw = (x0 + x1)/2, crop["width"]/resized[0]*(x1 - x0)/2
+        y, ch = (y0 + y1)/2, crop["height"]/resized[1]*(y1 - y0)/2
         x0, y0, x1, y1 = x - cw, y - ch, x + cw, y + ch
     return x0/w, y0/h, x1/w, y1/h
 
@@ -391,8 +404,8 @@ def as_sample(found, number, processor, prompt, query):
                          "pass processor=")
     return _of_record(found, processor, prompt, query)
 
-# %% ../../nbs/77_text_heads.ipynb #b3ee7223
-def _moved(inputs, model):
+# %% ../../nbs/77_text_heads.ipynb #db6a9438
+def on_model(inputs, model):
     "The inputs on the model's device, pixels in its type."
     p = next(model.parameters())
     return {k: (v.to(p.device, p.dtype) if v.is_floating_point() else v.to(p.device))
@@ -410,7 +423,7 @@ def _heard(model, sample, processor, query, layers, view, new_tokens):
     layers = [layers] if isinstance(layers, int) else layers
     with (evaluating(model), torch.no_grad(),
           TextImageTap(model, query, layers, processor) as tap):
-        _run(model, _moved(sample.inputs, model), query, new_tokens)
+        _run(model, on_model(sample.inputs, model), query, new_tokens)
         for b in range(len(sample.truths)):
             maps = tap.maps(view, prompt=b)
             yield {i: (m[0].mean(0) if query == "generated" else m[0]) for i, m in maps.items()}

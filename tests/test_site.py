@@ -1,0 +1,127 @@
+"""The rendered site in a browser: errors, requests, links, search, mathematics, pictures, widths."""
+import functools
+import http.server
+import os
+import re
+import subprocess
+import sys
+import threading
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from browser import browser, why_not
+
+ROOT = Path(__file__).resolve().parent.parent
+SITE = ROOT / "docs/_site"
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+
+
+def is_old():
+    "Whether the site is not there, or something that it is made of has changed since."
+    made = SITE / "index.html"
+    return not made.exists() or any(o.stat().st_mtime > made.stat().st_mtime
+                                    for o in (*ROOT.glob("nbs/*.ipynb"), *ROOT.glob("docs/*.*"), *ROOT.glob("docs/_static/*")))
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_): pass
+
+
+@pytest.fixture(scope="module")
+def site():
+    "The address of the site, served here."
+    if is_old():
+        env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        made = subprocess.run([sys.executable, "docs/build.py"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=550)
+        if made.returncode:
+            pytest.fail(f"docs/build.py: {made.stderr[-1500:]}", pytrace=False)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(SITE)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def page(site):
+    with browser() as tab:
+        yield tab()
+
+
+def names():
+    return sorted(o.stem for o in ROOT.glob("nbs/*.ipynb")) + ["reference", "models", "changelog"]
+
+
+class Anchors(HTMLParser):
+    "The names in a page that can be linked to, and what it links to."
+
+    def __init__(self, path):
+        super().__init__()
+        self.ids, self.links = set(), []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        about = dict(attrs)
+        self.ids |= {about[k] for k in ("id", "name") if about.get(k)}
+        self.links += [about[k] for k in ("href", "src") if about.get(k)]
+
+
+def test_every_link_and_anchor_leads_somewhere(site):
+    read = functools.cache(Anchors)
+    broken = []
+    for path in sorted(SITE.glob("*.html")):
+        for link in read(path).links:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc:
+                continue
+            there = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            there = there / "index.html" if there.is_dir() else there
+            anchor = unquote(parts.fragment)
+            if not there.exists() or (anchor and there.suffix == ".html" and anchor not in read(there).ids):
+                broken.append(f"{path.name}: {link}")
+    assert not broken, broken[:20]
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_page_has_no_error_asks_nobody_else_and_does_not_scroll_sideways(site, page, name):
+    page.errors.clear(), page.requests.clear()
+    for width, dark in ((390, True), (1280, False)):
+        page.size(width, 900, dark)
+        page.open(f"{site}/{name}.html", "!window.MathJax || !MathJax.startup || !MathJax.startup.promise || MathJax.startup.promise.then(() => true)")
+        wide = page.js("document.documentElement.scrollWidth - window.innerWidth")
+        assert wide <= 0, f"{width} px: {wide} px too wide"
+    page.wait("[...document.images].every(i => i.complete || i.loading === 'lazy')")
+    assert page.js("[...document.images].filter(i => i.complete && !i.naturalWidth && i.src).map(i => i.src)") == []
+    assert page.js("[...document.images].filter(i => !i.closest('.sidebar-drawer') && !i.hasAttribute('alt')).length") == 0
+    elsewhere = [r for r in page.requests if not r.startswith((site, "data:", "blob:"))]
+    assert page.errors == [] and elsewhere == []
+
+
+def test_mathematics_is_typeset(site, page):
+    page.size(1280, 900)
+    page.open(f"{site}/02_entropy.html")
+    assert page.wait("document.querySelectorAll('mjx-container').length") > 10
+    assert page.js("document.querySelectorAll('mjx-merror').length") == 0
+
+
+def test_search_finds_the_entropy(site, page):
+    page.open(f"{site}/search.html?q=spatial_entropy")
+    found = page.wait("document.querySelectorAll('#search-results li a').length && "
+                      "[...document.querySelectorAll('#search-results li a')].map(a => a.getAttribute('href'))", 60)
+    assert any("24_operators" in link for link in found), found[:10]
+
+
+def test_every_page_stands_in_the_sidebar(site, page):
+    page.open(f"{site}/index.html")
+    listed = page.js("[...document.querySelectorAll('.sidebar-tree a.reference')].map(a => a.getAttribute('href'))")
+    assert {re.sub(r"\.html.*", "", link) for link in listed} >= {n for n in names() if n != "index"}
+
+
+def test_the_slider_shows_another_threshold(site, page):
+    page.open(f"{site}/07_try.html")
+    shown = "[...document.querySelectorAll('.slider img')].filter(i => !i.hidden).map(i => i.alt)"
+    before = page.js(shown)
+    page.choose(".slider input", 9)
+    after = page.js(shown)
+    assert len(before) == len(after) == 1 and before[0].startswith("k = 1.0") and after[0].startswith("k = 1.625")
