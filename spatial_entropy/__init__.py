@@ -14,8 +14,8 @@ __doc__ = "Spatial entropy for Vision Transformers: attention that falls on conn
 # %% ../nbs/69_names.ipynb #11fee6cb
 _modules = { # module: the names that users need of it
     "pictures": "show_maps show_regions overlay", "measure.regions": "above_mean keep_mass",
-    "measure.entropy": "region_mass", "data": "shapes mask_pairs", "demo": "demo_model",
-    "attention.rows": "similarity_maps",
+    "measure.entropy": "region_mass", "demo": "demo_model",
+    "data": "shapes mask_pairs colored_shapes", "attention.rows": "similarity_maps",
     "attention.families": "Adapter Layer UnsupportedModel register_adapter",
     "attention.tap": "AttentionTap", "attention.surgery": "drop_last_skip register_surgery",
     "language.geometry": "LanguageAdapter register_language_adapter Picture Part",
@@ -46,6 +46,7 @@ _frameworks = { # module: (names, the framework, the extra that brings it)
     "loops.fastai": ("SpatialEntropyFastai", "fastai", "fastai"),
     "loops.torchmetrics": ("SpatialEntropyMetric", "torchmetrics", "torchmetrics"),
     "widgets": ("explore", "anywidget", "explore"),
+    "language.demo": ("demo_language_model", "transformers", "transformers"),
 }
 
 # %% ../nbs/69_names.ipynb #de2bac02

@@ -137,7 +137,7 @@ def _norm_of(model): # mean and std
     cfg = getattr(model, "pretrained_cfg", None) or {}
     return tuple(cfg.get("mean", (.5,)*3)), tuple(cfg.get("std", (.5,)*3))
 
-# %% ../nbs/60_exploring.ipynb #23708040
+# %% ../nbs/60_exploring.ipynb #712b13e0
 @dataclass
 class Subject:
     "A model to look into, and how a picture becomes its input."
@@ -154,8 +154,12 @@ class Subject:
 
     def maps(self, image, # a PIL picture
              block="all", query="auto") -> dict: # {block: (H, h, w)}, on the CPU
-        "The maps of one forward pass. Raises what `AttentionTap` raises."
-        found, = head_maps(self.model, [self.transform(image)[None]], block, query)
+        "The maps of one forward pass. Raises what `AttentionTap` raises, and ValueError."
+        x = self.transform(image)[None]
+        try: found, = head_maps(self.model, [x], block, query)
+        except (RuntimeError, AssertionError) as e:
+            raise ValueError(f"{self.name}: {one_line(e, 200)} (shown {self.size}×{self.size} "
+                             "pixels; img_size changes that)") from None
         return {b: m[0].cpu() for b, m in found.items()}
 
 # %% ../nbs/60_exploring.ipynb #89dc61d8

@@ -34,6 +34,8 @@ class Page:
         self.n, self.errors, self.requests = 0, [], []
         for domain in ("Page", "Runtime", "Network", "Log", "DOM"):
             self.send(f"{domain}.enable")
+        self.send("Page.bringToFront")                                  # a tab in the background draws nothing
+        self.send("Emulation.setFocusEmulationEnabled", enabled=True)
 
     def heard(self, event):
         what, about = event["method"], event["params"]
@@ -72,7 +74,7 @@ class Page:
 
     def open(self, url, ready="true"):
         self.send("Page.navigate", url=url)
-        self.wait(f"document.readyState === 'complete' && ({ready})")
+        self.wait(f"document.readyState === 'complete' && Boolean({ready})")
 
     def place(self, selector, at=(.5, .5)):
         "Where an element lies, scrolled into view; `at`: shares of its width and height."

@@ -1,0 +1,219 @@
+"""The explorer on a screen: the command as it is typed, and a Chromium that clicks through the app."""
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+import spatial_entropy as se
+from spatial_entropy.exploring import Explorer
+
+for name in ("anywidget", "starlette", "uvicorn"):
+    pytest.importorskip(name, reason="needs spatial_entropy[explore]")
+from browser import browser, why_not  # noqa: E402
+
+COMMAND = Path(sys.executable).with_name("spatial-entropy")
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+driven = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+
+
+@contextmanager
+def started(*words, cwd=None):
+    "The command, and the address that it printed."
+    p = subprocess.Popen([str(COMMAND), "explore", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", cwd=cwd, env=ENV)
+    try:
+        line = p.stdout.readline()
+        assert line.startswith("explorer: http://"), (line, p.poll(), p.stderr.read() if p.poll() is not None else "")
+        yield p, line.removeprefix("explorer: ").strip()
+    finally:
+        if p.poll() is None:
+            p.kill()
+        p.communicate()
+
+
+def status(url, data=None, **headers):
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=120) as answer:
+            return answer.status
+    except urllib.error.HTTPError as e:
+        return e.code
+
+
+def test_the_app_as_it_is_typed(tmp_path):
+    "No argument is needed; it listens on this machine alone, asks for a token, and ends on Ctrl-C."
+    with started(cwd=tmp_path) as (p, url):
+        address, token = re.fullmatch(r"(http://127\.0\.0\.1:\d+/)\?token=([\w-]{20,})", url).groups()
+        assert {c.laddr.ip for c in psutil.Process(p.pid).net_connections("inet") if c.status == "LISTEN"} == {"127.0.0.1"}
+        question, asks = json.dumps(dict(kind="view", state=dict(head=1))).encode(), {"Content-Type": "application/json"}
+        for path in ("", "explorer.js", "app.js", "explorer.css", "say", "nowhere"):
+            assert status(address + path) == status(address + path + "?token=wrong") == 403, path
+        assert status(address + "say", question, **asks) == 403
+        assert status(address + "say", question, **asks, Authorization=f"token {token}") == 200
+        assert status(address + "say", b"{", **asks, Authorization=f"token {token}") == 400
+        assert status(address + "say?token=" + token, question, **{"Content-Type": "text/plain"}) == 415
+        assert status(url) == 200 and status(address + "nowhere?token=" + token) == 404
+        assert status(url, **{"Host": "elsewhere.org"}) == 400          # a name that was bent to this address
+        with urllib.request.urlopen(url, timeout=60) as answer:
+            assert "default-src 'self'" in answer.headers["content-security-policy"] and answer.headers["referrer-policy"] == "no-referrer"
+        p.send_signal(signal.SIGINT)
+        out, err = p.communicate(timeout=60)
+        assert p.returncode == 0 and out.endswith("closed\n") and not err, (p.returncode, out, err)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_token_if_one_says_so(tmp_path):
+    with started("demo", "shapes/one", "--no-token", "--port", 0) as (p, url):
+        assert "token" not in url and status(url) == 200
+        assert status(url + "say", b"{}", **{"Content-Type": "text/plain"}) == 415      # no other site's page can ask
+
+
+@pytest.mark.parametrize("line,said", [
+    ("explore nothing", "explore: model: got 'nothing', which timm"),
+    ("explore resnet18 --no-pretrained", "a convolutional network: no attention"),
+    ("explore demo empty", "empty: no picture in it"),
+    ("explore demo nowhere", "nowhere: no such folder or picture"),
+    ("explore demo empty/notes.txt", "is not a picture that Pillow knows"),
+    ("explore empty", "empty: not a run folder"),
+    ("explore --against nothing", "got 'nothing', which timm"),
+    ("explore --port 99999", "port: nothing can listen on 127.0.0.1, port 99999"),
+    ("explore --port TAKEN", "choose another --port, or none"),
+    ("explore --host 203.0.113.1", "port: nothing can listen on 203.0.113.1"),
+])
+def test_a_mistake_is_one_sentence(line, said, tmp_path, monkeypatch, capsys):
+    from spatial_entropy.commands import main
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("empty/notes.txt").write_text("x", encoding="utf-8")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert main(line.replace("TAKEN", str(taken.getsockname()[1])).split()) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1
+
+
+def test_without_the_extra_it_says_what_brings_it(capsys, monkeypatch):
+    from spatial_entropy.commands import main
+    monkeypatch.setitem(sys.modules, "starlette", None)
+    monkeypatch.setitem(sys.modules, "starlette.applications", None)
+    monkeypatch.delitem(sys.modules, "spatial_entropy.serving", raising=False)
+    assert main(["explore"]) == 2
+    assert "pip install 'spatial_entropy[explore]'" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "anywidget", None)
+    monkeypatch.delitem(sys.modules, "spatial_entropy.widgets", raising=False)
+    vars(se).pop("explore", None)
+    with pytest.raises(ImportError, match=r"needs anywidget, which is not installed; pip install 'spatial_entropy\[explore\]'"):
+        _ = se.explore
+
+
+# --- in a browser
+
+ROOT = "document.querySelector('.se-explorer')"
+QUIET = f"{ROOT} && {ROOT}.dataset.n && !{ROOT}.hasAttribute('aria-busy')"
+READ = "Object.fromEntries([...document.querySelectorAll('.se-side')[{}].querySelectorAll('dd')].map(d => [d.dataset.of, Number(d.dataset.value)]))"
+
+
+def settled(page, action, *given):
+    "Do something, and wait for the view that answers it."
+    before = int(page.js(f"{ROOT}.dataset.n"))
+    action(*given)
+    page.wait(f"{QUIET} && Number({ROOT}.dataset.n) > {before}")
+
+
+def same(page, explorer, **state):
+    "The numbers on the screen are the library's."
+    view = explorer.view(**state)
+    for i, side in enumerate(view.sides):
+        shown = page.js(READ.format(i))
+        assert set(shown) >= {"entropy", "chance", "regions", "density"}
+        for name, value in shown.items():
+            assert value == pytest.approx(side[name], abs=1e-12), (name, state)
+        said = page.js(f"document.querySelectorAll('.se-regions')[{i}].getAttribute('aria-label')")
+        assert said.startswith(f"{len(side.shares)} regions with the masses")
+        heads = page.js(f"[...document.querySelectorAll('.se-side')[{i}].querySelectorAll('.se-heads button')].map(b => Number(b.dataset.head))")
+        assert heads == side.order
+
+
+def click_through(page, explorer, tmp_path):
+    "Picture, block, head, patch, threshold, connectivity, order; by hand and by key; a picture of one's own; numbers and code."
+    same(page, explorer)
+    settled(page, page.choose, ".se-explorer [name=picture]", 20)
+    same(page, explorer, picture=20)
+    settled(page, page.choose, ".se-explorer [name=block0]", 1)
+    same(page, explorer, picture=20, block=1)
+    settled(page, page.click, ".se-side .se-heads button[data-head='2']")
+    same(page, explorer, picture=20, block=1, head=2)
+    settled(page, page.click, ".se-side .se-picture", (4.5 / 14, 6.5 / 14))
+    now = dict(picture=20, block=1, head=2, query=(6, 4))
+    same(page, explorer, **now)
+    for selector, value, change in (("level", 1.5, dict(times_mean=1.5)), ("connectivity", 4, dict(connectivity=4)), ("sort", "overlap", dict(sort="overlap")),
+                                    ("kind", "mass", dict(times_mean=1, mass=.6)), ("level", .3, dict(mass=.3))):
+        settled(page, page.choose, f".se-explorer [name={selector}]", value)
+        now |= change
+        same(page, explorer, **now)
+    page.js("document.querySelector('.se-picture').focus()")
+    settled(page, page.press, "ArrowDown")
+    same(page, explorer, **now | dict(query=(7, 4)))
+    settled(page, page.press, "]")
+    same(page, explorer, **now | dict(query=(7, 4), block=2))
+    settled(page, page.press, "Escape")
+    same(page, explorer, **now | dict(query="auto", block=2))
+    now |= dict(query="auto", block=2)
+    page.js("window.saved = []; URL.createObjectURL = blob => { blob.text().then(t => window.saved.push(t)); return '#'; }")
+    for what in ("json", "py"):
+        page.click(f".se-exports [name={what}]")
+        page.wait(f"window.saved.length === {dict(json=1, py=2)[what]}")
+    numbers, code = page.js("window.saved")
+    view = explorer.view(**now)
+    assert json.loads(numbers) == json.loads(json.dumps(view.numbers())) and code == view.code
+    se.shapes(3, size=150, seed=5)[2][0].save(tmp_path / "own.png")
+    settled(page, page.give_file, ".se-explorer [name=file]", tmp_path / "own.png")
+    own = Explorer(explorer.subjects[0].model, tmp_path / "own.png")
+    same(page, own, **now | dict(picture=0))
+    assert page.js("document.querySelector('.se-explorer [name=picture]').selectedOptions[0].textContent") == "own.png"
+    assert page.js("document.querySelector('.se-error').hidden")
+    took = float(page.js(f"{ROOT}.dataset.milliseconds"))
+    print(f"the last update took {took} ms by the wall clock")
+
+
+@driven
+def test_clicking_through_the_app(tmp_path):
+    with started(cwd=tmp_path) as (p, url), browser() as tab:
+        page = tab()
+        page.size(1280, 900)
+        page.open(url, QUIET)
+        click_through(page, Explorer(), tmp_path)
+        for width in (1280, 390):
+            for dark in (False, True):
+                page.size(width, 800, dark)
+                assert page.js("document.documentElement.scrollWidth <= innerWidth"), width
+        assert not page.errors
+        assert {r.partition("?")[0] for r in page.requests if not r.startswith(("data:", "blob:"))} == {
+            url.partition("?")[0] + path for path in ("", "app.js", "explorer.js", "explorer.css", "say")}
+        p.send_signal(signal.SIGINT)                                     # with a page open
+        assert p.wait(60) == 0
+        page.choose(".se-explorer [name=connectivity]", 8)
+        assert "the explorer was closed" in page.wait("!document.querySelector('.se-error').hidden && document.querySelector('.se-error').textContent")
+
+
+@driven
+def test_two_models_side_by_side_in_the_app(tmp_path):
+    import torch
+    torch.manual_seed(0)
+    with started("demo", "shapes/one", "--against", "demo", cwd=tmp_path) as (_, url), browser() as tab:
+        page, explorer = tab(), Explorer(["demo", "demo"], "shapes/one")
+        page.size(1280, 900)
+        page.open(url, QUIET)
+        settled(page, page.choose, ".se-explorer [name=block1]", 0)
+        settled(page, page.click, ".se-side:nth-child(2) .se-heads button[data-head='2']")
+        same(page, explorer, block=(3, 0), head=(0, 2))
+        assert not page.errors
