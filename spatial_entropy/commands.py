@@ -164,7 +164,7 @@ def _add_look(p):
     "What `look` takes."
     own = dict(default=argparse.SUPPRESS)
     p.add_argument("model", help="a vision-language model of transformers with its processor: a "
-                   "folder, or a name of the hub")
+                   "folder, a name of the hub, or demo")
     p.add_argument("image", help="a picture file")
     p.add_argument("-p", "--prompt", required=True, help="the question")
     p.add_argument("-o", "--output", default="look.png", help="the picture to write: .png, .pdf or "
@@ -504,6 +504,8 @@ def _language_model(name):
     except ImportError:
         raise ImportError("look needs transformers, which is not installed; "
                           "pip install 'spatial_entropy[transformers]'") from None
+    if name == "demo":
+        return import_module("spatial_entropy.language.demo").demo_language_model()
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise FileNotFoundError(f"{name}: no such folder with a model")
     transformers.utils.logging.set_verbosity_error()

@@ -836,3 +836,9 @@ def test_packed_pictures_are_ranked_by_name():
     assert all(torch.equal(got[i], m) for i, m in tap.maps().items())
     with pytest.raises(ValueError, match="expected batches"):
         next(head_maps(naflex, [patches]))
+
+
+@pytest.mark.parametrize("value, said", [(0., ".00"), (.004, ".00"), (.244, ".24"), (.994, ".99"), (.996, "1.00"), (1., "1.00"), (1.594, "1.59"), (12.6, "13")])
+def test_a_number_of_a_heat_map_is_that_of_its_cell(value, said):
+    fig = entropy_heatmap(Heads([dict(block=0, head=0, entropy=value)]))
+    assert said in [t.get_text() for t in fig.axes[0].texts]

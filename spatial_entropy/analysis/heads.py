@@ -372,7 +372,7 @@ def _number_text(v):
     "A number in three characters; a dash for NaN."
     if v != v: return "–"
     if not 0 <= v < 10: return f"{v:.0f}"
-    return f"{v:.2f}"[v < 1:]
+    return f"{v:.2f}".removeprefix("0")
 
 def _text_color(colour): # red, green, blue, alpha
     "Dark on light, light on dark."
