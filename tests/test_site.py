@@ -86,10 +86,11 @@ def test_every_link_and_anchor_leads_somewhere(site):
 @pytest.mark.parametrize("name", names())
 def test_a_page_has_no_error_asks_nobody_else_and_does_not_scroll_sideways(site, page, name):
     page.errors.clear(), page.requests.clear()
-    for width, dark in ((390, True), (1280, False)):
+    page.size(1280, 900)
+    page.open(f"{site}/{name}.html", "!window.MathJax || !MathJax.startup || !MathJax.startup.promise || MathJax.startup.promise.then(() => true)")
+    for width, dark in ((1280, False), (1280, True), (390, True), (390, False)):
         page.size(width, 900, dark)
-        page.open(f"{site}/{name}.html", "!window.MathJax || !MathJax.startup || !MathJax.startup.promise || MathJax.startup.promise.then(() => true)")
-        wide = page.js("document.documentElement.scrollWidth - window.innerWidth")
+        wide = page.js("new Promise(done => requestAnimationFrame(() => done(document.documentElement.scrollWidth - window.innerWidth)))")
         assert wide <= 0, f"{width} px: {wide} px too wide"
     page.wait("[...document.images].every(i => i.complete || i.loading === 'lazy')")
     assert page.js("[...document.images].filter(i => i.complete && !i.naturalWidth && i.src).map(i => i.src)") == []
