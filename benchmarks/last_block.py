@@ -2,7 +2,7 @@
 
     python benchmarks/last_block.py [--trunk RUN] [--masks FOLDER] [--seeds 5] [-o FOLDER]
 
-The trunk sees each picture once, and what it says is kept. A run is then one block, one norm and one classifier: it takes seconds,
+The trunk sees each picture once, and what it says is kept. A run is then one block, one norm and one classifier: it takes minutes,
 so that many weights and many seeds can be afforded. Runs that are there already are skipped: stop it at any time, start it again.
 """
 import argparse

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'COLORS', 'drawn_sets', 'Shapes', 'shapes', 'Thing', 'ColoredShapes', 'colored_shapes', 'is_hidden',
-           'is_picture', 'open_picture', 'MaskPairs', 'mask_pairs']
+           'is_picture', 'open_picture', 'MaskPairs', 'open_mask', 'mask_pairs']
 
 # %% ../nbs/03_data.ipynb #7b542bc2
 import os, posixpath, stat
@@ -478,6 +478,12 @@ class _Files:
             mask = _upright(mask, turn if lies_too else own)
             mask = mask.resize((self.size, self.size), Image.Resampling.NEAREST)
             return _rgb(_upright(image, turn)), torch.tensor(np.asarray(mask))
+
+# %% ../nbs/03_data.ipynb #0139a83c
+def open_mask(path) -> torch.Tensor: # (S, W) bool, upright
+    "One mask of any kind, read by what it holds. Raises OSError that names the file."
+    mask, turn = _Files([(path, path)], None).mask(path)
+    return torch.tensor(np.asarray(_upright(mask, turn)))
 
 # %% ../nbs/03_data.ipynb #c4763684
 def _by_stem(folder):

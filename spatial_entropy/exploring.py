@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ORDERS', 'SURROGATES', 'SHOWN', 'thresholded', 'region_shares', 'State', 'as_state', 'Subject', 'subject_of',
            'subjects_of', 'Item', 'items_of', 'Side', 'side_of', 'code_of', 'View', 'Explorer', 'screen_of', 'file_of',
-           'reply']
+           'reply', 'front']
 
 # %% ../nbs/61_exploring.ipynb #bcb3cab5
 import json
@@ -13,6 +13,7 @@ import math
 from base64 import b64decode, b64encode
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
+from importlib.resources import files
 from io import BytesIO
 from pathlib import Path
 from threading import Lock
@@ -637,3 +638,11 @@ def reply(explorer: Explorer, message: dict, # "kind": view, picture or export; 
     except (ValueError, TypeError, OSError, RuntimeError, AttributeError) as e:
         said = dict(kind="error", said=" ".join(str(e).split()))
     return said | dict(n=message.get("n") if isinstance(message, dict) else None)
+
+# %% ../nbs/61_exploring.ipynb #bdd5375e
+def front(name: str # explorer.js or explorer.css
+         ) -> str:
+    "A file of the screen's part. Raises FileNotFoundError where the package came without it."
+    path = files("spatial_entropy")/name
+    if path.is_file(): return path.read_text(encoding="utf-8")
+    raise FileNotFoundError(f"{path}: no such file; install the package again")

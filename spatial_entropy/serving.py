@@ -9,7 +9,6 @@ __all__ = ['LARGEST', 'app_of', 'Server']
 import json
 import secrets
 import socket
-from importlib.resources import files
 import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -18,7 +17,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
-from .exploring import Explorer, reply
+from .exploring import Explorer, front, reply
 
 # %% ../nbs/62_serving.ipynb #8b15678c
 _page = """<!doctype html>
@@ -47,11 +46,10 @@ explorer.render({model, el: document.getElementById("explorer")});
 # %% ../nbs/62_serving.ipynb #2846500a
 def _files(token):
     "{path: (text, type)} of all that the page loads."
-    own = lambda name: (files("spatial_entropy")/name).read_text(encoding="utf-8")
     told = lambda text: text.replace("TOKEN", token)
     return {"/": (told(_page), "text/html"), "/app.js": (told(_app), "text/javascript"),
-            "/explorer.js": (own("explorer.js"), "text/javascript"),
-            "/explorer.css": (own("explorer.css"), "text/css")}
+            "/explorer.js": (front("explorer.js"), "text/javascript"),
+            "/explorer.css": (front("explorer.css"), "text/css")}
 
 # %% ../nbs/62_serving.ipynb #42dd8a88
 class _Guard:

@@ -452,6 +452,17 @@ def test_masks_of_records(tmp_path):
     want = np.zeros((4, 4))
     want[:2, 2:] = 1                                                              # of the middle 64 pixels
     assert_close(seen.truth.on_grid((4, 4)).numpy(), want)
+    index = np.where(mask > 0, 3, 0).astype("uint8")                              # as PASCAL VOC has it: a class, and void around it
+    index[30:34, 46:], index[:32, 46:48] = 255, 255
+    palette = Image.fromarray(index, "P")
+    palette.putpalette([v for i in range(256) for v in ((224, 224, 192) if i == 255 else (i % 7 * 30, 0, i % 5 * 40) if i else (0, 0, 0))])
+    palette.save(tmp_path / "mask.png")
+    [seen] = se.text_maps(made(LLAVA), [record], processor_of())
+    assert_close(seen.truth.mask.numpy(), index == 3)                              # void is no object
+    Image.fromarray(mask).save(tmp_path / "mask.jpg", quality=60)
+    [seen] = se.text_maps(made(LLAVA), [record | dict(mask=tmp_path / "mask.jpg")], processor_of())
+    assert (seen.truth.mask.numpy() != (mask > 0)).mean() < .01                    # nor are the grades that JPEG leaves
+    with pytest.raises(OSError, match="nowhere.png"): list(se.text_maps(made(LLAVA), [record | dict(mask=tmp_path / "nowhere.png")], processor_of()))
 
 
 def test_tables_are_written(tmp_path):

@@ -23,7 +23,7 @@ from ..analysis.outliers import outliers
 # %% ../../nbs/77_text_heads.ipynb #0ab50993
 from ..analysis.grounding import (SCORES, WHOLE, Judge, Truth, as_shares, as_truth,
                                                 box_around, main_region, out_of_frame)
-from ..data import open_picture
+from ..data import open_mask, open_picture
 from .tap import TextImageTap
 from ..pictures import one_line, overlay, panels, put_caption
 
@@ -373,10 +373,7 @@ def frame_of(processor, size): # (width, height) of a picture
 # %% ../../nbs/77_text_heads.ipynb #37e38962
 def _truth_of(record, size, frame):
     "The truth of a record, or None. Raises as `as_shares`, or OSError for a mask."
-    if record.get("mask") is not None:
-        mask = torch.tensor(list(open_picture(record["mask"]).convert("L").tobytes())) > 0
-        w, h = open_picture(record["mask"]).size
-        return Truth(None, mask.view(h, w), frame)
+    if record.get("mask") is not None: return Truth(None, open_mask(record["mask"]), frame)
     if record.get("box") is None: return None
     return Truth(as_shares(record["box"], size, record.get("form", "xywh")), None, frame)
 
