@@ -30,7 +30,7 @@ from spatial_entropy.data import mask_pairs, shapes
 from spatial_entropy.demo import demo_model
 from spatial_entropy.loops.alternatives import head_disagreement, register_regularizer, regularizer_names, regularizer_term
 from spatial_entropy.loops.schedule import SCHEDULES, entropy_weight
-from spatial_entropy.measure.operators import spatial_entropy
+from spatial_entropy.measure.operators import SpatialEntropyLoss
 from spatial_entropy.training.evaluating import to_measure
 from spatial_entropy.training.files import write_json
 from spatial_entropy.training.models import load_run
@@ -40,7 +40,7 @@ NORM = dict(mean=(.5, .5, .5), std=(.5, .5, .5))
 
 def apart(maps):
     "Spatial entropy and head disagreement, one to one: connected, and not all in the same place."
-    return spatial_entropy(maps).mean() + head_disagreement(maps)
+    return SpatialEntropyLoss()(maps) + head_disagreement(maps)
 
 
 register_regularizer("apart", apart)
