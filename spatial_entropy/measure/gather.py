@@ -72,7 +72,7 @@ def _least_of(L, beside, N: tl.constexpr):
 
 # %% ../../nbs/21_gather.ipynb #4f5160e6
 @triton.jit
-def _listen(L, on, row, column, N: tl.constexpr, CONN: tl.constexpr):
+def _propagate(L, on, row, column, N: tl.constexpr, CONN: tl.constexpr):
     "The smallest label among each cell and its neighbours, along rows, then along columns."
     wide = tl.minimum(L, _least_of(L, row, N))
     return tl.where(on, tl.minimum(wide, _least_of(wide if CONN == 8 else L, column, N)), N)
@@ -95,9 +95,9 @@ def _first_cells(on, N: tl.constexpr, W: tl.constexpr, CONN: tl.constexpr):
     row, column = _beside(N, W, 1), _beside(N, N, W) # a column's rows: one row of all cells
     L = tl.where(on, i, N)
     moved = 1
-    while moved > 0: # a round that moves nothing has listened to every neighbour
+    while moved > 0: # a round that moves nothing has seen every neighbour
         old = L
-        L = _jump(_listen(L, on, row, column, N, CONN), on, i)
+        L = _jump(_propagate(L, on, row, column, N, CONN), on, i)
         moved = tl.max((L != old).to(tl.int32))
     return L
 

@@ -10,8 +10,8 @@ __all__ = ['LONG', 'REAL', 'check_maps', 'check_connectivity', 'clear_labels', '
 import torch
 
 # %% ../../nbs/01_regions.ipynb #7e2deb5f
-def _listen(label, # (M, h, w) cell indices, h*w on the background
-            connectivity): # 4 or 8
+def _propagate(label, # (M, h, w) cell indices, h*w on the background
+               connectivity): # 4 or 8
     "The smallest value among each cell and its neighbours."
     rows = label.clone()
     rows[..., 1:] = rows[..., 1:].minimum(label[..., :-1])
@@ -23,16 +23,16 @@ def _listen(label, # (M, h, w) cell indices, h*w on the background
     return out
 
 # %% ../../nbs/01_regions.ipynb #1d88a9d9
-def _tell(label, heard, mask): # all (M, n)
-    "Every cell's value and what it is told by the cells that name it. (M, n + 1)"
+def _hook(label, least, mask): # all (M, n)
+    "Every cell's value, or a smaller one of the cells that name it. (M, n + 1)"
     n = mask.shape[1]
-    told = torch.nn.functional.pad(heard, (0, 1), value=n) # a cell more, which the background names
-    return told.scatter_reduce(1, torch.where(mask, label, n), heard, "amin")
+    hooked = torch.nn.functional.pad(least, (0, 1), value=n) # one more, for the background
+    return hooked.scatter_reduce(1, torch.where(mask, label, n), least, "amin")
 
-def _jump(told, heard): # (M, n + 1), (M, n)
+def _jump(hooked, least): # (M, n + 1), (M, n)
     "The value of the cell that a value names, twice."
-    label = told.gather(1, heard)
-    return torch.nn.functional.pad(label, (0, 1), value=told.shape[1] - 1).gather(1, label)
+    label = hooked.gather(1, least)
+    return torch.nn.functional.pad(label, (0, 1), value=hooked.shape[1] - 1).gather(1, label)
 
 # %% ../../nbs/01_regions.ipynb #e8ee1008
 def _first_cells(mask, # (M, h, w) bool
@@ -43,9 +43,9 @@ def _first_cells(mask, # (M, h, w) bool
     own = torch.arange(n, device=mask.device).expand(M, n)
     label = torch.where(mask, own, n)
     while True:
-        heard = torch.where(mask, _listen(label.view(M, h, w), connectivity).flatten(1), n)
-        if torch.equal(heard, label): return label
-        label = _jump(_tell(label, heard, mask), heard)
+        least = torch.where(mask, _propagate(label.view(M, h, w), connectivity).flatten(1), n)
+        if torch.equal(least, label): return label
+        label = _jump(_hook(label, least, mask), least)
 
 # %% ../../nbs/01_regions.ipynb #25da07b9
 def _numbered(on, first): # both (M, n)
