@@ -78,7 +78,7 @@ ROOMS = {  # room: the rooms that it may import
     "exploring": {"measure", "attention", "analysis", "training", "pictures", "data", "demo"},
     "serving": {"exploring"},
     "widgets": {"exploring"},
-    "commands": {"measure", "attention", "loops", "analysis", "training", "pictures", "data", "exploring", "serving"},
+    "commands": {"measure", "attention", "language", "loops", "analysis", "training", "pictures", "data", "exploring", "serving"},
     "__init__": set(),
 }
 
