@@ -2,12 +2,13 @@
 
     python benchmarks/tiny_language.py [--seeds 1 2 3] [-o runs/tiny_language] [--results results/tiny_language] [--ship 1]
 
-Two steps, as such models are made. The tower learns what a patch shows (the kind and the colour of the shape that covers it); one tower
-for all seeds. Then it is frozen, what it says of each picture is kept, and projector and language model learn to answer; of masks they
+Two steps, as such models are made, for each seed. Its tower learns what a patch shows (the kind and the colour of the shape that covers
+it). Then it is frozen, what it says of each picture is kept, and projector and language model learn to answer; of masks they
 never hear. The questions of a picture are read in one pass, hidden from each other by the attention mask. What is there already
 is skipped: stop it at any time, start it again. `--ship SEED` writes that seed's weights into the package, in half precision.
 """
 import argparse
+import json
 import platform
 import subprocess
 import sys
@@ -27,7 +28,9 @@ from spatial_entropy.analysis.heads import Heads
 from spatial_entropy.commands import Parser, lenient_output, outcome
 from spatial_entropy.data import COLORS, KINDS, colored_shapes
 from spatial_entropy.language.demo import PATCH, SIDE, WORDS, demo_config, demo_language_model, inputs_of, questions
-from spatial_entropy.language.heads import best_heads, combined, rank_seen, text_maps
+from spatial_entropy.language.heads import rank_seen
+from spatial_entropy.language.locating import best_heads, combined
+from spatial_entropy.language.samples import text_maps
 from spatial_entropy.training.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,10 +96,10 @@ def adamw(parameters, peak):
     return torch.optim.AdamW(parameters, peak, betas=(.9, .98), weight_decay=.02)
 
 
-def learn_patches(model, pictures, things, steps, batch=32, peak=2e-3):
-    "Teach the tower what a patch shows."
-    torch.manual_seed(0)
-    rng, labels, seen = np.random.default_rng(0), patch_labels(things), []
+def learn_patches(model, pictures, things, steps, seed, batch=32, peak=2e-3):
+    "Teach the tower what a patch shows; the share of patches on shapes whose kind and whose colour it knows."
+    torch.manual_seed(seed)
+    rng, labels, seen = np.random.default_rng(seed), patch_labels(things), []
     tower, kinds = model.model.vision_tower, len(KINDS) + 1
     head = nn.Linear(tower.config.hidden_size, 2 * kinds)
     parameters = [*tower.parameters(), *head.parameters()]
@@ -110,7 +113,7 @@ def learn_patches(model, pictures, things, steps, batch=32, peak=2e-3):
             on = labels[0, at] > 0
             seen.append([(guess[..., i, :].argmax(-1) == labels[i, at])[on].float().mean().item() for i in (0, 1)])
         if (step + 1) % 200 == 0:
-            say("tower, step {}: kind {:.2f}, colour {:.2f} of the patches on shapes".format(step + 1, *np.mean(seen[-200:], 0)))
+            say("seed {}, tower, step {}: kind {:.2f}, colour {:.2f} of the patches on shapes".format(seed, step + 1, *np.mean(seen[-200:], 0)))
     return np.mean(seen[-200:], 0).tolist()
 
 
@@ -255,42 +258,43 @@ def facts(args):
 
 # ---- the command ------------------------------------------------------------------------------------------------------------------
 
-def tower_weights(args, folder):
-    "Weights of the tower and what it knows of patches, learned unless they are there; and what it says of the pictures."
-    path = folder / "tower.safetensors"
-    pictures, things = drawn(args.pictures)
-    torch.manual_seed(0)
-    model = transformers.LlavaForConditionalGeneration(demo_config())
-    if not path.exists():
-        start = time.process_time()
-        known = learn_patches(model, pictures, things, args.tower_steps)
-        weights = {name: t.contiguous() for name, t in model.model.vision_tower.state_dict().items()}
-        safetensors.torch.save_file(weights, path)
-        write_json(folder / "tower.json", dict(kind=known[0], color=known[1], cpu_seconds=round(time.process_time() - start)))
-    weights = safetensors.torch.load_file(path)
-    model.model.vision_tower.load_state_dict(weights)
-    return weights, features(model, pictures), things
+def learn_tower(args, folder, seed, pictures, things):
+    "Weights of a tower that knows what patches show, into a file."
+    torch.manual_seed(seed)
+    start, model = time.process_time(), transformers.LlavaForConditionalGeneration(demo_config())
+    known = learn_patches(model, pictures, things, args.tower_steps, seed)
+    weights = {name: t.contiguous() for name, t in model.model.vision_tower.state_dict().items()}
+    write_json(folder / f"tower{seed}.json", dict(kind=known[0], color=known[1], cpu_seconds=round(time.process_time() - start)))
+    safetensors.torch.save_file(weights, folder / f"tower{seed}.safetensors")
+
+
+def learn_seed(args, folder, seed, pictures, things):
+    "Weights of a model with a tower of its own, into a file."
+    path = folder / f"tower{seed}.safetensors"
+    if not path.exists(): learn_tower(args, folder, seed, pictures, things)
+    torch.manual_seed(seed)
+    start, model = time.process_time(), transformers.LlavaForConditionalGeneration(demo_config())
+    model.model.vision_tower.load_state_dict(safetensors.torch.load_file(path))
+    learn_words(model, features(model, pictures), things, args.steps, seed)
+    weights = {name: t.to(torch.float16).contiguous() for name, t in model.state_dict().items()}
+    write_json(folder / f"seed{seed}.json", dict(cpu_seconds=round(time.process_time() - start)))
+    safetensors.torch.save_file(weights, folder / f"seed{seed}.safetensors")
 
 
 def learned(args, folder, seeds):
     "Weights of each seed that has none yet."
     left = [s for s in seeds if not (folder / f"seed{s}.safetensors").exists()]
     if not left: return
-    tower, kept, things = tower_weights(args, folder)
-    for seed in left:
-        torch.manual_seed(seed)
-        start, model = time.process_time(), transformers.LlavaForConditionalGeneration(demo_config())
-        model.model.vision_tower.load_state_dict(tower)
-        learn_words(model, kept, things, args.steps, seed)
-        weights = {name: t.to(torch.float16).contiguous() for name, t in model.state_dict().items()}
-        safetensors.torch.save_file(weights, folder / f"seed{seed}.safetensors")
-        write_json(folder / f"seed{seed}.json", dict(cpu_seconds=round(time.process_time() - start)))
+    pictures, things = drawn(args.pictures)
+    for seed in left: learn_seed(args, folder, seed, pictures, things)
 
 
 def measured(args, folder, results, seed):
     "The figures of one seed."
     model, processor = demo_language_model(folder / f"seed{seed}.safetensors")
-    found = dict(seed=seed, accuracy=accuracies(model, processor, 300), facts=facts(args))
+    kept = {part: json.loads((folder / f"{part}{seed}.json").read_text(encoding="utf-8")) for part in ("tower", "seed")}
+    found = dict(seed=seed, accuracy=accuracies(model, processor, 300), tower={k: round(kept["tower"][k], 4) for k in ("kind", "color")},
+                 cpu_seconds=sum(k["cpu_seconds"] for k in kept.values()), facts=facts(args))
     say(f"seed {seed}: {found['accuracy']}")
     for query in ("last", "word"): found[query] = judged(model, processor, args.questions, query, args.top, args.best)
     write_json(results / f"seed{seed}.json", found)
@@ -322,7 +326,7 @@ def prepare(args):
 
 def parser():
     p = Parser("tiny_language.py", description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of projector and language model")
+    p.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of tower, projector and language model")
     p.add_argument("--pictures", type=int, default=6000, help="to learn from")
     p.add_argument("--tower-steps", type=int, default=1600, help="of the tower, 32 pictures each")
     p.add_argument("--steps", type=int, default=900, help="of the language model, 24 pictures with four questions each")

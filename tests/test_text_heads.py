@@ -18,8 +18,9 @@ import spatial_entropy as se
 from spatial_entropy.analysis import grounding
 from spatial_entropy.analysis.grounding import as_shares, as_truth, box_around, main_region, read_records, score_grounding
 from spatial_entropy.analysis.heads import Heads
-from spatial_entropy.language import heads as module
-from spatial_entropy.language.heads import Seen, best_heads, combined, locate_seen, looks, rank_seen
+from spatial_entropy.language.heads import looks, rank_seen
+from spatial_entropy.language.locating import best_heads, combined, locate_seen, located_table
+from spatial_entropy.language.samples import Seen, frame_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:spatial_entropy. got maps with NaN", "ignore:layer.* the tokens that ask do not see")
 LLAVA, NAN = SPECS[0], float("nan")
@@ -202,7 +203,7 @@ def test_the_frame_of_a_processor_that_squeezes_and_cuts(size):
 def test_the_frame_of_a_processor_that_pads():
     import transformers as t
     eye = t.LlavaImageProcessor(do_pad=True, size=dict(shortest_edge=32), crop_size=dict(height=32, width=32))
-    assert module.frame_of(eye, (96, 64)) == pytest.approx((0, -.25, 1, 1.25))
+    assert frame_of(eye, (96, 64)) == pytest.approx((0, -.25, 1, 1.25))
     out = eye(Image.new("RGB", (96, 64), "white"), do_normalize=False, return_tensors="pt")["pixel_values"][0, 0]
     assert out[16].min() > .9 and out[0].max() < .6 and out[-1].max() < .6         # a third of it is padding
 
@@ -212,7 +213,7 @@ def check_frame(eye, w, h):
     x, y = np.meshgrid((np.arange(w) + .5) / w, (np.arange(h) + .5) / h)
     ramp = Image.fromarray((np.stack([x, y, 0 * x], -1) * 255).round().astype("uint8"))
     out = eye(ramp, do_normalize=False, return_tensors="pt")["pixel_values"][0]
-    x0, y0, x1, y1 = module.frame_of(eye, (w, h))
+    x0, y0, x1, y1 = frame_of(eye, (w, h))
     for part in (.25, .5, .75):
         at = part * out.shape[-1]
         found = out[:, int(at) - 1:int(at) + 1, int(at) - 1:int(at) + 1].mean((1, 2))
@@ -267,7 +268,7 @@ def test_samples_are_not_kept():
             del inputs
     se.rank_text_heads(model, stream())
     alive.clear()
-    assert len(module.located_table(se.locate(model, stream(), [(0, 0)]))) == 6
+    assert len(located_table(se.locate(model, stream(), [(0, 0)]))) == 6
 
 
 def test_progress_wraps_the_samples():
@@ -375,7 +376,7 @@ def test_a_truth_outside_of_the_frame_counts_for_nothing():
     assert all(v.isnan().all() for v in scores.values())
     row = rank_seen([Seen({0: torch.rand(2, 4, 4) / 16}, out) for _ in range(3)])[0]
     assert math.isnan(row["iou"]) and row["images"] == 3
-    table = module.located_table(locate_seen([Seen({0: torch.rand(2, 4, 4) / 16}, out)], [(0, 0)]))
+    table = located_table(locate_seen([Seen({0: torch.rand(2, 4, 4) / 16}, out)], [(0, 0)]))
     assert math.isnan(table[0]["iou"]) and table.summary() == []
 
 

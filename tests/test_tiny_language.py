@@ -115,7 +115,7 @@ def test_a_very_small_training_is_measured_and_not_done_twice(tmp_path, monkeypa
     args = command.parser().parse_args([*line, "-o", str(tmp_path / "runs"), "--results", str(tmp_path / "results")])
     monkeypatch.setattr(command, "accuracies", lambda *_: {})
     command.prepare(args)()
-    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["seed5.json", "seed5.safetensors", "tower.json", "tower.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["seed5.json", "seed5.safetensors", "tower5.json", "tower5.safetensors"]
     found = (tmp_path / "results/seed5.json").read_text(encoding="utf-8")
     command.prepare(args)()
     assert (tmp_path / "results/seed5.json").read_text(encoding="utf-8") == found

@@ -172,8 +172,8 @@ def internvl():
                             image_token_id=IMAGE, image_seq_length=16, downsample_ratio=.5)
 
 
-def internvl_tiles(picture):
-    more = processed("GotOcr2ImageProcessor", picture, size=dict(height=64, width=64), crop_to_patches=True, min_patches=2, max_patches=2)
+def internvl_tiles(picture, tiles=2):
+    more = processed("GotOcr2ImageProcessor", picture, size=dict(height=64, width=64), crop_to_patches=True, min_patches=tiles, max_patches=tiles)
     n = len(more["pixel_values"])
     return words(11, *[IMAGE] * 16 * n, 12), dict(pixel_values=more["pixel_values"])
 
@@ -215,7 +215,7 @@ def in_pieces(name, n):
 
 
 SPECS += [
-    Spec("internvl.InternVLForConditionalGeneration", internvl, internvl_tiles, (4, 4), view="image 0 tile 2", size=(64, 128)),
+    Spec("internvl.InternVLForConditionalGeneration", internvl, internvl_tiles, (4, 8), size=(64, 128)),
     Spec("smolvlm.SmolVLMForConditionalGeneration", smolvlm("SmolVLMConfig"), in_rows, (4, 8), size=(64, 128)),
     Spec("idefics3.Idefics3ForConditionalGeneration", smolvlm("Idefics3Config"), in_rows, (8, 4), size=(128, 64)),
     Spec("llava_next.LlavaNextForConditionalGeneration", llava_next("LlavaNextConfig"), in_pieces("LlavaNextImageProcessor", 16 + 4 * 9), (4, 8),
@@ -272,10 +272,10 @@ def qwen35():
 
 SPECS += [
     Spec("cohere2_vision.Cohere2VisionForConditionalGeneration", tiles_with_tags("Cohere2VisionConfig", "SiglipVisionConfig", alignment_intermediate_size=64),
-         tagged([11], [[13], [13]], 13, 12), (4, 4), view="image 0 tile 2", size=(64, 128)),
+         tagged([11], [[13], [13]], 13, 12), (4, 8), size=(64, 128)),
     Spec("aya_vision.AyaVisionForConditionalGeneration", tiles_with_tags("AyaVisionConfig", "SiglipVisionConfig", vision_feature_layer=-1,
                                                                          vision_feature_select_strategy="full", adapter_layer_norm_eps=1e-6),
-         tagged([11, 20], [[21], [22]], 12), (4, 4), view="image 0 tile 2", size=(64, 128)),
+         tagged([11, 20], [[21], [22]], 12), (4, 8), size=(64, 128)),
     Spec("glm4v.Glm4vForConditionalGeneration", glm4v, by_thw, (4, 6), size=(64, 96)),
     Spec("janus.JanusForConditionalGeneration", janus, plain(16), (4, 4)),
     Spec("qwen3_5.Qwen3_5ForConditionalGeneration", qwen35, by_thw, (4, 6), size=(64, 96)),

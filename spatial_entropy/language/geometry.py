@@ -192,6 +192,7 @@ class LanguageAdapter:
     text: str = "language_model" # path of the language model
     token: str = "image_token_id" # attribute of the configuration: the image placeholder
     video: str = "" # the same for frames of videos, where they have one of their own
+    notes: Callable = lambda inputs: {} # what `pictures` needs of pixels, while they are there
     why: str = "" # not read: the reason
     note: str = "" # how pictures lie, for the table of the documentation
 

@@ -7,6 +7,7 @@ __all__ = ['tagged']
 
 # %% ../../nbs/71_layouts.ipynb #203e78bb
 import torch
+from torch.nn import functional as F
 from .geometry import LanguageAdapter, Part, Picture, add_language_adapters
 from .geometry import tile_by_tile, with_newlines
 
@@ -117,20 +118,53 @@ add_language_adapters([
 ])
 
 # %% ../../nbs/71_layouts.ipynb #49e1386e
+def _sketches(inputs): # with their pixels
+    "A small copy of each tile."
+    pixels = inputs.get("pixel_values")
+    if pixels is None or pixels.ndim != 4 or pixels.device.type == "meta": return {}
+    return dict(sketches=F.adaptive_avg_pool2d(pixels.detach().float(), 16).cpu())
+
+def _error(tiles, whole, rows): # (n, 3, S, S), (3, S, S)
+    "How far tiles that are laid in so many rows are from the whole, as a share of its variance."
+    laid = tiles.unflatten(0, (rows, -1)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
+    return (F.adaptive_avg_pool2d(laid, whole.shape[-1]) - whole).square().mean()/whole.var()
+
+def _arranged(tiles): # (n + 1, 3, S, S) sketches
+    "(rows, columns) of n tiles, if the last sketch shows them laid together; or None."
+    if tiles is None or len(tiles) < 3 or not tiles[-1].var() > 0: return None
+    n = len(tiles) - 1
+    errors = sorted((_error(tiles[:-1], tiles[-1], r).item(), r) for r in range(1, n + 1)
+                    if n % r == 0)
+    (best, r), second = errors[0], errors[1][0]
+    return (r, n//r) if best < .1 and second > 3*best else None
+
+# %% ../../nbs/71_layouts.ipynb #52ecb1dc
 def _shuffled(given):
     "(h, w) of a tile after its patches were merged."
     config = given.config
     ratio = getattr(config, "downsample_ratio", None) or 1/getattr(config, "downsample_factor", 1)
     return tuple(round(n*ratio) for n in _patches(given, given.sizes()))
 
-def _of_tiles(n, grid, whole_last=False):
-    "A picture of n tiles, which are views of their own; of a single one, the picture."
-    parts = [Part(grid, name=f"tile {i}") for i in range(n)]
-    return Picture(parts, n - 1 if n == 1 or whole_last else None)
+def _of_tiles(n, grid, laid_as=None, whole_last=False):
+    "A picture of n tiles, the whole last: laid together, or views of their own."
+    if laid_as is None:
+        parts = [Part(grid, name=f"tile {i}") for i in range(n)]
+        return Picture(parts, n - 1 if n == 1 or whole_last else None)
+    (r, c), (h, w) = laid_as, grid
+    return Picture([Part((r*h, c*w), tile_by_tile(laid_as, grid)), Part(grid, name="whole")])
+
+def _by_sketch(given, counts): # of tiles, picture by picture
+    "Pictures whose tiles lie as their sketches say."
+    grid, sketches, at, pictures = _shuffled(given), given.inputs.get("sketches"), 0, []
+    for n in counts:
+        own = None if sketches is None else sketches[at:at + n]
+        pictures.append(_of_tiles(n, grid, _arranged(own)))
+        at += n
+    return pictures
 
 def _tiles_in_runs(given): # all tiles of a picture without anything between
     h, w = _shuffled(given)
-    return [_of_tiles(max(1, run.length//(h*w)), (h, w)) for run in given.runs]
+    return _by_sketch(given, [max(1, run.length//(h*w)) for run in given.runs])
 
 # %% ../../nbs/71_layouts.ipynb #b38bebee
 def _tag(given, run): # what stands before it
@@ -150,18 +184,17 @@ def tagged(given, last):
 
 # %% ../../nbs/71_layouts.ipynb #1f878e5c
 def _tiles_by_tag(last):
-    def pictures(given):
-        grid = _shuffled(given)
-        return [_of_tiles(len(own), grid) for own in tagged(given, last)]
-    return pictures
+    return lambda given: _by_sketch(given, [len(own) for own in tagged(given, last)])
+
+_LAID = "after pixel shuffle; tiles laid together as the small copy shows, else a view each"
 
 add_language_adapters([
     LanguageAdapter("InternVL", _models("internvl.InternVLModel"), _tiles_in_runs,
-                    note="a view for each tile, after pixel shuffle"),
+                    notes=_sketches, note=_LAID),
     LanguageAdapter("Cohere Vision", _models("cohere2_vision.Cohere2VisionModel"),
-                    _tiles_by_tag(last=False), note="a view for each tile, after pixel shuffle"),
+                    _tiles_by_tag(last=False), notes=_sketches, note=_LAID),
     LanguageAdapter("Aya Vision", _models("aya_vision.AyaVisionModel"), _tiles_by_tag(last=True),
-                    note="a view for each tile, after pixel shuffle"),
+                    notes=_sketches, note=_LAID),
 ])
 
 # %% ../../nbs/71_layouts.ipynb #330de3b2
@@ -183,7 +216,7 @@ def _by_rows(given):
     for own in tagged(given, last=True):
         if len(own) == 1: pictures.append(_as_one((h, w)))
         elif (laid_as := _rows_of_tiles(given, own[:-1])) is None:
-            pictures.append(_of_tiles(len(own), (h, w), whole_last=True))
+            pictures.append(_of_tiles(len(own), (h, w), None, True))
         else:
             r, c = laid_as
             tiles = Part((r*h, c*w), tile_by_tile(laid_as, (h, w)))

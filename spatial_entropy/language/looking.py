@@ -8,13 +8,12 @@ __all__ = ['query_of', 'heads_of', 'Look', 'look']
 # %% ../../nbs/79_looking.ipynb #48181ad8
 import re
 from dataclasses import dataclass
-import torch
 from ..analysis.grounding import Truth, as_shares
-from ..analysis.heads import Heads, entropy_heatmap, evaluating
-from .heads import (Located, Seen, frame_of, locate_seen, on_model,
-                                            prompted, put_located, rank_seen)
-from .tap import TextImageTap
-from ..pictures import Drawing, put_caption, one_line
+from ..analysis.heads import Heads
+from .drawing import draw_answer
+from .heads import rank_seen
+from .locating import Located, locate_seen
+from .samples import Seen, frame_of, hear, prompted
 
 # %% ../../nbs/79_looking.ipynb #c31abbe5
 def query_of(text: str):
@@ -32,47 +31,12 @@ def heads_of(texts): # such as ["14.3", "20.11"]
     raise ValueError(f"heads: got {' '.join(texts)}, expected LAYER.HEAD, such as 14.3")
 
 # %% ../../nbs/79_looking.ipynb #20a5389e
-def _answered(model, processor, inputs, query, layers, view, new_tokens):
-    "(maps {layer: (H, h, w)}, the answer)."
-    tokens = getattr(processor, "tokenizer", processor)
-    with (evaluating(model), torch.no_grad(),
-          TextImageTap(model, query, layers, processor) as tap):
-        said = model.generate(**on_model(inputs, model), max_new_tokens=new_tokens, num_beams=1,
-                              do_sample=False)
-        maps = tap.maps(view, prompt=0)
-    maps = {i: m[0].mean(0) if query == "generated" else m[0] for i, m in maps.items()}
-    answer = tokens.decode(said[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
-    return maps, answer.strip()
-
 def _check_heads(heads, maps):
     "Raises ValueError for a head that is not there."
     wrong = [f"{i}.{h}" for i, h in heads if i not in maps or h >= len(maps[i])]
     if not wrong: return
     known = ", ".join(f"{i} (of {len(m)} heads)" for i, m in list(maps.items())[:40])
     raise ValueError(f"heads: got {', '.join(wrong)}, expected heads of layers {known}")
-
-# %% ../../nbs/79_looking.ipynb #4e06157d
-def _ringed(ax, table, heads, value):
-    "A column of a table, with rings around heads."
-    entropy_heatmap(table, value, ax)
-    size = max(4, min(14, 150/max(table.grid(value).shape)))
-    for layer, head in heads:
-        ax.plot(head, table.blocks.index(layer), "o", color="white", fillstyle="none",
-                markersize=size, markeredgewidth=1.5)
-
-def _drawn(found):
-    located, (layers, heads) = found.located, found.table.grid("entropy").shape
-    n, below = 2 + len(located.heads), min(6., max(1.9, .16*layers + .8))
-    wide = max(1.7*n, 5.6 + .12*heads)
-    fig = Drawing(figsize=(wide, 2.1 + below), dpi=100, layout="constrained")
-    top, bottom = fig.subfigures(2, 1, height_ratios=[2.1, below])
-    axes = top.subplots(1, n)
-    for ax in axes: ax.set_axis_off()
-    put_located(axes, located)
-    if found.answer: put_caption(axes[1], one_line(f"“{found.answer}”", 34))
-    for ax, value in zip(bottom.subplots(1, 2), ("attention", "entropy")):
-        _ringed(ax, found.table, located.heads, value)
-    return fig
 
 # %% ../../nbs/79_looking.ipynb #72dd14e6
 def _jsonable(value):
@@ -93,7 +57,7 @@ class Look:
 
     def draw(self):
         "The picture, the chosen heads, and all heads as grids. A matplotlib figure."
-        return _drawn(self)
+        return draw_answer(self.located, self.table, self.answer)
 
     def facts(self) -> dict: # all of it for JSON; boxes are x0, y0, x1, y1
         "The numbers."
@@ -126,11 +90,11 @@ def look(model, # a vision-language model that `TextImageTap` reads
     Raises ValueError for heads that are not there and a box that does not fit, and what
     `TextImageTap` raises.
     """
-    frame = frame_of(processor, picture.size)
-    layers = [layers] if isinstance(layers, int) else layers
+    inputs, frame = prompted(processor, picture, prompt), frame_of(processor, picture.size)
     truth = None if box is None else Truth(as_shares(box, picture.size, form), None, frame)
-    inputs = prompted(processor, picture, prompt)
-    maps, answer = _answered(model, processor, inputs, query, layers, view, new_tokens)
+    [maps], said = hear(model, inputs, query, layers, processor, view, new_tokens)
+    tokens = getattr(processor, "tokenizer", processor)
+    answer = tokens.decode(said[0], skip_special_tokens=True).strip()
     if isinstance(heads, list): _check_heads(heads, maps)
     seen = Seen(maps, truth, prompt, picture, frame)
     [found] = locate_seen([seen], heads, best, smooth, level)
