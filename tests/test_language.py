@@ -343,8 +343,11 @@ def test_without_a_cache_the_steps_are_the_same():
 @pytest.mark.filterwarnings("ignore")
 def test_flex_attention_is_read_through_its_mask(monkeypatch):
     import transformers.integrations.flex_attention as flex
+    import transformers.masking_utils as masks
     from torch.nn.attention.flex_attention import flex_attention
     monkeypatch.setattr(flex, "compile_friendly_flex_attention", lambda q, k, v, training=False, **more: flex_attention(q, k, v, **more))
+    stock = masks.create_block_mask                                                    # compiled, both would take minutes
+    monkeypatch.setattr(masks, "create_block_mask", lambda *args, _compile=False, **more: stock(*args, **more))
     model, inputs = made(LLAVA), LLAVA.given()
     want, text = read(model, inputs).maps(), model.model.language_model
     text.set_attn_implementation("flex_attention")
