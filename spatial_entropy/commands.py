@@ -462,23 +462,25 @@ def _drawn_file(figure, args):
     return file.getvalue()
 
 def _check_drawing(args):
-    "Raise ValueError or OSError for an output or a number of pictures that cannot be."
+    "Raise ValueError or OSError for an output or pictures that cannot be, before torch is loaded."
     _writable(args.output)
     if Path(args.output).suffix not in (".png", ".pdf", ".svg"):
         raise ValueError(f"output: got {args.output}, expected .png, .pdf or .svg")
     if (n := len(args.images)) > 330:
         raise ValueError(f"images: got {n}, expected at most 330, the rows that a file can hold; "
                          "draw them in several")
+    missing = next((p for p in args.images if not Path(p).exists()), None)
+    if missing is not None: raise FileNotFoundError(f"{missing}: no such file")
 
 # %% ../nbs/80_commands.ipynb #b7cb8b50
 def _prepare_drawing(args):
     "The command `draw`."
+    _check_drawing(args)
     import torch
     from numpy import array
     from spatial_entropy.attention.tap import AttentionTap
     from spatial_entropy.training.loop import picture_of_maps
     from timm.data import create_transform
-    _check_drawing(args)
     pictures = [_open_picture(p) for p in args.images]
     model, size, mean, std = _model_to_draw(args)
     to_tensor = create_transform(size, mean=mean, std=std, crop_pct=1., crop_mode="squash")
@@ -506,8 +508,6 @@ def _language_model(name):
     if name == "demo":
         from spatial_entropy.language.demo import demo_language_model
         return demo_language_model()
-    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        raise FileNotFoundError(f"{name}: no such folder with a model")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -528,6 +528,8 @@ def _check_look(args):
     "Raises ValueError or OSError for what cannot be, before a model is loaded."
     args.images = [args.image]
     _check_drawing(args)
+    if args.model.startswith((".", "/", "~")) and not Path(args.model).is_dir():
+        raise FileNotFoundError(f"{args.model}: no such folder with a model")
     _writable(Path(args.output).with_suffix(".json"))
     for name, least in (("best", 1), ("new_tokens", 1)):
         if getattr(args, name, least) < least:
@@ -548,6 +550,7 @@ def _looked(args, picture):
     device = usable_device(args.device)
     more = {k: v for k, v in vars(args).items() if k in _LOOK}
     if "heads" in more: more["heads"] = heads_of(more["heads"])
+    if more.get("view", "").isdigit(): more["view"] = int(more["view"])     # a picture's number
     model, processor = _language_model(args.model)
     query = query_of(args.query)
     with catch_warnings(record=True) as said:

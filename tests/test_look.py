@@ -1,6 +1,7 @@
 """`spatial-entropy look` and `se.look`: a small model in a folder, as one would get it; whatever is typed wrongly is one sentence."""
 import json
 import os
+import subprocess
 import sys
 
 import numpy as np
@@ -103,6 +104,7 @@ def test_chosen_heads_and_layers(folder, typed):
     ("vlm mug.png -p where --box 90 0 20 20", "inside of it"),
     ("vlm mug.png -p where --box 1 2 3", "expected 4 arguments"),
     ("vlm mug.png -p where --view tile", "view: got 'tile', expected one of 'image 0'"),
+    ("vlm mug.png -p where --view 3", "view: got 'image 3', expected one of 'image 0'"),
     ("vlm mug.png -p where --best 0", "best: got 0, expected at least 1"),
     ("vlm mug.png -p where --new-tokens 0", "new_tokens: got 0, expected at least 1"),
     ("vlm mug.png -p where --level 1", "level: got 1.0, expected from 0 to below 1"),
@@ -118,6 +120,13 @@ def test_what_is_typed_wrongly_is_one_sentence(folder, typed, line, said):
     code, out, err = typed("look", *line.split())
     assert code == 2 and re.search(said, err) and err.count("\n") == 1 and not out, (code, out, err)
     assert sorted(os.listdir(folder)) == before
+
+
+@pytest.mark.parametrize("line", ["look vlm nowhere.png -p where", "look ./nowhere mug.png -p where", "draw vit_tiny nowhere.png -o a.png"])
+def test_a_name_that_is_not_there_does_not_wait_for_torch(folder, line):
+    code = f"import sys; from spatial_entropy.commands import main; code = main({line.split()!r}); print(code, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, encoding="utf-8")
+    assert done.stdout.split() == ["2", "False"] and "nowhere" in done.stderr and "no such" in done.stderr
 
 
 def test_without_transformers(typed, monkeypatch):
@@ -137,6 +146,36 @@ def test_look_is_what_text_maps_hears():
     [located] = se.locate(model, [record], [(1, 2)], processor, "expression", prompt="where is {} ?")
     assert_close(found.located.map, located.map)
     assert found.located.box.tolist() == located.box.tolist() and "where is the red mug ?" in repr(found)
+
+
+def qwen_processor():
+    """A processor of Qwen2-VL, made here: pictures in their own size, a chat template."""
+    import transformers as t
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    own = "<|image_pad|> <|video_pad|> <|vision_start|> <|vision_end|>".split()
+    words = ["<pad>", "<s>", "</s>", *PROMPT.split(), *own]
+    assert words[IMAGE] == own[0]
+    plain = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
+    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokens = t.PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<pad>", additional_special_tokens=own)
+    tokens.image_token, tokens.video_token = own[:2]
+    cut = dict(patch_size=8, merge_size=2, temporal_patch_size=2)
+    eye = t.Qwen2VLImageProcessor(size=dict(shortest_edge=16, longest_edge=10**6), **cut)
+    template = TEMPLATE.replace("<image> ", "<|vision_start|><|image_pad|><|vision_end|>")
+    return t.Qwen2VLProcessor(eye, tokens, t.Qwen2VLVideoProcessor(**cut), chat_template=template)
+
+
+def test_a_model_of_any_size_of_picture_from_the_card_to_the_picture():
+    model, processor, picture = made(next(s for s in SPECS if "qwen2_vl" in s.name)), qwen_processor(), picture_of((96, 64))
+    content = [dict(type="image", image=picture), dict(type="text", text=PROMPT)]
+    inputs = processor.apply_chat_template([dict(role="user", content=content)], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+    with se.TextImageTap(model, "red mug", tokenizer=processor) as tap:
+        model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    maps = tap.maps()
+    assert maps[1].shape == (1, 4, 4, 6)                                          # 64 × 96 pixels, 16 a token
+    found = se.look(model, processor, picture, PROMPT, "red mug", heads=[(1, 2)], smooth=0, new_tokens=2)
+    assert_close(found.located.map, maps[1][0, 2].double())
+    assert found.located.seen.frame == (0, 0, 1, 1) and found.draw()._repr_png_()[:4] == b"\x89PNG"
 
 
 def test_what_is_typed_is_read():
