@@ -30,8 +30,8 @@ def looks(maps: Tensor # (N, h, w) attention after the softmax of all heads of a
     mass = maps.sum((-2, -1), keepdim=True)
     share = maps/torch.where(mass > 0, mass, 1)
     one, border, place = _brightest(share)
-    loud = outliers(maps[None], softmax=True).mask[0]
-    return dict(one_cell=one, border=border, sink=(share*loud).sum((-2, -1)) >= .5, place=place)
+    far = outliers(maps[None], softmax=True).mask[0]
+    return dict(one_cell=one, border=border, sink=(share*far).sum((-2, -1)) >= .5, place=place)
 
 # %% ../../nbs/75_text_heads.ipynb #36ded87a
 def _chance(maps, E, variant, threshold, surrogates, seed): # maps: (N, h, w)

@@ -13,7 +13,7 @@ from ..analysis.heads import Heads
 from .drawing import draw_answer
 from .heads import rank_seen
 from .locating import Located, locate_seen
-from .samples import Seen, frame_of, hear, prompted
+from .samples import Seen, frame_of, recorded, prompted
 
 # %% ../../nbs/79_looking.ipynb #c31abbe5
 def query_of(text: str):
@@ -92,7 +92,7 @@ def look(model, # a vision-language model that `TextImageTap` reads
     """
     inputs, frame = prompted(processor, picture, prompt), frame_of(processor, picture.size)
     truth = None if box is None else Truth(as_shares(box, picture.size, form), None, frame)
-    [maps], said = hear(model, inputs, query, layers, processor, view, new_tokens)
+    [maps], said = recorded(model, inputs, query, layers, processor, view, new_tokens)
     tokens = getattr(processor, "tokenizer", processor)
     answer = tokens.decode(said[0], skip_special_tokens=True).strip()
     if isinstance(heads, list): _check_heads(heads, maps)
