@@ -168,7 +168,8 @@ def qwen_processor():
 def test_a_model_of_any_size_of_picture_from_the_card_to_the_picture():
     model, processor, picture = made(next(s for s in SPECS if "qwen2_vl" in s.name)), qwen_processor(), picture_of((96, 64))
     content = [dict(type="image", image=picture), dict(type="text", text=PROMPT)]
-    inputs = processor.apply_chat_template([dict(role="user", content=content)], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+    inputs = processor.apply_chat_template([dict(role="user", content=content)], add_generation_prompt=True, tokenize=True, return_dict=True,
+                                           return_tensors="pt")
     with se.TextImageTap(model, "red mug", tokenizer=processor) as tap:
         model.generate(**inputs, max_new_tokens=2, do_sample=False)
     maps = tap.maps()
