@@ -14,7 +14,8 @@ from ..measure.operators import spatial_entropy
 from ..attention.families import UnsupportedModel
 from .geometry import laid
 from ..attention.text_rows import asked_weights, first_key
-from ..attention.hearing import attention_layers, chosen_layers, listen, overhear
+from ..attention.observing import (
+    attention_layers, chosen_layers, observe, observe_method)
 from .prompts import Follower
 
 # %% ../../nbs/73_text_tap.ipynb #91101c3d
@@ -47,7 +48,7 @@ def _refuse_shape(site, query):
         f"prompt(s) of {now.n} token(s): the language model reads other tokens than the prompt "
         "holds, so that their places are unknown")
 
-def _row_heard(site, asked, query, key, mask, kwargs):
+def _row_of_call(site, asked, query, key, mask, kwargs):
     "The mean row of the tokens that ask, over all keys, and which of these it sees."
     causal, scale, sinks = (kwargs.get(k) for k in ("is_causal", "scaling", "s_aux"))
     if causal is None: causal = getattr(site.module, "is_causal", True)
@@ -83,13 +84,13 @@ class _Site:
         self.tap, self.number, self.name, self.module = tap, number, name, module
         self.kept, self.unseen = [], [] # a step each
 
-    def hear(self, query, key, mask, kwargs, out):
+    def record(self, query, key, mask, kwargs, out):
         now, tap = self.tap.now, self.tap
         if now is None: return                                # a pass in which nothing is asked
         _refuse_shape(self, query)
         asked, at = now.on(query.device)
         if tap.eager: row, seen = _row_of_table(out[1], asked), None
-        else: row, seen = _row_heard(self, asked, query, key, mask, kwargs)
+        else: row, seen = _row_of_call(self, asked, query, key, mask, kwargs)
         at = at - first_key(now.n, key.shape[2], now.past)
         row, unseen = _at_image_tokens(row, seen, at, 0. if tap.softmax else torch.nan)
         self.unseen.append(unseen)
@@ -97,16 +98,16 @@ class _Site:
 
 # %% ../../nbs/73_text_tap.ipynb #2579e509
 def _opened(tap):
-    "Begin to listen; gives what ends it."
+    "Begin to record; gives what ends it."
     host, kinds = tap.host, ("image", "video")
     hooks = [host.register_forward_pre_hook(tap.entered, with_kwargs=True),
              host.register_forward_hook(tap.left, always_call=True)]
-    return [*(overhear(host, f"get_{kind}_features", tap.given) for kind in kinds),
-            *(h.remove for h in hooks), *(listen(site.module, site) for site in tap.sites)]
+    return [*(observe_method(host, f"get_{kind}_features", tap.given) for kind in kinds),
+            *(h.remove for h in hooks), *(observe(site.module, site) for site in tap.sites)]
 
 # %% ../../nbs/73_text_tap.ipynb #7a38d991
-class _Listening(Follower):
-    "Follows the prompts, and listens in layers of the language model until it is closed."
+class _Recording(Follower):
+    "Follows the prompts, and records in layers of the language model until it is closed."
     def __init__(self, model, query, layers, tokenizer, softmax, reduce, eager=False):
         super().__init__(model, query, tokenizer)
         self.softmax, self.reduce, self.eager = softmax, _reduction(reduce), eager
@@ -159,7 +160,7 @@ def _steps_of(site, step, every):
     kept = site.kept
     if not kept:
         raise RuntimeError(
-            f"{site.name}: nothing was heard. Run the model inside `with TextImageTap(model) as "
+            f"{site.name}: nothing was recorded. Run the model inside `with TextImageTap(model) as "
             "tap:`; if it ran, its attention does not go through transformers' interface, or it "
             "was compiled before the tap was opened")
     if step is None: return kept if every else kept[:1]
@@ -202,7 +203,7 @@ def _warn(tap):
                   stacklevel=4)
 
 # %% ../../nbs/73_text_tap.ipynb #daa62ead
-class _Readable(_Listening):
+class _Readable(_Recording):
     "And gives what it recorded."
     def maps(self,
              view: int | str | None = None, # a picture's number in its prompt, or a name of `views`
@@ -251,9 +252,9 @@ def _eager(config):
 
 def _rows_of_run(tap, eager, args, kwargs):
     "{layer: (B, H, T)} of one pass."
-    with _Listening(tap.host, tap.query, tap.layers, tap.tokenizer, True, None, eager) as ears:
+    with _Recording(tap.host, tap.query, tap.layers, tap.tokenizer, True, None, eager) as recording:
         tap.model(*args, **kwargs)
-    return {s.number: _steps_of(s, None, False)[0] for s in ears.sites}
+    return {s.number: _steps_of(s, None, False)[0] for s in recording.sites}
 
 def _checked(tap, args, kwargs):
     training = [m for m in tap.model.modules() if m.training]
