@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import get_type_hints
 from .training.config import (Names, Range, TrainConfig, recipes, configure,
                                              load_config, plain_type)
-from .training.files import lenient_output, write_whole
+from .training.files import lenient_output, versions, write_whole
 
 # %% ../nbs/80_commands.ipynb #99d4c9e4
 def pair(text):
@@ -208,18 +208,17 @@ def _add_explore(commands):
     p.add_argument("--no-token", action="store_true", help="let in whoever can connect")
     p.add_argument("--open", action="store_true", help="open the browser")
 
-# %% ../nbs/80_commands.ipynb #24b6958d
-def _parser():
-    "The parser of the console script."
-    p = Parser("spatial-entropy",
-               description="Vision Transformers whose attention falls on connected objects.")
-    commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    train = commands.add_parser(
-        "train", help="train a ViT with the spatial-entropy regulariser",
-        description="Train a ViT with the spatial-entropy regulariser. With no flags: a small one "
-                    "on the built-in pictures.")
-    _add_where_from(train)
-    _add_settings(train)
+# %% ../nbs/80_commands.ipynb #8400be5f
+class _Version(argparse.Action):
+    "Says what is installed, and ends."
+    def __call__(self, parser, *_):
+        found = versions("spatial_entropy", "torch", "timm").items()
+        print(", ".join(f"{name} {number}" for name, number in found))
+        parser.exit()
+
+# %% ../nbs/80_commands.ipynb #090db8d4
+def _add_others(commands):
+    "The commands that start from a run, a model or a grid."
     _add_compare(commands.add_parser(
         "compare", help="train and measure arms with several seeds, and say how they differ",
         description="Train every arm of a grid with every seed, measure all, and write a page that "
@@ -233,6 +232,22 @@ def _parser():
         "look", help="ask a vision-language model about a picture, and draw where it looks",
         description="Ask a vision-language model about a picture, and draw where its heads look."))
     _add_explore(commands)
+
+# %% ../nbs/80_commands.ipynb #24b6958d
+def _parser():
+    "The parser of the console script."
+    p = Parser("spatial-entropy",
+               description="Vision Transformers whose attention falls on connected objects.")
+    p.add_argument("--version", action=_Version, nargs=0, default=argparse.SUPPRESS,
+                   help="what is installed")
+    commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train = commands.add_parser(
+        "train", help="train a ViT with the spatial-entropy regulariser",
+        description="Train a ViT with the spatial-entropy regulariser. With no flags: a small one "
+                    "on the built-in pictures.")
+    _add_where_from(train)
+    _add_settings(train)
+    _add_others(commands)
     return p
 
 # %% ../nbs/80_commands.ipynb #1deb9ca1
@@ -526,16 +541,16 @@ _LOOK = "heads", "best", "layers", "view", "new_tokens", "box", "level" # as `lo
 
 def _check_look(args):
     "Raises ValueError or OSError for what cannot be, before a model is loaded."
-    args.images = [args.image]
-    _check_drawing(args)
-    if args.model.startswith((".", "/", "~")) and not Path(args.model).is_dir():
-        raise FileNotFoundError(f"{args.model}: no such folder with a model")
-    _writable(Path(args.output).with_suffix(".json"))
     for name, least in (("best", 1), ("new_tokens", 1)):
         if getattr(args, name, least) < least:
             raise ValueError(f"{name}: got {getattr(args, name)}, expected at least {least}")
     if not 0 <= getattr(args, "level", 0) < 1:
         raise ValueError(f"level: got {args.level}, expected from 0 to below 1")
+    args.images = [args.image]
+    _check_drawing(args)
+    if args.model.startswith((".", "/", "~")) and not Path(args.model).is_dir():
+        raise FileNotFoundError(f"{args.model}: no such folder with a model")
+    _writable(Path(args.output).with_suffix(".json"))
 
 # %% ../nbs/80_commands.ipynb #5e1f07a9
 def _moved(model, device):
