@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 from base64 import b64decode, b64encode
+from concurrent.futures import ProcessPoolExecutor
 from configparser import ConfigParser
 from io import BytesIO
 from itertools import accumulate
@@ -168,25 +169,48 @@ def tag(cell, *tags):
 
 
 def smaller(png):
-    "An opaque picture, in base64, with a palette where nobody sees it: where its 256 colours are 1.5 percent off or less."
+    "An opaque picture, in base64, with a palette where hardly anybody sees it: where its 256 colours are 2.5 percent off or less."
     image = Image.open(BytesIO(b64decode(png)))
     if image.mode != "RGBA" or image.getextrema()[3][0] < 255:
         return png
     exact, file = image.convert("RGB"), BytesIO()
     few = exact.quantize(256)
     off = max(ImageStat.Stat(ImageChops.difference(few.convert("RGB"), exact)).rms)
-    (few if off < .015*255 else exact).save(file, "PNG", optimize=True)
+    (few if off < .025*255 else exact).save(file, "PNG", optimize=True)
     return b64encode(file.getvalue()).decode()
 
 
-def adapt_code(cell):
+def plain(markdown):
+    "Markdown as a screen reader should say it."
+    return " ".join(re.sub(r"[*`$|#>]", "", re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", markdown)).split())
+
+
+def said_of(cells, i):
+    "What the pictures of a cell show, as text: the caption below it, or else the last sentence before it."
+    after = text(cells[i + 1]["source"]) if i + 1 < len(cells) and cells[i + 1]["cell_type"] == "markdown" else ""
+    if caption := re.match(r"\*(?!\*)(.+?)(?<!\*)\*(?!\*)\s*(?:\n\n|$)", after, re.S):
+        return plain(caption[1])
+    before = next((text(c["source"]) for c in reversed(cells[:i]) if c["cell_type"] == "markdown" and "{eval-rst}" not in text(c["source"])), "")
+    said = plain(before.strip().rpartition("\n\n")[2] or before)
+    return re.split(r"(?<=[.:?!]) (?=[^a-z])", said)[-1][:300]
+
+
+def pictures_of(books):
+    "The pictures of all notebooks, once each."
+    found = (output.get("data", {}) for nb in books.values() for cell in nb["cells"] for output in cell.get("outputs", []))
+    return list(dict.fromkeys(text(data["image/png"]) for data in found if "image/png" in data))
+
+
+def adapt_code(cell, said, small):
     "Quarto's options become MyST-NB's tags and metadata; all other `#|` lines go."
     opts, source = options(text(cell["source"]))
     cell["source"], cell["metadata"] = source, {"tags": list(cell["metadata"].get("tags", []))}
     mystnb = {}
     for data in (output.get("data", {}) for output in cell["outputs"]):
         if "image/png" in data:
-            data["image/png"] = smaller(text(data["image/png"]))
+            data["image/png"] = small[text(data["image/png"])]
+        if "text/html" in data:                                           # links to pages, as in a drawing
+            data["text/html"] = re.sub(r'(href="\w+)\.ipynb(?=[#"])', r"\1.html", text(data["text/html"]))
     if opts.get("include") == "false":
         tag(cell, "remove-cell")
     if opts.get("echo") == "false":
@@ -201,11 +225,8 @@ def adapt_code(cell):
         mystnb |= {"code_prompt_show": summary, "code_prompt_hide": summary}
     if opts.get("fig-cap"):
         mystnb["figure"] = {"caption": opts["fig-cap"]}
-    alt = opts.get("fig-alt") or opts.get("fig-cap")
-    if alt:
-        mystnb["image"] = {"alt": re.sub(r"[*`$]", "", alt)}
-    if mystnb:
-        cell["metadata"]["mystnb"] = mystnb
+    mystnb["image"] = {"alt": plain(opts.get("fig-alt") or opts.get("fig-cap") or said)}
+    cell["metadata"]["mystnb"] = mystnb
     return cell
 
 
@@ -246,13 +267,19 @@ def adapt_markdown(source, symbols, home):
     return re.sub(r"(\]\(\s*<?)([^)\s>]+)", outward, source)
 
 
-def contents(index, written):
-    "The sidebar: the parts of the map in the index, and the pages to look things up."
+def parts_of(index):
+    "The parts of the map in the index: title, how long it takes to read, pages."
     rows = "\n".join(text(c["source"]) for c in index["cells"])
-    parts, pages = re.split(r"^\| \*\*(.+)\*\* \| .*\|$", rows, flags=re.M)[1:], r"^\| \[\w+\]\((\w+)\.(?:ipynb|html)\)"
-    listed = [(title, re.findall(pages, body, re.M)) for title, body in zip(parts[::2], parts[1::2])]
-    for title, names in [*listed, ("To look up", written)]:
-        yield "\n".join(["```{toctree}", ":hidden:", f":caption: {title}", "", *names, "```"])
+    found, pages = re.split(r"^\| \*\*(.+)\*\* \| (.*) \|$", rows, flags=re.M)[1:], r"^\| \[\w+\]\((\w+)\.(?:ipynb|html)\)"
+    for title, about, body in zip(found[::3], found[1::3], found[2::3]):
+        yield title, about.strip("*").partition(":")[0], re.findall(pages, body, re.M)
+
+
+def contents(parts):
+    "The sidebar."
+    for title, takes, names in parts:
+        caption = f"{title} · {takes}" if takes else title
+        yield "\n".join(["```{toctree}", ":hidden:", f":caption: {caption}", "", *names, "```"])
 
 
 def first_lines(cells):
@@ -262,6 +289,17 @@ def first_lines(cells):
     return list(accumulate((text(cell["source"]).count("\n") + 1 for cell in cells[:-1]), initial=0))
 
 
+def entries(books):
+    "Turns the cells that show a name into entries; gives them all, and the names that can be linked to."
+    api = Api()
+    for name, nb in books.items():
+        for cell in nb["cells"]:
+            source = options(text(cell["source"]))[1]
+            if cell["cell_type"] == "code" and re.match(r"show_doc\(", source):
+                cell.update(cell_type="markdown", entry=True, source=api.directive(source, name))
+    return api, api.symbols()
+
+
 def adapt(proc):
     "Write what Sphinx reads; returns the names of the pages."
     cfg = settings()
@@ -269,13 +307,11 @@ def adapt(proc):
     shutil.rmtree(SOURCE, ignore_errors=True)
     SOURCE.mkdir()
     books = {o.name: json.loads(o.read_text(encoding="utf-8")) for o in sorted(proc.glob("*.ipynb"))}
-    api = Api()
-    for name, nb in books.items():
-        for cell in nb["cells"]:
-            source = options(text(cell["source"]))[1]
-            if cell["cell_type"] == "code" and re.match(r"show_doc\(", source):
-                cell.update(cell_type="markdown", entry=True, source=api.directive(source, name))
-    symbols = api.symbols()
+    pictures = pictures_of(books)
+    with ProcessPoolExecutor(1) as other:                                 # while this process imports the package
+        small = other.map(smaller, pictures, chunksize=8)
+        api, symbols = entries(books)
+        small = dict(zip(pictures, small))
     (SOURCE / "symbols.json").write_text(json.dumps(symbols), encoding="utf-8")
 
     pages, written = [o.removesuffix(".ipynb") for o in books if o != "index.ipynb"], [o.stem for o in sorted(DOCS.glob("*.md"))]
@@ -286,7 +322,7 @@ def adapt(proc):
     written = ["reference", *written, "changelog"]
     for name, nb in books.items():
         cells, titled = [], False
-        for cell in nb["cells"]:
+        for i, cell in enumerate(nb["cells"]):
             if cell.pop("entry", False):
                 cell["source"] = api.hide_members(cell["source"])
             elif cell["cell_type"] == "markdown":
@@ -294,7 +330,7 @@ def adapt(proc):
                 if not titled and cell["source"].startswith("# "):
                     cell["source"], titled = adapt_title(cell["source"]), True
             elif cell["cell_type"] == "code":
-                cell = adapt_code(cell)
+                cell = adapt_code(cell, said_of(nb["cells"], i), small)
                 if not cell["source"].strip() and not cell["outputs"]:
                     continue
             else:
@@ -303,8 +339,9 @@ def adapt(proc):
                 cell = {k: cell[k] for k in ("cell_type", "id", "source")} | {"metadata": {}}
             cells.append({k: v for k, v in cell.items() if k != "has_sd"})
         if name == "index.ipynb":
-            toc = "\n\n".join(contents(nb, written))
-            cells.append({"cell_type": "markdown", "id": "contents", "metadata": {}, "source": toc})
+            parts = [*parts_of(nb), ("To look up", "", written)]
+            (SOURCE / "parts.json").write_text(json.dumps({page: title for title, _, listed in parts for page in listed}), encoding="utf-8")
+            cells.append({"cell_type": "markdown", "id": "contents", "metadata": {}, "source": "\n\n".join(contents(parts))})
         nb["cells"] = cells
         nb["metadata"] = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"},
                           "language_info": {"name": "python", "pygments_lexer": "ipython3"},
@@ -339,7 +376,7 @@ def main():
 
     from sphinx.cmd.build import build_main
     shutil.rmtree(SITE, ignore_errors=True)
-    failed = build_main(["-W", "--keep-going", "-q", "-b", "html", "-c", str(DOCS), "-d", str(SOURCE / ".doctrees"),
+    failed = build_main(["-W", "--keep-going", "-q", "-j", "2", "-b", "html", "-c", str(DOCS), "-d", str(SOURCE / ".doctrees"),
                          str(SOURCE), str(SITE)])
     prune()
     raw = [page.name for page in SITE.glob("*.html") if "<p>| " in page.read_text(encoding="utf-8")]

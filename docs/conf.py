@@ -4,6 +4,8 @@ import json
 import re
 import sys
 from configparser import ConfigParser
+from html import escape
+from importlib import import_module
 from pathlib import Path
 
 from pygments.formatters import HtmlFormatter
@@ -15,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 _ini = ConfigParser(delimiters=["="])
 _ini.read(ROOT / "settings.ini", encoding="utf-8")
 _cfg = _ini["DEFAULT"]
-_symbols = json.loads((ROOT / "docs/_src/symbols.json").read_text(encoding="utf-8"))
+_symbols, _parts = (json.loads((ROOT / f"docs/_src/{name}.json").read_text(encoding="utf-8")) for name in ("symbols", "parts"))
 
 project = _cfg["title"]
 author = _cfg["author"]
@@ -23,7 +25,7 @@ copyright = _cfg["copyright"]
 version = release = _cfg["version"]
 language = "en"
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "sphinx.ext.mathjax", "sphinx-mathjax-offline"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "sphinx.ext.mathjax"]
 exclude_patterns = [".doctrees"]
 nitpicky = False
 suppress_warnings = ["myst.header"]  # a notebook may step from # to ###
@@ -42,13 +44,12 @@ autodoc_inherit_docstrings = False
 add_module_names = False
 python_maximum_signature_line_length = 88
 toc_object_entries_show_parents = "hide"
-viewcode_line_numbers = True
 
 html_theme = "furo"
 html_title = f"{project} {version}"
 html_favicon = "_static/favicon.svg"
 html_static_path = ["_static"]
-html_css_files = ["site.css"]
+html_css_files, html_js_files = ["site.css"], [("site.js", {"defer": "defer"})]
 html_copy_source = False
 html_theme_options = {
     "source_repository": _cfg["git_url"],
@@ -137,6 +138,34 @@ def on_member(app, what, name, obj, skip, opts):
     return True if str(getattr(obj, "__doc__", "")).startswith("Alias for field number") else None
 
 
+LINES = re.compile(r"<dl>\s*((?:<dd>.*?</dd>\s*)+)</dl>", re.S)  # a parameter a line, which Sphinx writes as a list without terms
+
+
+def places(page):
+    "Where a page's notebook can be opened: (name, address)."
+    there = f"{_cfg['user']}/{_cfg['repo']}"
+    path = f"{_cfg['nbs_path']}/{page}.ipynb"
+    return [("GitHub", f"{_cfg['git_url']}/blob/{_cfg['branch']}/{path}"),
+            ("Colab", f"https://colab.research.google.com/github/{there}/blob/{_cfg['branch']}/{path}"),
+            ("Binder", f"https://mybinder.org/v2/gh/{there}/{_cfg['branch']}?labpath={path}")]
+
+
+def on_page(app, pagename, templatename, context, doctree):
+    "On top of a page: in which part it stands, and where its notebook can be opened. Text only: reading a page asks no other host."
+    above = ""
+    if part := _parts.get(pagename):
+        above = (f'<nav class="crumbs" aria-label="Breadcrumbs"><ol><li><a href="index.html">{escape(project)}</a></li>'
+                 f'<li><a href="index.html#map-of-the-notebooks">{escape(part)}</a></li><li aria-current="page">{context["title"]}</li></ol></nav>')
+    if (ROOT / _cfg["nbs_path"] / f"{pagename}.ipynb").exists():
+        links = " ".join(f'<a href="{escape(url)}">{name}</a>' for name, url in places(pagename))
+        above += f'<p class="open">Open this notebook: {links} <span>(Colab and Binder were not tried)</span></p>'
+    context["body"] = above + LINES.sub(lambda m: f'<span class="lines">{m[1].replace("dd>", "span>")}</span>', context.get("body", ""))
+    if "furo_navigation_tree" in context:
+        context["furo_navigation_tree"] = context["furo_navigation_tree"].replace('role="heading"', 'role="heading" aria-level="2"')
+
+
 def setup(app):
+    import_module("sphinx-mathjax-offline").setup(app)      # named in `extensions` it would have all pages read by one process
     app.connect("autodoc-process-docstring", on_docstring)
     app.connect("autodoc-skip-member", on_member)
+    app.connect("html-page-context", on_page, priority=900)  # after the theme's own

@@ -1,5 +1,6 @@
 """A headless Chromium, driven by its DevTools protocol: real clicks and keys, and no package but a websocket's."""
 import base64
+import importlib.util
 import json
 import os
 import shutil
@@ -24,6 +25,12 @@ def why_not():
         import websocket  # noqa: F401
     except ModuleNotFoundError:
         return "websocket-client is not installed"
+
+
+def axe():
+    "The file of axe-core that an installed package carries, or None."
+    found = importlib.util.find_spec("axe_playwright_python")
+    return found and Path(found.origin).with_name("axe.min.js")
 
 
 class Page:
@@ -106,6 +113,20 @@ class Page:
     def size(self, width, height, dark=False):
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         self.send("Emulation.setEmulatedMedia", features=[dict(name="prefers-color-scheme", value="dark" if dark else "light")])
+
+    def type(self, text):
+        "Into what has the focus."
+        self.send("Input.insertText", text=text)
+
+    def violations(self, *rules):
+        "What axe-core finds serious or critical, as texts; by all of its rules, or by these."
+        if not self.js("Boolean(window.axe)"):
+            self.js(axe().read_text(encoding="utf-8") + "; true")
+        options = dict(resultTypes=["violations"], **(dict(runOnly=list(rules)) if rules else {}))
+        found = self.js(f"axe.run(document, {json.dumps(options)}).then(all => all.violations"
+                        ".filter(v => ['serious', 'critical'].includes(v.impact)).flatMap(v => v.nodes.map(n => [v.id, n.target.join(' '), "
+                        "n.html.slice(0, 120), [...n.any, ...n.all, ...n.none].map(c => c.message).join('; ')].join(' | '))))")
+        return found
 
     def shot(self, path, whole=True):
         data = self.send("Page.captureScreenshot", captureBeyondViewport=whole)["data"]

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from configparser import ConfigParser
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -120,6 +121,16 @@ def test_links_between_pages_lead_somewhere():
         if c["cell_type"] == "markdown":
             for target in re.findall(r"\]\((\w+)\.ipynb", "".join(c["source"])):
                 assert target in stems, f"{name} links to {target}"
+
+
+def test_every_page_installs_the_package_where_colab_opens_it():
+    "The first cell of code does so, there alone; it names the repository of settings.ini."
+    known = ConfigParser(delimiters=["="])
+    known.read(ROOT / "settings.ini", encoding="utf-8")
+    for nb in NOTEBOOKS:
+        first = next("".join(c["source"]) for name, c in CELLS if name == nb.name and c["cell_type"] == "code")
+        assert first.startswith("#| hide\n") and 'if "google.colab" in sys.modules:' in first and known["DEFAULT"]["git_url"] in first, nb.name
+        assert all(line.startswith("    ") for line in first.splitlines()[3:]), nb.name          # nothing runs elsewhere
 
 
 def test_the_package_needs_no_development_tool():

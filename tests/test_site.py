@@ -1,6 +1,7 @@
 """The rendered site in a browser: errors, requests, links, search, mathematics, pictures, widths."""
 import functools
 import http.server
+import json
 import os
 import re
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from browser import browser, why_not
+from browser import axe, browser, why_not
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "docs/_site"
@@ -119,6 +120,61 @@ def test_every_page_stands_in_the_sidebar(site, page):
     assert {re.sub(r"\.html.*", "", link) for link in listed} >= {n for n in names() if n != "index"}
 
 
+def map_of_pages():
+    "The pages in the order of the map, each with its part; then those to look up."
+    index = "".join("".join(c["source"]) for c in json.loads((ROOT / "nbs/index.ipynb").read_text(encoding="utf-8"))["cells"])
+    part = ""
+    for line in index.splitlines():
+        if found := re.match(r"\| \*\*(.+)\*\* \| \*(.+?):", line):
+            part = found[1]
+        elif found := re.match(r"\| \[\w+\]\((\w+)\.ipynb\) \|", line):
+            yield found[1], part
+    yield from ((name, "To look up") for name in ("reference", "models", "changelog"))
+
+
+def test_previous_next_and_the_place_of_a_page_follow_the_map(site):
+    listed = list(map_of_pages())
+    order = ["index", *(page for page, _ in listed)]
+    assert sorted(order) == sorted(names())
+    for (page, part), before, after in zip(listed, order, [*order[2:], None]):
+        html = (SITE / f"{page}.html").read_text(encoding="utf-8")
+        linked = {k: re.search(rf'<a class="{k}-page" href="([^"]+)"', html) for k in ("prev", "next")}
+        assert [m and m[1] for m in linked.values()] == [f"{before}.html", after and f"{after}.html"], page
+        crumbs = re.search(r'<nav class="crumbs".*?</nav>', html, re.S)[0]
+        assert [re.sub("<[^>]+>", "", li) for li in re.findall("<li.*?</li>", crumbs)][1] == part, page
+        opened = re.findall(r'<a href="([^"]+)">(?:GitHub|Colab|Binder)</a>', html)
+        assert len(opened) == (3 if (ROOT / f"nbs/{page}.ipynb").exists() else 0) and all(f"{page}.ipynb" in link for link in opened)
+
+
+def test_the_way_of_the_data_can_be_read_and_clicked(site, page):
+    for width in (390, 700):
+        page.size(width, 900)
+        page.open(f"{site}/index.html")
+        boxes = page.js("[...document.querySelectorAll('.way a')].map(a => [a.getAttribute('href'), a.getBoundingClientRect().width, "
+                        "...[...a.querySelectorAll('text')].flatMap(t => [t.getBoundingClientRect().width, t.getBoundingClientRect().height])])")
+        assert len(boxes) == 7
+        for link, wide, name, high, said, low in boxes:
+            assert max(name, said) < wide and min(high, low) > 9, (width, link)     # inside of its box, and not tiny
+    page.click(".way a:nth-of-type(6) text")
+    page.wait("location.pathname.endsWith('/02_entropy.html') && document.readyState === 'complete'")
+
+
+def test_the_film_plays_and_stands_still(site, page):
+    page.size(700, 900)
+    page.open(f"{site}/08_gallery.html")
+    shown = "document.querySelector('.film img').currentSrc.slice(0, 14)"
+    page.place(".film img")
+    assert page.wait(f"document.querySelector('.film img').complete && {shown}") == "data:image/gif"
+    page.click(".film button")
+    page.wait(f"{shown} === 'data:image/png'")
+    page.click(".film button")
+    page.wait(f"{shown} === 'data:image/gif'")
+    page.send("Emulation.setEmulatedMedia", features=[dict(name="prefers-reduced-motion", value="reduce")])
+    page.open(f"{site}/08_gallery.html")
+    assert page.wait(shown) == "data:image/png"
+    page.send("Emulation.setEmulatedMedia", features=[])
+
+
 def test_the_slider_shows_another_threshold(site, page):
     page.open(f"{site}/07_try.html")
     shown = "[...document.querySelectorAll('.slider img')].filter(i => !i.hidden).map(i => i.alt)"
@@ -126,3 +182,14 @@ def test_the_slider_shows_another_threshold(site, page):
     page.choose(".slider input", 9)
     after = page.js(shown)
     assert len(before) == len(after) == 1 and before[0].startswith("k = 1.0") and after[0].startswith("k = 1.625")
+
+
+@pytest.mark.skipif(axe() is None, reason="no axe-core here: pip install axe-playwright-python")
+@pytest.mark.parametrize("name", "index 01_regions 02_entropy 06_glossary 07_try 31_regularizer 45_chance 63_widgets reference search".split())
+def test_nothing_serious_stands_in_a_readers_way(site, page, name):
+    "Accessibility, by axe-core: all of its rules in the light, the contrasts in the dark too."
+    page.size(1280, 900)
+    page.open(f"{site}/{name}.html", "!window.MathJax || !MathJax.startup || !MathJax.startup.promise || MathJax.startup.promise.then(() => true)")
+    assert page.violations() == []
+    page.size(1280, 900, dark=True)
+    assert page.violations("color-contrast") == []
