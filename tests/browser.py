@@ -85,7 +85,7 @@ class Page:
 
     def place(self, selector, at=(.5, .5)):
         "Where an element lies, scrolled into view; `at`: shares of its width and height."
-        box = self.js(f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center'}}); "
+        box = self.js(f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center', behavior: 'instant'}}); "
                       "const b = e.getBoundingClientRect(); return [b.left, b.top, b.width, b.height]; })()")
         return box[0] + at[0] * box[2], box[1] + at[1] * box[3]
 
