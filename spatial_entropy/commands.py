@@ -295,6 +295,7 @@ _measures = { # of `evaluate`: what it is called, and how it is written
     "pixel_auc": ("pixel AUC, best head", "{:.3f}"), "pointing": ("pointing, best head", "{:.3f}"),
     "energy_pointing": ("mass on the object, best head", "{:.3f}"),
     "jaccard": ("mask Jaccard, best head", "{:.3f}"),
+    "jaccard_published": ("the same, void as background", "{:.3f}"),
     "jaccard_best_head": ("mask Jaccard, best head", "{:.3f}"),
     "jaccard_mean_head": ("mask Jaccard, mean head", "{:.3f}"),
     "mask_pairs": ("pictures with masks", "{}")}

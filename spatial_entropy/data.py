@@ -380,17 +380,17 @@ _void_color = (224, 224, 192)
 
 def _of_colors(image):
     a = np.asarray(image.convert("RGB"))
-    return np.where((a == _void_color).all(-1), 0, a.max(-1))
+    return np.where((a == _void_color).all(-1), -1, a.max(-1).astype(int))
 
 # %% ../nbs/03_data.ipynb #18c5fbeb
 def _of_palette(image):
-    "Indices, the void label as background; colours, where it is those that tell."
+    "Indices, −1 for the void label; colours, where it is those that tell."
     index, colors = np.asarray(image), np.array(image.getpalette("RGB")).reshape(-1, 3)
     used = [i for i in np.unique(index) if i < len(colors)]
     black = (colors == 0).all(-1)
     if (colors[used] == colors[used][:, :1]).all(): return np.asarray(image.convert("L"))
     if black[used].any() and not black[0]: return _of_colors(image)        # a palette in any order
-    return np.where(index == 255, 0, index)
+    return np.where(index == 255, -1, index.astype(int))
 
 # %% ../nbs/03_data.ipynb #bc122f2c
 def _of_depth(image):
@@ -403,7 +403,7 @@ def _of_depth(image):
 
 # %% ../nbs/03_data.ipynb #85b4ff95
 def _mask_values(image):
-    "What a mask holds: integers (H, W), 0 for background, and the top of their range."
+    "Integers (H, W), 0 for background and −1 for void, and the top of their range."
     if _has_alpha(image):
         image = image.convert("RGBA")
         if image.getextrema()[3][0] < 255: return np.asarray(image)[..., 3].astype(int), 255
@@ -425,40 +425,75 @@ def _looks(a, top):
 class _Reading:
     "How a set's masks are to be read, found from some of them: (values, top) each."
     def __init__(self, some):
-        seen, kinds, small, tops = np.zeros(3, int), set(), 0, 0
+        seen, kinds, small, tops, self.marked = np.zeros(3, int), set(), 0, 0, False
         for a, top in some:
             counts, values = _looks(a, top)
             seen, kinds = seen + counts, kinds | values
             tops += bool(counts[2])
+            self.marked |= bool((a < 0).any())                  # void, whatever the others hold
             small += bool(counts[2] and values and min(values) < 32)
         between, flat, full = seen
         many = len(kinds) > 16 or full > between
         self.grades = bool(flat < between/4 and many)
         self.void = not self.grades and bool(small > tops/2)
 
-    def foreground(self, a, top, lossy=False): # (H, W) bool
-        if self.grades or lossy: return a > top/2
-        return (a > 0) & ~((a == top) & self.void)
+    def labels(self, a, top, lossy=False): # (H, W) uint8
+        "0 for background, 1 for an object, 2 for void."
+        if self.grades or lossy: return (a > top/2).astype(np.uint8)
+        void = (a < 0) | ((a == top) & self.void)
+        return np.where(void, 2, a > 0).astype(np.uint8)
 
 # %% ../nbs/03_data.ipynb #e587b823
 class MaskPairs(Dataset):
-    "Items (x, mask): (3, S, S) normalised, and (S, S) bool. `notes`: what was left out."
+    """Items (x, mask): (3, S, S) normalised, and (S, S) bool. `notes`: what was left out.
+
+    Where masks of the set have void pixels, `void` is True and items are (x, mask, valid), with
+    valid (S, S) bool, False where a pixel is void.
+    """
     def __init__(self, read, names, size, mean, std, notes=()):
         self.read, self.names, self.notes = read, names, tuple(notes)
+        self.void = getattr(read, "void", False)
         self.transform = create_transform(size, mean=mean, std=std, crop_pct=1., crop_mode="squash")
 
     def __len__(self): return len(self.names)
 
     def __getitem__(self, i):
-        image, mask = self.read(i)
-        return self.transform(image), mask
+        image, *mask = self.read(i)
+        return self.transform(image), *mask
+
+# %% ../nbs/03_data.ipynb #6eae0690
+def _is_colored(path):
+    "Whether colours tell what a mask's pixels are, so that one of them may be that of void."
+    with _naming(path):
+        a = np.asarray(_decode(path).convert("RGB")).astype(int)
+        return bool((a != a[..., :1]).any())
+
+def _both(image_file, mask_file, files):
+    "The picture upright, the mask beside it at the size of `files`, and what is valid, if any is not."
+    image, (mask, own) = _decode(image_file), files.mask(mask_file)
+    turn = _turn(image)
+    lies_too = own == 1 and turn > 4 and mask.size == image.size != image.size[::-1]
+    mask = _upright(mask, turn if lies_too else own)
+    mask = mask.resize((files.size, files.size), Image.Resampling.NEAREST)
+    labels = torch.tensor(np.asarray(mask))
+    found = _rgb(_upright(image, turn)), labels == 1
+    return (*found, labels != 2) if files.void else found
 
 # %% ../nbs/03_data.ipynb #4d6efaf1
 class _Files:
     "Reads the pairs (image, mask) of a folder, once it has found how its masks are to be read."
     def __init__(self, pairs, size):
         self.pairs, self.size, step = pairs, size, -(-len(pairs)//64)
-        self.reading = _Reading(self.stored(m)[:2] for _, m in pairs[::step])
+        some = [mask for _, mask in pairs[::step]]
+        self.reading = _Reading(self.stored(m)[:2] for m in some)
+        self.void = self._holds_void(some)
+
+    def _holds_void(self, some):
+        "Whether any mask has void; all are asked where one of some has colours, void's may follow."
+        exact = any(not self.stored(m)[2] for m in some)            # JPEG's labels are not
+        if not exact or self.reading.void or self.reading.marked: return exact
+        return any(map(_is_colored, some)) and any(
+            (self.stored(m)[0] < 0).any() for _, m in self.pairs)
 
     def stored(self, path):
         "Values and their top, whether JPEG has made grades of them, and how they are turned."
@@ -466,24 +501,19 @@ class _Files:
             image = _decode(path)
             return *_mask_values(image), image.format in ("JPEG", "MPO"), _turn(image)
 
-    def mask(self, path): # (PIL, black and white, as stored; its turn)
+    def mask(self, path): # (PIL, labels as `_Reading` has them, as stored; its turn)
         *held, turn = self.stored(path)
-        return Image.fromarray(self.reading.foreground(*held)), turn
+        return Image.fromarray(self.reading.labels(*held)), turn
 
     def __call__(self, i):
         with _naming(self.pairs[i][0]):
-            image, (mask, own) = _decode(self.pairs[i][0]), self.mask(self.pairs[i][1])
-            turn = _turn(image)
-            lies_too = own == 1 and turn > 4 and mask.size == image.size != image.size[::-1]
-            mask = _upright(mask, turn if lies_too else own)
-            mask = mask.resize((self.size, self.size), Image.Resampling.NEAREST)
-            return _rgb(_upright(image, turn)), torch.tensor(np.asarray(mask))
+            return _both(*self.pairs[i], self)
 
 # %% ../nbs/03_data.ipynb #0139a83c
 def open_mask(path) -> torch.Tensor: # (S, W) bool, upright
-    "One mask of any kind, read by what it holds. Raises OSError that names the file."
+    "One mask of any kind, void as background. Raises OSError that names the file."
     mask, turn = _Files([(path, path)], None).mask(path)
-    return torch.tensor(np.asarray(_upright(mask, turn)))
+    return torch.tensor(np.asarray(_upright(mask, turn)) == 1)
 
 # %% ../nbs/03_data.ipynb #c4763684
 def _by_stem(folder):
@@ -502,11 +532,12 @@ def _refuse_empty(folder, files):
     "Refuse a set of masks that are background, or foreground, throughout."
     seen = set()
     for _, mask in files.pairs:
-        seen |= set(files.mask(mask)[0].getextrema())
+        seen |= {*np.unique(np.asarray(files.mask(mask)[0]) % 2).tolist()}   # void counts as 0
         if len(seen) == 2: return
     values = np.unique(files.stored(files.pairs[0][1])[0])
-    held = ", ".join(map(str, values[:5])) + (", …" if len(values) > 5 else "")
-    what = "all is foreground" if seen == {255} else "there is no foreground"
+    held = ", ".join("void" if v < 0 else str(v) for v in values[:5])
+    held += ", …" if len(values) > 5 else ""
+    what = "all is foreground" if seen == {1} else "there is no foreground"
     raise ValueError(f"{folder}: {what} in its {len(files.pairs)} mask(s), the first holds {held}; "
                      "expected 0 for the background, and objects")
 
@@ -542,6 +573,8 @@ def mask_pairs(folder: str, # with images/ and masks/; "shapes" or "shapes/one",
                mean=(.5, .5, .5), std=(.5, .5, .5), # normalisation, per channel
               ) -> MaskPairs:
     """Pictures with object masks, paired by file name; masks of any kind, read by what they hold.
+
+    Items are (x, mask), or (x, mask, valid) where the set's masks have void pixels (`.void`).
 
     Raises FileNotFoundError, OSError or ValueError naming what is missing or wrong.
     """

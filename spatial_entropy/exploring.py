@@ -29,8 +29,7 @@ from torch import Tensor, nn
 # %% ../nbs/61_exploring.ipynb #b131ffa3
 from .analysis.chance import surrogate_maps
 from .analysis.heads import head_maps
-from .analysis.masks import mask_jaccard
-from .analysis.objects import energy_pointing, pixel_auc
+from .analysis.objects import energy_pointing, grid_jaccard, pixel_auc
 from .data import (
     MaskPairs, Shapes, drawn_sets, is_picture, mask_pairs, open_picture)
 from .demo import demo_model
@@ -214,7 +213,7 @@ def subjects_of(models, **known) -> list: # of one or two Subjects
 class Item:
     "A picture that can be chosen."
     name: str
-    read: callable # gives the PIL picture and its mask (S, T) bool, or None
+    read: callable # gives the PIL picture and its mask (S, T) bool, or None; valid
     source: str # the line of Python that makes `image`
 
 def _of_pairs(pairs, names, source):
@@ -306,10 +305,12 @@ def _by_head(maps, others, state):
     return {name: v.where(fine, torch.nan) for name, v in found.items()}
 
 # %% ../nbs/61_exploring.ipynb #5c2318a2
-def _on_object(maps, mask): # (H, h, w), (S, T)
-    "{score: (H,)}, 0–1; NaN without an object."
-    scores = dict(jaccard=mask_jaccard, pixel_auc=pixel_auc, energy_pointing=energy_pointing)
-    return {name: score(maps[None], mask[None])[0].float() for name, score in scores.items()}
+def _on_object(maps, mask, valid=None): # (H, h, w), (S, T), and the same or None
+    "{score: (H,)}, 0–1, without void pixels; NaN without an object."
+    scores = dict(jaccard=grid_jaccard, pixel_auc=pixel_auc, energy_pointing=energy_pointing)
+    valid = None if valid is None else valid[None]
+    found = {name: score(maps[None], mask[None], valid) for name, score in scores.items()}
+    return {name: values[0].float() for name, values in found.items()}
 
 # %% ../nbs/61_exploring.ipynb #cbdc0e8c
 _sorted_by = dict(entropy=("entropy", 1), difference=("difference", 1), overlap=("jaccard", -1))
@@ -472,9 +473,9 @@ class View:
 SHOWN = 336 # pixels a side of the picture that is shown
 
 def _opened(item):
-    "(picture, squashed to a square; mask) of an item. Raises OSError or ValueError."
-    image, mask = item.read()
-    return image, image.resize((SHOWN, SHOWN), Image.Resampling.BICUBIC), mask
+    "A picture, squashed to a square too; mask; valid. Raises OSError or ValueError."
+    image, mask, valid = (*item.read(), None)[:3]
+    return image, image.resize((SHOWN, SHOWN), Image.Resampling.BICUBIC), mask, valid
 
 # %% ../nbs/61_exploring.ipynb #971ce26c
 def _for_eyes(image, mask):
@@ -499,7 +500,7 @@ class _Kept:
         self.maps = lru_cache(64)(self._maps)
         self.surrogates = lru_cache(64)(self._surrogates)
         self.scores = lru_cache(64)(self._scores)
-        self.eyes = lru_cache(32)(lambda picture: _for_eyes(*self.opened(picture)[1:]))
+        self.eyes = lru_cache(32)(lambda picture: _for_eyes(*self.opened(picture)[1:3]))
 
     def _maps(self, i, picture, query, block): # block: "all" or a tuple of numbers
         return self.subjects[i].maps(self.opened(picture)[0], block, query)
@@ -517,8 +518,9 @@ class _Kept:
         return surrogate_maps(maps.where(fine, 0), SURROGATES)
 
     def _scores(self, i, picture, query, block):
-        mask = self.opened(picture)[2]
-        return {} if mask is None else _on_object(self.maps_of(i, picture, query)[block], mask)
+        truth = self.opened(picture)[2:]
+        maps = self.maps_of(i, picture, query)[block]
+        return {} if truth[0] is None else _on_object(maps, *truth)
 
 # %% ../nbs/61_exploring.ipynb #4936d2fe
 class _Views:
@@ -526,7 +528,7 @@ class _Views:
     def view(self, **settings) -> View: # of a State
         "What these settings show. Raises ValueError for settings that cannot be."
         state = _checked(as_state(settings), len(self.items), len(self.subjects))
-        item, (_, image, mask) = self.items[state.picture], self.kept.opened(state.picture)
+        item, (_, image, mask, _) = self.items[state.picture], self.kept.opened(state.picture)
         sides = [self._side(i, state) for i in range(len(self.subjects))]
         codes = [code_of(*pair, state) for pair in zip(self.subjects, [item]*len(sides), sides)]
         return View(state, item.name, image, mask, sides, "\n".join(codes))

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from scipy.fft import dctn
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -307,6 +308,94 @@ def test_maps_that_are_there_already_score_as_those_of_the_model(scored):
 def test_maps_and_masks_that_do_not_belong_together_are_refused(maps, masks, names, said):
     with pytest.raises(ValueError, match=said):
         score_maps(torch.randn(maps), torch.ones(masks, dtype=torch.bool), names)
+
+
+@pytest.fixture(scope="module")
+def rimmed(tmp_path_factory):
+    "Forty drawn pictures with VOC's masks, the rims of their objects void."
+    folder = tmp_path_factory.mktemp("voc")
+    drawn = se.shapes(40, "val", 64)
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir()
+    for i, mask in enumerate(torch.tensor(drawn.masks)):
+        near = F.max_pool2d(mask[None].float(), 7, 1, 3)[0] > 0
+        index = Image.fromarray(torch.where(mask, 15, torch.where(near, 255, 0)).byte().numpy(), "P")
+        index.putpalette([0, 0, 0] * 15 + [192, 128, 128] + [0, 0, 0] * 239 + [224, 224, 192])
+        drawn[i][0].save(folder / "images" / f"{i:02}.png")
+        index.save(folder / "masks" / f"{i:02}.png")
+    return folder
+
+
+def test_void_pixels_leave_every_score_streamed_or_not(scored, rimmed):
+    "Against scikit-learn on the valid pixels of each picture, one at a time; the published Jaccard on all of them."
+    metrics = pytest.importorskip("sklearn.metrics")
+    model, pairs = scored[0], mask_pairs(str(rimmed), 64)
+    got = score_objects(model, pairs, surrogates=0, batch_size=7)
+    x, masks, valid = (torch.stack(v) for v in zip(*pairs))
+    assert pairs.void and .02 < (~valid).float().mean() < .5
+    with se.AttentionTap(model.eval()) as tap, torch.no_grad():
+        model(x)
+        maps = tap.maps()
+    kept = se.keep_mass(maps.flatten(2).softmax(-1).view(maps.shape), .6)
+    full, chosen = (F.interpolate(m.float(), size=(64, 64), mode="nearest").numpy() for m in (maps, kept))
+    for i in range(0, 40, 3):
+        v = valid[i].numpy()
+        truth = masks[i].numpy()[v]
+        for h in range(3):
+            value = full[i, h][v]
+            rise = np.maximum(value - maps[i, h].double().mean().item(), 0)
+            top = value == value.max() if full[i, h].max() == value.max() else None
+            want = dict(pixel_auc=metrics.roc_auc_score(truth, value), pixel_ap=metrics.average_precision_score(truth, value),
+                        energy_pointing=rise[truth].sum()/rise.sum(), jaccard=metrics.jaccard_score(truth, chosen[i, h][v] > 0),
+                        jaccard_published=metrics.jaccard_score(masks[i].numpy().ravel(), chosen[i, h].ravel() > 0))
+            want |= dict(pointing=truth[top].mean()) if top is not None else {}
+            for name, number in want.items():
+                assert got.own[name][i, 0, h].item() == pytest.approx(number, abs=2e-4), name
+    assert got.own["pixel_auc"].sub(score_maps(maps, masks, surrogates=0).own["pixel_auc"]).abs().max() > 1e-3
+    again = score_maps(maps, masks, valid=valid, surrogates=0, batch_size=9)
+    for name in got.own:
+        assert_close(again.own[name], got.own[name], atol=1e-4, rtol=0, equal_nan=True)
+    assert [line["score"] for line in got.summary()][-1] == "jaccard_published"
+
+
+def test_the_chance_level_leaves_out_the_void_of_the_mask_it_uses():
+    "With one other mask per map, by hand: map i with the mask and the void of the picture before it."
+    torch.manual_seed(0)
+    maps, masks, valid = torch.randn(6, 2, 5, 5), torch.rand(6, 10, 10) < .3, torch.rand(6, 10, 10) < .7
+    found = score_maps(maps, masks, valid=valid, surrogates=0, shifts=1, batch_size=6)
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(0))
+    for name, score in dict(pixel_auc=pixel_auc, jaccard=grid_jaccard, energy_pointing=energy_pointing).items():
+        for k in range(1, 6):
+            i, j = order[k], order[k - 1]
+            assert_close(found.chance[name][i, 0, 0].double(), score(maps[i:i + 1], masks[j:j + 1], valid[j:j + 1])[0], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("valid, said", [
+    (torch.ones(4, 9, 9, dtype=torch.bool), r"valid: got \(4, 9, 9\)"), (torch.ones(3, 8, 8, dtype=torch.bool), r"valid: got \(3, 8, 8\)"),
+    (torch.full((4, 8, 8), 255), "valid: got torch.int64, expected torch.bool"), (torch.ones(4, 8, 8), "valid: got torch.float32, expected torch.bool")])
+def test_a_void_that_does_not_fit_is_refused_in_one_sentence(valid, said):
+    maps, masks = torch.randn(4, 1, 4, 4), torch.rand(4, 8, 8) < .5
+    for call in (lambda: score_maps(maps, masks, valid=valid, surrogates=0), lambda: pixel_auc(maps, masks, valid)):
+        with pytest.raises(ValueError, match=said.replace("got ", "got (shape )?")) as refused:
+            call()
+        assert "\n" not in str(refused.value)
+    labels = torch.tensor([0, 15, 255, 1]).repeat(4, 16).view(4, 8, 8)
+    for score in (pixel_auc, se.mask_jaccard, se.pointing):
+        for kind in (torch.uint8, torch.float32):
+            with pytest.raises(ValueError, match="outside 0–1"):
+                score(maps, labels.to(kind))
+
+
+def test_rank_heads_leaves_void_out_of_pointing(scored, rimmed):
+    model, pairs = scored[0], mask_pairs(str(rimmed), 64)
+    batch = [torch.stack(v) for v in zip(*pairs)]
+    with se.AttentionTap(model.eval()) as tap, torch.no_grad():
+        model(batch[0])
+        maps = tap.maps()
+    rows = sorted(se.rank_heads(model, [batch], block=-1, by="pointing"), key=lambda row: row["head"])
+    want = pointing(maps, *batch[1:]).nanmean(0)
+    assert [row["pointing"] for row in rows] == pytest.approx(want.tolist(), abs=1e-6)
+    assert [row["jaccard"] for row in rows] == pytest.approx(se.mask_jaccard(maps, batch[1]).mean(0).tolist(), abs=1e-6)
 
 
 def test_broken_maps_and_pictures_without_an_object_are_left_out_and_counted():

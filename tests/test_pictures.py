@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
@@ -220,9 +221,11 @@ FORMS["grey palette"].putpalette([i for k in range(256) for i in (k, k, k)])
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_mask_is_read_by_what_it_holds(form, tmp_path, size=48):
-    _, mask = mask_pairs(pairs_of(tmp_path, [FORMS[form]]), size)[0]
-    right = np.asarray(Image.fromarray(SHAPE).resize((size, size), Image.Resampling.NEAREST))
-    assert (mask.numpy() != right).mean() <= (.01 if "jpeg" in form else 0), form
+    pairs = mask_pairs(pairs_of(tmp_path, [FORMS[form]]), size)
+    _, mask, *valid = pairs[0]
+    assert len(valid) == pairs.void == ("void" in form or form == "colours"), form
+    assert all(np.array_equal(v, ~small(RIM, size)) for v in valid)
+    assert (mask.numpy() != small(SHAPE, size)).mean() <= (.01 if "jpeg" in form else 0), form
 
 
 def test_smooth_edges_are_cut_in_the_middle(tmp_path):
@@ -239,6 +242,34 @@ def test_the_void_label_is_a_matter_of_the_set(tmp_path):
     labelled = [Image.fromarray(np.where(RIM, 255, SHAPE * k).astype(np.uint8)) for k in (1, 2, 20)]
     among = mask_pairs(pairs_of(tmp_path / "b", [*labelled, Image.fromarray(a)]), 64)
     assert not among[3][1].any() and among[0][1].any()           # … and among labels it is what nobody could name
+    assert among.void and not alone.void and np.array_equal(among[3][2], small(~SHAPE, 64))
+
+
+def small(mask, size):
+    return np.asarray(Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST))
+
+
+@pytest.mark.parametrize("kind", ["P", "RGB"])
+def test_void_in_one_coloured_mask_of_many_is_found(kind, tmp_path):
+    "64 masks are asked how they are to be read; of the 150 here only number 70 has void, and none of them is that one."
+    plain, rimmed = voc(SHAPE * 4).convert(kind), voc(np.where(RIM, 255, SHAPE * 4)).convert(kind)
+    pairs = mask_pairs(pairs_of(tmp_path, [rimmed if i == 70 else plain for i in range(150)]), 64)
+    at = pairs.names.index("70")
+    assert at % 3 and pairs.void
+    assert np.array_equal(pairs[at][2], ~small(RIM, 64)) and pairs[at - 1][2].all()
+    batch = next(iter(torch.utils.data.DataLoader(pairs, 8)))
+    assert [t.shape for t in batch] == [(8, 3, 64, 64), (8, 64, 64), (8, 64, 64)] and batch[2].dtype == torch.bool
+    (tmp_path / "masks/70.png").write_bytes(saved(plain))
+    assert not mask_pairs(tmp_path, 64).void and len(mask_pairs(tmp_path, 64)[0]) == 2
+
+
+def test_void_turns_with_its_mask(tmp_path):
+    note = Image.Exif()
+    note[0x0112] = 6
+    lying = voc(np.where(RIM, 255, SHAPE * 4)).transpose(Image.Transpose.ROTATE_90)
+    upright = mask_pairs(pairs_of(tmp_path / "a", [voc(np.where(RIM, 255, SHAPE * 4))]), 64)[0]
+    turned = mask_pairs(pairs_of(tmp_path / "b", [(saved(lying, exif=note), "png")]), 64)[0]
+    assert np.array_equal(turned[1], upright[1]) and np.array_equal(turned[2], upright[2])
 
 
 @pytest.mark.parametrize("mask,said", [
@@ -332,4 +363,5 @@ def test_real_masks_of_voc():
     read = _Files(files, 64)
     for p, _ in files:
         a = np.asarray(Image.open(p))
-        assert np.array_equal(read.mask(p)[0], (a > 0) & (a < 255)), p.name
+        assert np.array_equal(read.mask(p)[0], np.where(a == 255, 2, a > 0)), p.name
+    assert read.void

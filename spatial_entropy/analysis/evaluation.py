@@ -72,13 +72,16 @@ def accuracy(model: nn.Module, loader, device="cpu") -> float: # top-1 in %
 
 # %% ../../nbs/41_evaluation.ipynb #5e0b2164
 @torch.no_grad()
-def score_masks(model: nn.Module, pairs, # items (x, mask), as mask_pairs gives them
+def score_masks(model: nn.Module, pairs, # items (x, mask, …), as mask_pairs gives them
                 batch_size=32, mass=.6, device="cpu",
                ) -> dict: # best head and mean head, 0–1, and the number of pairs
-    "Mean Jaccard over pictures: of each picture's best head, and of the average head."
+    """Mean Jaccard over pictures: of each picture's best head, and of the average head.
+
+    As published: void pixels count as background. `score_objects` leaves them out.
+    """
     scores = []
     with AttentionTap(model.eval()) as tap:
-        for x, mask in DataLoader(pairs, batch_size):
+        for x, mask, *_ in DataLoader(pairs, batch_size):
             model(x.to(device))
             scores.append(mask_jaccard(tap.maps(), mask, mass).cpu())
     best, mean = torch.cat(scores).amax(1).mean(), torch.cat(scores).mean()

@@ -256,13 +256,14 @@ class Heads(Table):
 # %% ../../nbs/42_heads.ipynb #f12392c2
 def _measurements(s, # similarities (B, H, h, w)
                   p, # attention weights (B, H, h, w), or None
-                  masks): # (B, S, S), or None
+                  masks, # (B, S, S), or None
+                  valid=None): # the same, False where void
     "(B, H) numbers by column, NaN for broken maps."
     E, regions = spatial_entropy(s), label_regions(above_mean(s)).amax((-2, -1))
     values = dict(entropy=E, regions=regions, empty=regions == 0)
     if p is not None: values["attention"] = p.sum((-2, -1))
     if masks is not None:
-        values |= dict(jaccard=mask_jaccard(s, masks), pointing=pointing(s, masks))
+        values |= dict(jaccard=mask_jaccard(s, masks), pointing=pointing(s, masks, valid))
     return {k: as_float64(v).masked_fill(E.isnan(), torch.nan) for k, v in values.items()}
 
 # %% ../../nbs/42_heads.ipynb #3477f522
@@ -301,6 +302,13 @@ def _found_mask(batch):
     elif isinstance(batch, (tuple, list)) and len(batch) > 1: found = batch[1]
     return found if _is_mask(found) and found.dtype == torch.bool else None
 
+def _found_valid(batch):
+    "What follows the mask, False where a pixel is void, as `mask_pairs` gives it; or None."
+    if isinstance(batch, Mapping): return batch.get("valid")
+    if not isinstance(batch, (tuple, list)) or len(batch) < 3: return None
+    alike = _is_mask(batch[2]) and batch[2].dtype == torch.bool and batch[2].shape == batch[1].shape
+    return batch[2] if alike else None
+
 def _masks_of(batch, masks, n): # n pictures
     "The masks (n, S, S) of a batch, or None."
     if masks is None: return None
@@ -326,12 +334,14 @@ def _means_of(batches, # of (batch, [similarities]) or (batch, [similarities, we
     means = Means()
     for batch, (s, *p) in batches:
         mask = _masks_of(batch, masks, 0 if masks is None else len(_pictures_of(batch)))
+        void = mask is not None and masks == "auto"
+        valid = _found_valid(batch) if void else None
         if mask is None and needed is not None:
             raise ValueError(f"by: got {needed!r}, but the loader gives no masks; expected "
                              "(pictures, masks (B, S, S) bool), or masks=")
         for layer in s:
             weights = p[0][layer] if p else None
-            means.add(layer, _measurements(s[layer], weights, mask))
+            means.add(layer, _measurements(s[layer], weights, mask, valid))
     return means
 
 # %% ../../nbs/42_heads.ipynb #58e3d456
@@ -347,9 +357,10 @@ def rank_heads(model: nn.Module, # any model that AttentionTap reads
     """Score every head over a loader of any length; gradients off, the model's mode restored.
 
     Low is good for entropy (arXiv 2206.04636; nats), regions and empty (share of maps), high for
-    attention, jaccard and pointing (0–1); empty heads come last. An empty mask counts as 0. In
-    windowed layers attention counts 1 for each window. No column stands beside chance:
-    `score_objects(...).heads()` does that. Raises ValueError when no picture came or `by` was not
+    attention, jaccard and pointing (0–1); empty heads come last. An empty mask counts as 0. Void
+    pixels, where batches are (pictures, masks, valid), leave pointing, and are background to the
+    Jaccard index, as published. In windowed layers attention counts 1 for each window. No column
+    stands beside chance: `score_objects(...).heads()` does that. Raises ValueError when no picture came or `by` was not
     measured, and what `AttentionTap` raises.
     """
     _check_by(by, attention, masks)

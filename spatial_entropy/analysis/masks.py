@@ -23,6 +23,12 @@ def attended(maps: torch.Tensor, # (..., h, w) similarities before the softmax
     return stretched.bool().view(*maps.shape[:-2], *size)
 
 # %% ../../nbs/40_masks.ipynb #3c9e8656
+def _check_shares(masks):
+    "Raise ValueError for a mask that holds labels, such as 255 for void, or else is no share."
+    if masks.dtype == torch.bool or ((masks >= 0) & (masks <= 1)).all(): return
+    raise ValueError("masks: got values outside 0–1, expected booleans or shares in 0–1; pixels "
+                     "that are void are told apart by `valid`")
+
 def mask_jaccard(maps: torch.Tensor, # (B, H, h, w) similarities before the softmax
                  masks: torch.Tensor, # (B, S, S) bool, True on the object
                  mass: float = .6, # share of attention to keep, in (0, 1]
@@ -30,11 +36,13 @@ def mask_jaccard(maps: torch.Tensor, # (B, H, h, w) similarities before the soft
     """Jaccard index of each head's attended patches with the object (protocol of DINO).
 
     `.amax(1)` is the best head of every image. An empty mask met by an attended patch gives 0.
-    Raises ValueError when the batch sizes differ.
+    Void pixels count as background, as published; `grid_jaccard` leaves them out. Raises
+    ValueError when the batch sizes differ, and for masks outside 0–1.
     """
     if maps.ndim != 4 or masks.ndim != 3 or len(maps) != len(masks):
         raise ValueError(f"got maps {tuple(maps.shape)} and masks {tuple(masks.shape)}, "
                          "expected (B, H, h, w) and (B, S, S)")
+    _check_shares(masks)
     on, masks = attended(maps, tuple(masks.shape[-2:]), mass), masks[:, None].to(maps.device)
     union = (on | masks).sum((-2, -1))
     return (on & masks).sum((-2, -1))/union.clamp_min(1)
@@ -65,8 +73,9 @@ def _check_pairs(maps, masks, valid=None):
     if valid is not None and valid.shape != masks.shape:
         raise ValueError(f"valid: got shape {tuple(valid.shape)}, "
                          f"expected the masks' {tuple(masks.shape)}")
-    if masks.is_floating_point() and not ((masks >= 0) & (masks <= 1)).all():
-        raise ValueError("masks: got values outside 0–1, expected booleans or shares in 0–1")
+    _check_shares(masks)
+    if valid is not None and valid.dtype != torch.bool:
+        raise ValueError(f"valid: got {valid.dtype}, expected torch.bool, False where void")
 
 def paired_on_grid(maps: Tensor, # (B, H, h, w)
                    masks: Tensor, # (B, S, T) bool or shares in 0–1
@@ -77,6 +86,7 @@ def paired_on_grid(maps: Tensor, # (B, H, h, w)
     Raises ValueError for maps and masks that do not belong together.
     """
     _check_pairs(maps, masks, valid)
+    valid = None if valid is None else valid.to(maps.device)
     on, off = pixels_on_grid(masks.to(maps.device), maps.shape[-2:], valid)
     return as_float(maps).double().flatten(-2), on.flatten(-2)[:, None], off.flatten(-2)[:, None]
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from .chance import entropy_against_chance
 from .heads import Heads, head_maps
 from .intervals import bootstrap
-from .masks import paired_on_grid
+from .masks import paired_on_grid, pixels_on_grid
 from .objects import ON_GRID
 from .outliers import are_weights
 from ..measure.regions import as_float, check_maps
@@ -40,15 +40,37 @@ class MasksBefore:
         return [found[i % len(found)] for i in range(self.shifts)]
 
 # %% ../../nbs/48_scoring.ipynb #d1859142
-def _score_batch(maps, masks, before, surrogates):
+def _beside_others(score, s, own, others, back):
+    "A score of maps s with their own counts of pixels, and with each of the others'."
+    return back(score(s, *own)), torch.stack([back(score(s, *other)) for other in others], 1)
+
+def _with_masks(s, counts, before, back): # counts: (B, 2 or 3, 1, N): on, off, off with the void
+    "{score: (own, chance)}; where there is void, the published Jaccard index too."
+    others, scored = before(counts), dict(ON_GRID)
+    parts = lambda at: lambda t: [t[:, i] for i in at]
+    chosen = dict.fromkeys(scored, parts((0, 1)))
+    if counts.shape[1] > 2:
+        scored["jaccard_published"] = ON_GRID["jaccard"]
+        chosen["jaccard_published"] = parts((0, 2))
+    return {name: _beside_others(score, s, chosen[name](counts),
+                                 [chosen[name](other) for other in others], back)
+            for name, score in scored.items()}
+
+# %% ../../nbs/48_scoring.ipynb #d72cf431
+def _counts_of(maps, masks, valid):
+    "Maps by cell, and the pixels of each cell: on, off, and off with the void where there is some."
+    s, *counts = paired_on_grid(maps, masks, valid)
+    if valid is not None:
+        counted = torch.ones_like(masks, dtype=torch.float64, device=maps.device)
+        whole, _ = pixels_on_grid(counted, maps.shape[-2:])
+        counts.append(whole.flatten(-2)[:, None] - counts[0])
+    return s, torch.stack(counts, 1)
+
+def _score_batch(maps, masks, before, surrogates, valid=None):
     "{score: (own, chance)} of maps (B, L, H, h, w): (B, L, H) and (B, shifts, L, H), on the CPU."
     flat = maps.flatten(1, 2)
     back = lambda value: value.view(maps.shape[:3]).float().cpu()
-    s, on, off = paired_on_grid(flat, masks)
-    others, found = before(torch.stack([on, off], 1)), {}
-    for name, score in ON_GRID.items():
-        chance = [back(score(s, *other.unbind(1))) for other in others]
-        found[name] = back(score(s, on, off)), torch.stack(chance, 1)
+    found = _with_masks(*_counts_of(flat, masks, valid), before, back)
     if surrogates:
         e = entropy_against_chance(flat, surrogates)
         found["entropy"] = back(e.entropy), back(e.chance)[:, None]
@@ -174,7 +196,7 @@ class ObjectScores(_Saved, _Viewed):
 
     `chance[name]` is (pictures, shifts, blocks, heads).
     Names: pixel_auc, pixel_ap, pointing, energy_pointing, jaccard (all 0–1), entropy (nats),
-    density (0–1).
+    density (0–1); with void pixels, jaccard_published, which counts them as background.
     NaN where a picture has no object, and for maps with NaN cells.
     """
     own: dict # {score: tensor}
@@ -222,7 +244,7 @@ def _in_order(parts, order): # parts: of each batch {score: (own, chance)}
 
 # %% ../../nbs/48_scoring.ipynb #76eeb860
 def score_objects(model, # any model that AttentionTap reads
-                  pairs, # items (x, mask), as `mask_pairs` gives them
+                  pairs, # items (x, mask) or (x, mask, valid), as `mask_pairs` gives them
                   block=-1, # an attention layer's number, several, or "all" of one grid
                   query="auto", # as in AttentionTap
                   batch_size: int = 32, workers: int = 0, device=None,
@@ -233,7 +255,8 @@ def score_objects(model, # any model that AttentionTap reads
                  ) -> ObjectScores:
     """Score every head of a model on pictures with masks, each score beside its chance level.
 
-    Raises ValueError for fewer than two pictures, and for blocks of different grids.
+    Pixels that are not valid (void) leave every score but `jaccard_published`. Raises ValueError
+    for fewer than two pictures, and for blocks of different grids.
     """
     if len(pairs) < 2:
         raise ValueError(f"pairs: got {len(pairs)} picture(s), expected at least 2: "
@@ -242,10 +265,11 @@ def score_objects(model, # any model that AttentionTap reads
     kept, parts, before = [], [], MasksBefore(shifts)
     batches = _batches_of(pairs, max(2, batch_size), workers, order, kept)
     for maps in progress(head_maps(model, batches, block, query, device=device)):
-        blocks, masks = [*maps], kept.pop(0)[1].to(next(iter(maps.values())).device)
-        parts.append(_score_batch(_stacked(maps), masks, before, surrogates))
+        stacked, (_, *truth) = _stacked(maps), kept.pop(0)
+        masks, valid = (*(t.to(stacked.device) for t in truth), None)[:2]
+        parts.append(_score_batch(stacked, masks, before, surrogates, valid))
     names = [str(n) for n in getattr(pairs, "names", range(len(pairs)))]
-    return ObjectScores(*_in_order(parts, order), names, blocks)
+    return ObjectScores(*_in_order(parts, order), names, [*maps])
 
 # %% ../../nbs/48_scoring.ipynb #6a2f03db
 def extremes(scores: ObjectScores, n: int = 6, name: str = "pixel_auc"
@@ -268,9 +292,9 @@ def draw_extremes(model, pairs, scores: ObjectScores, n: int = 6, name: str = "p
     own, chance = scores.per_picture(name)
     for rows, chosen in zip((axes[:2], axes[2:]), extremes(scores, n, name)):
         items = [pairs[i] for i in chosen]
-        x = torch.stack([x for x, _ in items])
+        x = torch.stack([x for x, *_ in items])
         maps = _stacked(next(iter(head_maps(model, [x], block, query)))).flatten(1, 2)
-        for column, (i, (x, mask)) in enumerate(zip(chosen, items)):
+        for column, (i, (x, mask, *_)) in enumerate(zip(chosen, items)):
             head = scores.own[name][i].flatten().nan_to_num(-1).argmax()
             _draw_pair(rows[:, column], x, mask, maps[column, head])
             said = f"{one_line(scores.names[i], 12)} {own[i] - chance[i]:+.2f}"
@@ -285,12 +309,14 @@ def _draw_pair(axes, x, mask, map_):
     axes[1].contour(mask.float(), [.5], colors="w", linewidths=.8)
 
 # %% ../../nbs/48_scoring.ipynb #97d2346a
-def _check_own(maps, masks, names):
+def _check_own(maps, masks, names, valid=None):
     "Raises TypeError or ValueError for what cannot be scored together."
     check_maps(maps)
     if maps.ndim not in (4, 5) or len(maps) != len(masks) or len(maps) < 2:
         raise ValueError(f"got maps {tuple(maps.shape)} and masks {tuple(masks.shape)}, expected "
                          "(n, H, h, w) or (n, blocks, H, h, w), and (n, S, T); n at least 2")
+    if valid is not None and valid.shape != masks.shape:
+        raise ValueError(f"valid: got {tuple(valid.shape)}, expected {tuple(masks.shape)}, as masks")
     if names is not None and len(names) != len(maps):
         raise ValueError(f"names: got {len(names)}, expected one of each of {len(maps)} pictures")
 
@@ -304,7 +330,8 @@ def _similarities(maps, softmax): # softmax: None where the cells tell
 def score_maps(maps: Tensor, # (n, H, h, w) or (n, blocks, H, h, w)
                masks: Tensor, # (n, S, T) bool or shares in 0–1, True on the object
                names=None, # of the n pictures; default: their numbers
-               *, softmax: bool | None = None, # attention; default: cells from 0, sums at most 1
+               *, valid: Tensor | None = None, # (n, S, T) bool, False where a pixel is void
+               softmax: bool | None = None, # attention; default: cells from 0, sums at most 1
                batch_size: int = 32, # maps at a time; the whole is never copied
                shifts: int = 4, # other pictures' masks that each map is scored with
                surrogates: int = 4, # of each map, for the chance level of E; 0 for no E
@@ -312,14 +339,16 @@ def score_maps(maps: Tensor, # (n, H, h, w) or (n, blocks, H, h, w)
               ) -> ObjectScores:
     """Score maps that are there already, whoever made them, each score beside its chance level.
 
-    Raises TypeError or ValueError for maps and masks that do not belong together.
+    Void pixels leave every score but `jaccard_published`. Raises TypeError or ValueError for maps
+    and masks that do not belong together.
     """
-    _check_own(maps, masks, names)
+    _check_own(maps, masks, names, valid)
     by_block, parts, before = maps if maps.ndim == 5 else maps[:, None], [], MasksBefore(shifts)
     if softmax is None: softmax = are_weights(maps)
     order = torch.randperm(len(maps), generator=torch.Generator().manual_seed(seed))
     for at in order.split(max(2, batch_size)):
         some = _similarities(by_block[at.to(maps.device)], softmax)
-        parts.append(_score_batch(some, masks[at.to(masks.device)], before, surrogates))
+        there = None if valid is None else valid[at.to(valid.device)]
+        parts.append(_score_batch(some, masks[at.to(masks.device)], before, surrogates, there))
     names = [str(n) for n in (range(len(maps)) if names is None else names)]
     return ObjectScores(*_in_order(parts, order), names, [*range(by_block.shape[1])])

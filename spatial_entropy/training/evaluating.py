@@ -50,10 +50,10 @@ def _measured(model, loader, device):
         return validate(model, tap, loader, device, also=beside_entropy())
 
 # %% ../../nbs/59_evaluating.ipynb #c94d17cd
-_judged = "pixel_auc", "pointing", "energy_pointing", "jaccard"
+_judged = "pixel_auc", "pointing", "energy_pointing", "jaccard", "jaccard_published"
 
 def _on_objects(model, pairs, batch_size, device):
-    "Scores of the best head: own, its chance level, and the difference with its 95 % interval."
+    "Of the best head: own, its chance level, and the difference with its 95 % interval."
     found = {}
     for line in score_objects(model, pairs, batch_size=batch_size, device=device,
                               surrogates=0).summary("best"):
