@@ -468,8 +468,9 @@ def _is_colored(path):
         a = np.asarray(_decode(path).convert("RGB")).astype(int)
         return bool((a != a[..., :1]).any())
 
+# %% ../nbs/03_data.ipynb #ea3565ad
 def _both(image_file, mask_file, files):
-    "The picture upright, the mask beside it at the size of `files`, and what is valid, if any is not."
+    "The picture, upright, the mask at the size of `files`, and what is valid if any is not."
     image, (mask, own) = _decode(image_file), files.mask(mask_file)
     turn = _turn(image)
     lies_too = own == 1 and turn > 4 and mask.size == image.size != image.size[::-1]

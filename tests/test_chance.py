@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from scipy import ndimage
 from scipy.fft import dctn
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -23,12 +24,13 @@ from spatial_entropy.analysis.objects import (
     energy_pointing,
     grid_jaccard,
     max_box_accuracy,
+    overlaps_with,
     pixel_ap,
     pixel_auc,
     pixels_on_grid,
     pointing,
 )
-from spatial_entropy.analysis.scoring import MasksBefore, score_maps, score_objects
+from spatial_entropy.analysis.scoring import MasksBefore, score_boxes, score_maps, score_objects
 from spatial_entropy.data import mask_pairs
 
 
@@ -192,6 +194,86 @@ def test_a_map_that_is_the_same_for_all_pictures_is_exactly_at_chance():
     assert abs(own.mean() - chance.mean()) < 1e-9
     with pytest.raises(ValueError, match="at least 2"):
         against_others(pixel_ap, maps[:1], masks[:1])
+
+
+def plain_iou(a, b):
+    side = lambda i: max(0, min(a[i + 2], b[i + 2]) - max(a[i], b[i]))
+    area = lambda c: (c[2] - c[0])*(c[3] - c[1])
+    both = side(0)*side(1)
+    return both/(area(a) + area(b) - both)
+
+
+def plain_overlap(m, boxes, t):
+    "scipy's regions at one threshold, and every pair of boxes."
+    found = ndimage.find_objects(ndimage.label(m >= m.min() + t*(m.max() - m.min()), np.ones((3, 3)))[0])
+    h, w = m.shape
+    found = [(x.start/w, y.start/h, x.stop/w, y.stop/h) for y, x in found]
+    return max((plain_iou(f, b) for f in found for b in boxes), default=0.)
+
+
+def drawn_boxes(n, seed=0, most=3):
+    g = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(n):
+        start = torch.rand(int(torch.randint(1, most + 1, (1,), generator=g)), 2, generator=g)*.6
+        made.append(torch.cat([start, start + .1 + torch.rand(start.shape, generator=g)*.3], 1).double())
+    return made
+
+
+def test_overlaps_at_all_thresholds_are_those_of_each_and_scipys_regions():
+    torch.manual_seed(0)
+    thresholds = [0, .1, .25, .5, .77, 1]
+    boxes = [*drawn_boxes(2), torch.zeros(0, 4)]
+    for m in (torch.randn(9, 7).double(), torch.randint(0, 3, (6, 6)).float(), torch.ones(4, 4), torch.eye(5)):
+        found = overlaps_with(m, boxes, thresholds)
+        want = [[plain_overlap(m.double().numpy(), b.tolist(), t) for t in thresholds] for b in boxes]
+        assert_close(found, torch.tensor(want).double(), atol=1e-9, rtol=0)
+    assert not overlaps_with(torch.full((4, 4), torch.nan), boxes, thresholds).any()
+
+
+def test_scores_of_boxes_beside_those_of_other_pictures_by_hand():
+    torch.manual_seed(0)
+    maps, boxes, thresholds = F.interpolate(torch.randn(9, 2, 4, 4), size=8, mode="bilinear"), drawn_boxes(9), [.2, .4, .6, .8]
+    found = score_boxes(maps, boxes, thresholds=thresholds, shifts=2)
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(0)).tolist()
+    after = lambda k: {order[p]: order[p - k] for p in range(9)}
+    def accuracy(pairs, h):
+        over = np.array([[plain_overlap(maps[i, h].double().numpy(), boxes[j].tolist(), t) for t in thresholds] for i, j in pairs.items()])
+        return np.mean([(over >= d).mean(0).max() for d in (.3, .5, .7)])
+    rows = {(row["score"], row["heads"]): row for row in found.summary(resamples=200)}
+    for h in range(2):
+        row = rows["max_box_acc_v2", h]
+        assert row["own"] == pytest.approx(accuracy(after(0), h), abs=1e-6)
+        assert row["chance"] == pytest.approx(np.mean([accuracy(after(k), h) for k in (1, 2)]), abs=1e-6)
+        assert row["above_chance"]["low"] <= row["own"] - row["chance"] <= row["above_chance"]["high"]
+        others = np.mean([[corloc(maps[i:i + 1, h:h + 1], [boxes[j]]).item() for i, j in after(k).items()] for k in (1, 2)])
+        assert rows["corloc", h]["chance"] == pytest.approx(others, abs=1e-6)
+        assert rows["corloc", h]["own"] == pytest.approx(corloc(maps, boxes)[:, h].mean().item(), abs=1e-6)
+
+
+def test_boxes_that_are_known_stand_above_chance_and_one_map_for_all_does_not():
+    boxes = drawn_boxes(60, most=1)
+    y, x = (torch.arange(28) + .5)/28, (torch.arange(28) + .5)/28
+    inside = lambda b: ((y[:, None] > b[1]) & (y[:, None] < b[3]) & (x > b[0]) & (x < b[2])).float()
+    knowing = torch.stack([inside(b[0]) for b in boxes])[:, None] + .01*torch.rand(60, 1, 28, 28)
+    one = center_gaussian(28, 28).expand(60, 1, 28, 28)
+    rows = score_boxes(torch.cat([knowing, one], 1), boxes, thresholds=torch.arange(20)/20).summary(resamples=200)
+    for row in rows:
+        above = row["above_chance"]
+        assert (above["low"] > .5) == (row["heads"] == 0) and (row["heads"] == 0 or above["low"] <= 0 <= above["high"]), row
+    by_hand = against_others(corloc, knowing, boxes, shifts=59)
+    assert by_hand.shape == (60, 1) and by_hand.mean() < .3
+
+
+@pytest.mark.parametrize("wrong, said", [
+    (lambda b: b[:-1], "boxes: got 4 lists, expected 5"), (lambda b: [*b[:-1], torch.zeros(0, 4)], r"got \(0, 4\) for picture 4"),
+    (lambda b: [b[0]*224, *b[1:]], "for picture 0, expected x0 < x1"), (lambda b: [[0, 0, 1, 1], *b[1:]], "got list for picture 0"),
+    (lambda b: [b[0][:, [2, 1, 0, 3]], *b[1:]], "expected x0 < x1"), (lambda b: [b[0][0], *b[1:]], r"got \(4,\) for picture 0")])
+def test_boxes_that_cannot_be_are_refused(wrong, said):
+    with pytest.raises(ValueError, match=said):
+        score_boxes(torch.rand(5, 1, 4, 4), wrong(drawn_boxes(5)))
+    with pytest.raises(ValueError, match="n at least 2"):
+        score_boxes(torch.rand(1, 1, 4, 4), drawn_boxes(1))
 
 
 @pytest.mark.parametrize("sizes", [[4, 4, 2], [2, 1, 7], [10]])

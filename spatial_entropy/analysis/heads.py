@@ -360,8 +360,8 @@ def rank_heads(model: nn.Module, # any model that AttentionTap reads
     attention, jaccard and pointing (0–1); empty heads come last. An empty mask counts as 0. Void
     pixels, where batches are (pictures, masks, valid), leave pointing, and are background to the
     Jaccard index, as published. In windowed layers attention counts 1 for each window. No column
-    stands beside chance: `score_objects(...).heads()` does that. Raises ValueError when no picture came or `by` was not
-    measured, and what `AttentionTap` raises.
+    stands beside chance: `score_objects(...).heads()` does that. Raises
+    ValueError when no picture came or `by` was not measured, and what `AttentionTap` raises.
     """
     _check_by(by, attention, masks)
     kinds = [False, True] if attention else [False]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ON_GRID', 'DELTAS', 'pixel_auc', 'pixel_ap', 'PooledPrecision', 'energy_pointing', 'grid_jaccard', 'boxes_of',
-           'best_overlaps', 'max_box_accuracy', 'corloc', 'against_others', 'center_gaussian']
+           'max_box_accuracy', 'overlaps_with', 'best_overlaps', 'corloc', 'against_others', 'center_gaussian']
 
 # %% ../../nbs/46_objects.ipynb #b8d76894
 import torch
@@ -151,18 +151,11 @@ def _boxes_around(labels):
     boxes = []
     for n in range(1, int(labels.max()) + 1):
         y, x = (labels == n).nonzero(as_tuple=True)
-        boxes.append([x.min()/w, y.min()/h, (x.max() + 1)/w, (y.max() + 1)/h])
-    return torch.tensor(boxes, dtype=torch.float64).view(-1, 4)
+        boxes.append([x.min(), y.min(), x.max() + 1, y.max() + 1])
+    return torch.tensor(boxes, dtype=torch.float64).view(-1, 4)/torch.tensor([w, h, w, h])
 
 # %% ../../nbs/46_objects.ipynb #774e1de4
 DELTAS = .3, .5, .7 # overlaps that count as right
-
-def best_overlaps(map_: Tensor, # (h, w)
-                  boxes: Tensor, # (T, 4) true boxes, x0, y0, x1, y1 as shares of the picture
-                  thresholds, # shares in 0–1
-                 ) -> Tensor: # (len(thresholds),) float64, IoU in 0–1
-    "At each threshold the best overlap of any of the map's boxes with any true one."
-    return torch.tensor([_overlap(boxes_of(map_, t), boxes) for t in thresholds]).double()
 
 def _overlap(found, boxes):
     "The best IoU of two sets of boxes; 0 where one is empty."
@@ -174,6 +167,55 @@ def max_box_accuracy(overlaps: Tensor, # (pictures, thresholds)
     "MaxBoxAccV2 of many pictures."
     right = torch.stack([(overlaps >= d).double().mean(0) for d in DELTAS])   # (3, thresholds)
     return dict(max_box_acc_v2=right.amax(1).mean().item(), threshold=int(right[1].argmax()))
+
+# %% ../../nbs/46_objects.ipynb #a658f4d5
+def _cuts(map_, thresholds):
+    "The sets of cells (J, h, w) that thresholds select, and which of them each does; J: none."
+    low, high = map_.min(), map_.max()
+    at = low + torch.as_tensor(thresholds, dtype=map_.dtype, device=map_.device)*(high - low)
+    values = map_.unique()                                            # ascending
+    first = torch.searchsorted(values, at)                            # the lowest value at or above
+    used, which = first.unique(return_inverse=True)
+    used = used[used < len(values)]
+    return map_ >= values[used][:, None, None], which
+
+def _boxes_at(labels):
+    "A box (J, R, 4) around each label from 1 to R of label maps (J, h, w), and which there are."
+    (J, h, w), R = labels.shape, int(labels.max())
+    edges = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")[::-1], -1)
+    edges = edges.flatten(0, 1).double().expand(J, h*w, 2)
+    at, far = labels.flatten(1).long()[..., None].expand(J, h*w, 2), max(h, w) + 1.
+    start = torch.full((J, R + 1, 2), far).double().scatter_reduce(1, at, edges, "amin")
+    end = torch.full((J, R + 1, 2), -1.).double().scatter_reduce(1, at, edges, "amax") + 1
+    boxes = torch.cat([start, end], -1)/torch.tensor([w, h, w, h])
+    return boxes[:, 1:], (end > 0).all(-1)[:, 1:]
+
+# %% ../../nbs/46_objects.ipynb #bec2cf3a
+def overlaps_with(map_: Tensor, # (h, w)
+                  truths: list, # sets of true boxes, (T, 4) each, as shares of the picture
+                  thresholds, # shares in 0–1
+                 ) -> Tensor: # (len(truths), len(thresholds)) float64, IoU in 0–1
+    """For each set of true boxes, at each threshold, the best overlap of any of the map's boxes.
+
+    0 for a map with NaN or infinite cells, and for an empty set.
+    """
+    found = torch.zeros(len(truths), len(thresholds), dtype=torch.float64)
+    if not map_.isfinite().all(): return found
+    sets, which = _cuts(map_, thresholds)
+    boxes, there = _boxes_at(label_regions(sets).cpu())
+    for best, true in zip(found, truths):
+        if not len(true): continue
+        iou = box_iou(boxes.flatten(0, 1), true.double().cpu()).amax(-1).view(there.shape)
+        of_set = torch.where(there, iou, 0).amax(-1)                  # (J,)
+        best.copy_(torch.cat([of_set, of_set.new_zeros(1)])[which.cpu()])
+    return found
+
+def best_overlaps(map_: Tensor, # (h, w)
+                  boxes: Tensor, # (T, 4) true boxes, x0, y0, x1, y1 as shares of the picture
+                  thresholds, # shares in 0–1
+                 ) -> Tensor: # (len(thresholds),) float64, IoU in 0–1
+    "At each threshold the best overlap of any of the map's boxes with any true one."
+    return overlaps_with(map_, [boxes], thresholds)[0]
 
 # %% ../../nbs/46_objects.ipynb #56cf6b9d
 def corloc(maps: Tensor, # (B, H, h, w)
@@ -194,12 +236,15 @@ def _largest_fits(map_, boxes, threshold):
     return float(_overlap(found[area.argmax()][None], boxes) >= .5)
 
 # %% ../../nbs/46_objects.ipynb #212ee76b
-def against_others(score, # function(maps, masks, valid) -> (B, H), such as pixel_auc
+def _shifted(truth, k): # masks (B, S, T), or a list of boxes
+    return truth.roll(k, 0) if isinstance(truth, Tensor) else [*truth[-k:], *truth[:-k]]
+
+def against_others(score, # function(maps, masks, valid) such as pixel_auc; (maps, boxes): corloc
                    maps: Tensor, # (B, H, h, w), pictures in an order that means nothing
-                   masks: Tensor, # (B, S, T)
+                   masks, # (B, S, T), or a list of B tensors (T, 4): boxes
                    valid: Tensor | None = None, # (B, S, T) bool
                    shifts: int = 4, # other pictures that each map is scored with, at most B − 1
-                  ) -> Tensor: # (B, H) float64: the mean score with other pictures' masks
+                  ) -> Tensor: # (B, H) float64: the mean score with other pictures' masks or boxes
     """The chance level of each map: its score with the masks of other pictures, NaN left out.
 
     Shuffle pictures that are sorted by class. Raises ValueError for fewer than two pictures.
@@ -209,8 +254,8 @@ def against_others(score, # function(maps, masks, valid) -> (B, H), such as pixe
                          "chance needs the masks of others")
     found = []
     for k in range(1, min(shifts, len(maps) - 1) + 1):
-        void = None if valid is None else valid.roll(k, 0)
-        found.append(score(maps, masks.roll(k, 0), void))
+        void = [None if valid is None else valid.roll(k, 0)] if isinstance(masks, Tensor) else []
+        found.append(score(maps, _shifted(masks, k), *void))
     return torch.stack(found).nanmean(0)
 
 # %% ../../nbs/46_objects.ipynb #e5eeec45
