@@ -227,7 +227,7 @@ def test_overlaps_at_all_thresholds_are_those_of_each_and_scipys_regions():
     for m in (torch.randn(9, 7).double(), torch.randint(0, 3, (6, 6)).float(), torch.ones(4, 4), torch.eye(5)):
         found = overlaps_with(m, boxes, thresholds)
         want = [[plain_overlap(m.double().numpy(), b.tolist(), t) for t in thresholds] for b in boxes]
-        assert_close(found, torch.tensor(want).double(), atol=1e-9, rtol=0)
+        assert_close(found, torch.tensor(want, dtype=torch.float64), atol=1e-12, rtol=0)
     assert not overlaps_with(torch.full((4, 4), torch.nan), boxes, thresholds).any()
 
 

@@ -100,6 +100,7 @@ tiny = dict(limit=32, batch_size=8, epochs=2, img_size=32, model_kwargs=dict(dep
     dict(channels_last=True, aug_repeats=3, smoothing=.1, opt="lamb"), dict(layer_decay=.7, sched_on_epochs=True, warmup_epochs=0, clip_grad=0., drop_path=.3),
     dict(interpolation="random", aa="augmix-m3-w2", fraction=.5, limit=None), dict(keep_skip=True, entropy_weight=0., max_skips=0),
     dict(mixup=.2, cutmix=.3, mixup_prob=.5, lr_base=1e-3, lr_base_size=16),
+    dict(pooling="simpool", pooling_gamma=2., model_ema=True, amp_dtype="bfloat16", layer_decay=.8, entropy_weight=.1, drop_path=.2),
 ], ids=lambda s: " ".join(k for k in s if k != "model_kwargs"))
 def test_every_setting_trains_stops_and_goes_on(tmp_path, settings, quick_runs):
     "In one go, and interrupted in the second epoch: the same weights."

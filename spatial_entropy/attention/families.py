@@ -123,6 +123,7 @@ def _before_pool(m): return m.num_prefix_tokens if getattr(m, "pool_include_pref
 
 _latent = Layer("timm.layers.attention_pool.AttentionPoolLatent", one_query=True,
                 prefix=_before_pool)
+_simpool = Layer("spatial_entropy.attention.simpool.SimPool", one_query=True, prefix=0)
 _two_softmaxes = "differential attention subtracts two softmaxes: no single map"
 _differential = Layer("timm.layers.diff_attention.DiffAttention", why=_two_softmaxes)
 _parallel = Layer("timm.models.vision_transformer.DiffParallelScalingBlock", why=_two_softmaxes)
@@ -132,9 +133,9 @@ _as_timm = dict(prefix="num_prefix_tokens", cls=_has_cls, reads=_pooled, grid="p
 _adapters += [
     Adapter("ViT, DeiT, DINOv2, CLIP, SigLIP, AIMv2, ViTamin",
             _timm("vision_transformer.VisionTransformer"),
-            (*_plain, _latent, _differential, _parallel), **_as_timm),
+            (*_plain, _latent, _simpool, _differential, _parallel), **_as_timm),
     Adapter("EVA-02, DINOv3, RoPE-ViT, Perception Encoder", _timm("eva.Eva"),
-            (*_plain, _latent), **_as_timm),
+            (*_plain, _latent, _simpool), **_as_timm),
     Adapter("BEiT", _timm("beit.Beit"), _plain, **_as_timm | dict(prefix=1, cls=1)),
     Adapter("ViT with relative positions",
             _timm("vision_transformer_relpos.VisionTransformerRelPos"), _plain, **_as_timm),

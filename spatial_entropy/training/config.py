@@ -155,6 +155,10 @@ class _ModelSettings:
         None, "start from this file of weights or run folder, or from demo, the built-in model")
     drop_path: float | None = _setting(None, "stochastic depth", range=_share)
     keep_skip: bool = _setting(False, "leave the last block's skip connection in place")
+    pooling: str = _setting("own", "how patches become one vector: the model's own way, or one "
+                            "attention over them (simpool)", range=Names(("own", "simpool")))
+    pooling_gamma: float = _setting(1.25, "power of the mean that simpool takes; 1 for none",
+                                    range=Range(.01, 100))
     teacher: str | None = _setting(None, "a timm model to learn from too (distillation)")
     teacher_checkpoint: str | None = _setting(None, "its weights, a file; default: timm's")
     distill_loss_weight: float = _setting(.5, "share of the teacher's word in the loss",

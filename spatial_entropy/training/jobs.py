@@ -37,7 +37,8 @@ from .files import (Damaged, Held, Hold, check, contents, hold, new_name,
                                             newest_whole, remove, seal, sweep, sync_folder,
                                             versions, writing)
 from .models import (build_model, build_teacher, change_last_block,
-                                             check_name, in_short, known_of, start_model)
+                                             change_pooling, check_name, in_short, known_of,
+                                             start_model)
 from ..measure.operators import SpatialEntropyLoss
 from ..loops.alternatives import regularizer_term
 from ..attention.tap import AttentionTap
@@ -399,7 +400,8 @@ class Job:
 
 # %% ../../nbs/57_jobs.ipynb #12bd6d3a
 def _changed_and_tried(c, model, classes, accelerator, teacher):
-    "The paper's change and the settings of a model; then it sees pictures for the first time."
+    "What a configuration changes in a model; then it sees pictures for the first time."
+    change_pooling(model, c)
     if not c.keep_skip: change_last_block(model)
     if c.grad_checkpointing: _checkpoint_activations(c, model)
     layout = torch.channels_last if c.channels_last else torch.preserve_format

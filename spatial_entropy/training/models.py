@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['in_short', 'known_of', 'check_name', 'build_model', 'weights_digest', 'save_weights', 'digest_in', 'load_weights',
-           'start_model', 'build_teacher', 'change_last_block', 'load_run']
+           'change_pooling', 'start_model', 'build_teacher', 'change_last_block', 'load_run']
 
 # %% ../../nbs/55_models.ipynb #9d681e4f
 import hashlib, json, logging, warnings
@@ -26,6 +26,7 @@ from ..attention.families import UnsupportedModel
 from ..data import shapes
 from ..demo import demo_file
 from .files import write_whole
+from ..attention.simpool import SimPool, use_simpool
 from ..attention.surgery import drop_last_skip
 
 # %% ../../nbs/55_models.ipynb #8f2e8f5f
@@ -260,20 +261,43 @@ def _loaded(config, num_classes, what, overlay):
         raise ValueError(f"{what} does not fit {config.model}: it has no {left[0]}{more}")
     return model
 
+# %% ../../nbs/55_models.ipynb #7d5c392b
+def change_pooling(model, config):
+    "Put SimPool in, if the configuration has it and the model not yet, or say how to do without."
+    if config.pooling == "own" or isinstance(getattr(model, "attn_pool", None), SimPool): return
+    gamma = config.pooling_gamma
+    try: use_simpool(model, None if gamma == 1 else gamma)
+    except UnsupportedModel as e:
+        raise UnsupportedModel(f"{e}; or leave the pooling as it is: --pooling own") from None
+
+def _pool_in(state):
+    "The weights of a SimPool among those of a model, by their names in it."
+    if "attn_pool.q.weight" not in state or "attn_pool.latent" in state: return {}
+    pool = {k: v for k, v in state.items() if k.startswith("attn_pool.")}
+    return {k.removeprefix("attn_pool."): v for k, v in pool.items()}
+
 # %% ../../nbs/55_models.ipynb #026c758c
 def _from_file(config, classes, say):
     "A model with the weights of a file or a run; its classifier only if it has these classes."
     path, known = _source_of_weights(config.initial_checkpoint)
-    fresh = build_model(config, len(classes))
-    n = _classes_in(_read_weights(path, "initial_checkpoint"), fresh)
+    fresh, state = build_model(config, len(classes)), _read_weights(path, "initial_checkpoint")
+    n, pool = _classes_in(state, fresh), _pool_in(state) if config.pooling == "simpool" else {}
     keep = n == len(classes) and (known is None or tuple(known) == tuple(classes))
     if not keep:
         others = " others" if n == len(classes) else ""
         say(f"{path} has {n or 'no'} classes, the data {len(classes)}{others}: "
             "the classifier starts anew")
     overlay = dict(source="", file=str(path), custom_load=False, num_classes=n if keep else -1)
-    return _loaded(config, len(classes), f"initial_checkpoint: {path}", overlay)
+    if pool:                                                      # what is left, timm loads
+        rest = {k: v for k, v in state.items() if not k.startswith("attn_pool.")}
+        overlay |= dict(file="", state_dict=rest)
+    model = _loaded(config, len(classes), f"initial_checkpoint: {path}", overlay)
+    if pool:
+        change_pooling(model, config)
+        model.attn_pool.load_state_dict(pool)
+    return model
 
+# %% ../../nbs/55_models.ipynb #57a04013
 def start_model(config: TrainConfig,
                 classes, # names, in label order
                 say=print, # called with a sentence about what was left out
@@ -326,7 +350,7 @@ def load_run(run: str, # a run folder
              weights: str = "model", # "model": of its last epoch; "best": of its best epoch
              needed=(), # facts that have to be there, beside the classes
             ) -> tuple[nn.Module, TrainConfig, dict]: # in evaluation mode; settings; facts
-    """The trained model of a run, with its surgery; its settings, and the facts beside them.
+    """The trained model of a run, pooled and operated as there; its settings, and its facts.
 
     Raises FileNotFoundError or ValueError that name the file."""
     config, facts = load_config(run, ("classes", *needed))
@@ -334,6 +358,7 @@ def load_run(run: str, # a run folder
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; the run ended before its first epoch did")
     model = build_model(config, len(facts["classes"]))
+    change_pooling(model, config)
     if not config.keep_skip: change_last_block(model)
     try: model.load_state_dict(load_weights(path))
     except RuntimeError as e:
