@@ -8,7 +8,7 @@ here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
-frameworks = ("lightning", "transformers", "fastai", "torchmetrics", "data", "explore", "tensorboard")
+frameworks = ("lightning", "transformers", "fastai", "torchmetrics", "data", "explore", "robustness", "tensorboard")
 extras = {name: cfg[f"{name}_requirements"].split() for name in ("peers", *frameworks)}
 status = {"1": "Planning", "2": "Pre-Alpha", "3": "Alpha", "4": "Beta", "5": "Production/Stable"}
 

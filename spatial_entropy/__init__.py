@@ -33,6 +33,7 @@ _modules = { # module: the names that users need of it
     "analysis.objects": "pixel_auc pixel_ap energy_pointing against_others",
     "analysis.intervals": "bootstrap paired", "exploring": "Explorer",
     "analysis.scoring": "score_objects score_maps score_boxes draw_extremes",
+    "analysis.robustness": "corruption_accuracy occlusion_curves",
     "analysis.outliers": "outliers", "training.config": "TrainConfig configure",
     "training.sources": "Source", "training.batches": "loaders", "training.models": "load_run",
     "training.progress": "plot_metrics", "training.loop": "train resume",

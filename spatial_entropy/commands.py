@@ -125,6 +125,12 @@ def _add_evaluate(p):
                    help="which of its pictures (of --data: all, or the validation part where there "
                         "are parts; of the run's own data: val)")
     p.add_argument("--masks", **own, help="a folder with images/ and masks/, paired by file name")
+    p.add_argument("--corruptions", **own, nargs="*", metavar="NAME", help="accuracy under the "
+                   "common corruptions too, at five severities; all 15 where none is named")
+    p.add_argument("--occlusion", **own, action="store_true",
+                   help="accuracy as patches of most attention are removed too, beside chance")
+    p.add_argument("--pictures", **own, type=int, metavar="N", help="for these two: at most so "
+                   "many pictures, evenly spread (all)")
     p.add_argument("--device", **own, help="such as cuda (cpu)")
     p.add_argument("-o", "--output", help="the JSON file to write (RUN/evaluation.json)")
 
@@ -298,7 +304,10 @@ _measures = { # of `evaluate`: what it is called, and how it is written
     "jaccard_published": ("the same, void as background", "{:.3f}"),
     "jaccard_best_head": ("mask Jaccard, best head", "{:.3f}"),
     "jaccard_mean_head": ("mask Jaccard, mean head", "{:.3f}"),
-    "mask_pairs": ("pictures with masks", "{}")}
+    "mask_pairs": ("pictures with masks", "{}"),
+    "corruption_top1": ("top-1 under corruptions, %", "{:.1f}"),
+    "occlusion_most": ("area, most attended removed, %", "{:.1f}"),
+    "occlusion_least": ("area, least attended removed, %", "{:.1f}")}
 _part_names = {"val": "validation pictures", "train": "training pictures", "all": "all pictures"}
 
 def _title_of(scores):
@@ -341,10 +350,32 @@ def _measure(run, output=None, **options):
     _print_scores(keep_scores(run, output, **options))
     print(f"as JSON: {output or Path(run)/'evaluation.json'}")
 
+# %% ../nbs/80_commands.ipynb #088bd58f
+_not_evaluates = "command", "run", "output", "corruptions", "occlusion", "pictures"
+
+def _more_of(args):
+    "What `evaluate` measures beside its own scores, as functions."
+    from rich.console import Console
+    from rich.progress import track
+    from spatial_entropy.analysis.robustness import COMMON, corruption_scores, occlusion_scores
+    show = dict(console=Console(stderr=True, force_jupyter=False), transient=True)
+    options = lambda said: dict(progress=lambda steps: track(steps, said, **show),
+                                pictures=getattr(args, "pictures", None))
+    more = []
+    if hasattr(args, "corruptions"):
+        more.append(corruption_scores(args.corruptions or COMMON, **options("corruptions")))
+    if hasattr(args, "occlusion"): more.append(occlusion_scores(**options("occlusion")))
+    return more
+
+# %% ../nbs/80_commands.ipynb #f6fcd7a3
 def _prepare_evaluation(args):
     "The command `evaluate`."
-    given = {k: v for k, v in vars(args).items() if k not in ("command", "run", "output")}
     load_config(args.run)
+    given = {k: v for k, v in vars(args).items() if k not in _not_evaluates}
+    asked = hasattr(args, "corruptions") or hasattr(args, "occlusion")
+    if asked: given["more"] = _more_of(args)
+    elif hasattr(args, "pictures"):
+        raise ValueError("pictures: goes with --corruptions or --occlusion")
     _writable(args.output or Path(args.run)/"evaluation.json")
     _measure(args.run, args.output, **given)
     return lambda: 0

@@ -81,6 +81,7 @@ def evaluate(run: str, # a run folder
              device="cpu",
              weights: str = "model", # or "best"
              split: str | None = None, # "val", "train" or "all"; all of what is named, or its val
+             more=(), # functions of (model, loader, mean and std, device) that give more scores
             ) -> dict: # top1 %, entropy, regions, density; with masks the scores of objects
     """Measure a trained run, its maps beside their chance levels.
 
@@ -95,6 +96,7 @@ def evaluate(run: str, # a run folder
     pairs = mask_pairs(masks, config.img_size, **norm) if masks else None
     scores = dict(data=str(data or config.data), split=batches.val.dataset.source.part)
     scores |= _measured(model.to(device), batches.val, device)
+    for measure in more: scores |= measure(model, batches.val, norm, device)
     if pairs: scores |= _masked(masks, model, pairs, config.batch_size, device)
     notes = [*batches.notes(), *(pairs.notes if pairs else ())]
     return scores | dict(skipped=batches.skipped(), notes=notes)
