@@ -27,6 +27,10 @@ _modules = { # module: the names that users need of it
     "loops.schedule": "entropy_weight", "loops.regularizer": "SpatialEntropyRegularizer",
     "loops.timm": "spatial_entropy_task", "language.looking": "look",
     "loops.alternatives": "register_regularizer", "analysis.masks": "mask_jaccard pointing",
+}
+
+# %% ../nbs/89_names.ipynb #5bd990d5
+_modules |= { # judging, a run, and what is done by hand
     "analysis.evaluation": "accuracy", "analysis.heads": "rank_heads head_maps entropy_heatmap",
     "analysis.localization": "localization_entropy localization_heads",
     "analysis.chance": "entropy_against_chance surrogate_maps",

@@ -50,6 +50,7 @@ def _check_corruption(name, severity):
     if severity not in (1, 2, 3, 4, 5):
         raise ValueError(f"severity: got {severity!r}, expected 1, 2, 3, 4 or 5")
 
+# %% ../../nbs/64_robustness.ipynb #9c321391
 def corrupted(picture, # (H, W, 3) uint8 array, 32 pixels a side at least
               name: str, # one of COMMON
               severity: int, # 1 to 5
@@ -111,6 +112,7 @@ def _percent(values): # (n,) numbers in 0–1
     found = asdict(bootstrap(100*values.double().numpy(), resamples=2000))
     return {k: found[k] for k in ("mean", "low", "high")}
 
+# %% ../../nbs/64_robustness.ipynb #b9f64a4d
 @dataclass(repr=False)
 class Corruptions:
     "What `corruption_accuracy` found: for each picture whether the first guess was right."
@@ -188,9 +190,8 @@ def corruption_accuracy(model, # a classifier of normalised pictures
             if kind is None: clean.append(_guesses(model, batch[1], device) == batch[2])
             else: right[kind].append(_under(model, batch, *kind, norm, device, seed))
     if not clean: raise ValueError("loader: it gave no picture that could be read")
-    by_name = {name: [torch.cat(right[name, s]) for s in severities] for name in names}
-    stacked = {name: torch.stack(parts, 1) for name, parts in by_name.items()}
-    return Corruptions(torch.cat(clean), stacked, tuple(severities))
+    whole = lambda name: torch.stack([torch.cat(right[name, s]) for s in severities], 1)
+    return Corruptions(torch.cat(clean), {name: whole(name) for name in names}, tuple(severities))
 
 # %% ../../nbs/64_robustness.ipynb #1682a26c
 ORDERS = "most", "least", "random", "others"
@@ -224,6 +225,13 @@ def _first_pass(model, loader, block, query, head, pictures, device, progress):
     if not maps: raise ValueError("loader: it gave no picture that could be read")
     return torch.cat(maps), tuple(found.shape[-2:]), torch.cat(numbers)
 
+def _fine(maps):
+    "Which maps have no NaN or infinite cell. Raises ValueError where fewer than two are left."
+    fine = maps.isfinite().all(1)
+    if fine.sum() > 1: return fine
+    raise ValueError(f"got {int(fine.sum())} picture(s) with a map, expected at least 2: "
+                     "chance needs the maps of others")
+
 def _orders(maps, seed): # (n, N)
     "{order: (n, N) cells}."
     draws = torch.Generator().manual_seed(seed)
@@ -232,6 +240,14 @@ def _orders(maps, seed): # (n, N)
     before = torch.empty_like(line).scatter(0, line, line.roll(1))      # of each, another picture
     return dict(most=_order_by(maps, shuffled), least=_order_by(-maps, shuffled),
                 random=shuffled, others=_order_by(maps[before], shuffled))
+
+# %% ../../nbs/64_robustness.ipynb #d80b7c67
+def _area(right, shares): # (n, K), (K,)
+    "By trapezia, as a mean over the shares."
+    steps = shares.diff()
+    return ((right[:, 1:] + right[:, :-1])/2*steps).sum(1)/steps.sum()
+
+def _line(order, curve, area): return f"{order:12}{''.join(f'{v:6.1f}' for v in curve)}{area:7.1f}"
 
 # %% ../../nbs/64_robustness.ipynb #7e34f009
 @dataclass(repr=False)
@@ -246,15 +262,14 @@ class Occlusion:
 
     def areas(self, order: str) -> Tensor: # (n,) of each picture in 0–1; its mean is the accuracy
         "The area under each picture's curve, by trapezia, divided by its width."
-        steps, r = torch.tensor(self.shares).diff(), self.right[order].float()
-        return ((r[:, 1:] + r[:, :-1])/2*steps).sum(1)/steps.sum()
+        return _area(self.right[order].float(), torch.tensor(self.shares))
 
     def scores(self) -> dict: # what evaluation.json holds: areas in %
         "Areas of all orders, and of most and least the difference to others with its interval."
         found = {f"occlusion_{o}": 100*self.areas(o).mean().item() for o in ORDERS}
+        names = dict(mean="above", low="above_low", high="above_high")
         for order in ("most", "least"):
             above = _percent(self.areas(order) - self.areas("others"))
-            names = dict(mean="above", low="above_low", high="above_high")
             found |= {f"occlusion_{order}_{names[k]}": v for k, v in above.items()}
             found[f"occlusion_{order}_chance"] = found["occlusion_others"]
         curves = dict(shares=list(self.shares), **{o: self.curve(o) for o in ORDERS})
@@ -262,9 +277,8 @@ class Occlusion:
 
     def __repr__(self):
         head = f"{'removed, %':12}" + "".join(f"{100*s:6.0f}" for s in self.shares) + "   area"
-        rows = [f"{o:12}" + "".join(f"{v:6.1f}" for v in self.curve(o))
-                + f"{100*self.areas(o).mean():7.1f}" for o in ORDERS]
-        return "\n".join([head, *rows])
+        lines = (_line(o, self.curve(o), 100*self.areas(o).mean()) for o in ORDERS)
+        return "\n".join([head, *lines])
 
 # %% ../../nbs/64_robustness.ipynb #47cc768f
 def _check_shares(shares):
@@ -312,12 +326,8 @@ def occlusion_curves(model, # any classifier that AttentionTap reads
     shares = _check_shares(shares)
     _check_pictures(pictures)
     with _judged(model, device):
-        maps, grid, numbers = _first_pass(model, loader, block, query, head, pictures, device,
-                                          progress)
-        fine = maps.isfinite().all(1)
-        if fine.sum() < 2:
-            raise ValueError(f"got {int(fine.sum())} picture(s) with a map, expected at least 2: "
-                             "chance needs the maps of others")
+        first = _first_pass(model, loader, block, query, head, pictures, device, progress)
+        fine, (maps, grid, numbers) = _fine(first[0]), first
         at = {int(i): row for row, i in enumerate(numbers[fine])}
         counts = [round(s*maps.shape[1]) for s in shares]
         right = _second_pass(model, loader, _orders(maps[fine], seed), at, counts, grid, pictures,

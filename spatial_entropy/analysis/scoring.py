@@ -256,8 +256,7 @@ def score_objects(model, # any model that AttentionTap reads
                  ) -> ObjectScores:
     """Score every head of a model on pictures with masks, each score beside its chance level.
 
-    Pixels that are not valid (void) leave every score but `jaccard_published`. Raises ValueError
-    for fewer than two pictures, and for blocks of different grids.
+    Void leaves all but `jaccard_published`. ValueError: below two pictures, or grids that differ.
     """
     if len(pairs) < 2:
         raise ValueError(f"pairs: got {len(pairs)} picture(s), expected at least 2: "
@@ -269,8 +268,8 @@ def score_objects(model, # any model that AttentionTap reads
         stacked, (_, *truth) = _stacked(maps), kept.pop(0)
         masks, valid = (*(t.to(stacked.device) for t in truth), None)[:2]
         parts.append(_score_batch(stacked, masks, before, surrogates, valid))
-    names = [str(n) for n in getattr(pairs, "names", range(len(pairs)))]
-    return ObjectScores(*_in_order(parts, order), names, [*maps])
+    names = map(str, getattr(pairs, "names", range(len(pairs))))
+    return ObjectScores(*_in_order(parts, order), [*names], [*maps])
 
 # %% ../../nbs/48_scoring.ipynb #6a2f03db
 def extremes(scores: ObjectScores, n: int = 6, name: str = "pixel_auc"
@@ -372,6 +371,19 @@ def _best_at(right, weights): # (n, ..., 3, T) bool, (R, n): how often each pict
     flat = weights@right.flatten(1).to(weights)/weights.sum(1, keepdim=True)
     return flat.view(-1, *right.shape[1:]).amax(-1).mean(-1)
 
+# %% ../../nbs/48_scoring.ipynb #4e704c34
+def _draws(n, resamples, seed): # (resamples, n): how often each picture is drawn
+    picked = torch.randint(n, (resamples, n), generator=torch.Generator().manual_seed(seed))
+    return torch.zeros(resamples, n).scatter_add(1, picked, torch.ones(resamples, n))
+
+def _intervals(mean, drawn, n): # (H,), and (resamples, H)
+    ends = drawn.double().quantile(torch.tensor([.025, .975]).double(), 0)
+    return [Interval(m.item(), *e.tolist(), n) for m, e in zip(mean, ends.T)]
+
+def _box_rows(name, own, chance, above):
+    return [dict(score=name, heads=h, own=a.item(), chance=b.item(), above_chance=asdict(i))
+            for h, (a, b, i) in enumerate(zip(own, chance, above))]
+
 # %% ../../nbs/48_scoring.ipynb #41291f2a
 @dataclass(repr=False)
 class BoxScores:
@@ -391,25 +403,15 @@ class BoxScores:
         return _best_at(self.right, weights), _best_at(self.right_chance, weights).mean(1)
 
     def summary(self, resamples: int = 1000, seed: int = 0) -> list: # a row for each score and head
-        "Rows: score, head, own, chance, and above_chance with its 95 % interval over pictures."
-        n, draws = len(self), torch.Generator().manual_seed(seed)
-        own, chance = self._drawn(torch.ones(1, n))
-        picked = torch.randint(n, (resamples, n), generator=draws)
-        counts = torch.zeros(resamples, n).scatter_add(1, picked, torch.ones(resamples, n))
-        a, b = self._drawn(counts)
-        ends = (a - b).double().quantile(torch.tensor([.025, .975]).double(), 0)
-        above = [Interval((own - chance)[0, h].item(), *ends[:, h].tolist(), n)
-                 for h in range(own.shape[1])]
-        rows = _box_rows("max_box_acc_v2", own[0], chance[0], above)
+        "Rows: score, heads, own, chance, and above_chance with its 95 % interval over pictures."
+        (own,), (chance,) = self._drawn(torch.ones(1, len(self)))
+        a, b = self._drawn(_draws(len(self), resamples, seed))
+        rows = _box_rows("max_box_acc_v2", own, chance, _intervals(own - chance, a - b, len(self)))
         each = self.corloc - self.corloc_chance
         above = [bootstrap(d.numpy(), resamples=resamples, seed=seed) for d in each.T]
         return rows + _box_rows("corloc", self.corloc.mean(0), self.corloc_chance.mean(0), above)
 
     def __repr__(self): return "\n".join([f"{len(self)} pictures", *map(_in_words, self.summary())])
-
-def _box_rows(name, own, chance, above):
-    return [dict(score=name, heads=h, own=a.item(), chance=b.item(), above_chance=asdict(i))
-            for h, (a, b, i) in enumerate(zip(own, chance, above))]
 
 # %% ../../nbs/48_scoring.ipynb #9b1d0b1b
 def score_boxes(maps: Tensor, # (n, H, h, w): attention after the softmax, for published numbers

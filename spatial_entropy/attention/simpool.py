@@ -13,6 +13,15 @@ from torch import Tensor, nn
 from .families import UnsupportedModel
 from .rows import as_float
 
+# %% ../../nbs/18_simpool.ipynb #5930ef9a
+def _pooled(q, k, z, gamma): # (B, 1, d), and twice (B, N, d)
+    "Values z pooled by the attention of q over k, by a power mean; gamma None: by the mean. (B, d)"
+    logits = (q@k.mT)[:, None]*q.shape[-1]**-.5                        # (B, one head, 1, N)
+    a = logits.softmax(-1)[:, 0]
+    if gamma is None: return (a@z)[:, 0]
+    v = z - z.amin((1, 2), keepdim=True) + 1e-6
+    return (a@v**gamma)[:, 0]**(1/gamma)
+
 # %% ../../nbs/18_simpool.ipynb #b96aa28e
 class SimPool(nn.Module):
     """Pooling by one attention over the patches (arXiv 2309.06891): (B, prefix + N, d) to (B, d).
@@ -35,14 +44,7 @@ class SimPool(nn.Module):
         z = self.norm(x)
         q, k = self.q(x.mean(1, keepdim=True)), self.k(z)
         with torch.autocast(x.device.type, enabled=False):
-            return self._pooled(as_float(q), as_float(k), as_float(z)).to(x.dtype)
-
-    def _pooled(self, q, k, z): # (B, 1, d), and twice (B, N, d)
-        logits = (q@k.mT)[:, None]*q.shape[-1]**-.5                    # (B, one head, 1, N)
-        a = logits.softmax(-1)[:, 0]
-        if self.gamma is None: return (a@z)[:, 0]
-        v = z - z.amin((1, 2), keepdim=True) + 1e-6
-        return (a@v**self.gamma)[:, 0]**(1/self.gamma)
+            return _pooled(as_float(q), as_float(k), as_float(z), self.gamma).to(x.dtype)
 
     def extra_repr(self): return f"gamma={self.gamma}, prefix={self.prefix}"
 
