@@ -226,6 +226,8 @@ def test_a_foreign_state_is_refused_whole(state, said):
 @pytest.mark.parametrize("arguments,error,said", [
     (dict(weight=-.1), ValueError, "weight: got -0.1"), (dict(weight=float("nan")), ValueError, "weight: got nan"),
     (dict(epochs=0), ValueError, "epochs: got 0"), (dict(epochs=5, warmup=9), ValueError, "warmup: got 9"),
+    (dict(weight="0.03"), TypeError, "weight: got '0.03', a str; expected a number of at least 0"), (dict(weight=True), TypeError, "weight: got True, a bool"),
+    (dict(epochs="20"), TypeError, "epochs: got '20', a str"), (dict(epochs=20, warmup="2"), TypeError, "warmup: got '2', a str"),
     (dict(block=[0, 0]), ValueError, "names a block twice"), (dict(query="head"), ValueError, "query: got 'head'"),
 ])
 def test_refused_settings_leave_the_model_alone(arguments, error, said):
@@ -234,6 +236,15 @@ def test_refused_settings_leave_the_model_alone(arguments, error, said):
         SpatialEntropyRegularizer(model, drop_skip=True, **arguments)
     assert is_stock(model) and all(p.requires_grad for p in model.parameters())
     SpatialEntropyRegularizer(model).close()
+
+
+def test_a_regulariser_and_a_tap_each_say_what_its_own_user_has_to_do():
+    model = make()
+    with SpatialEntropyRegularizer(model) as reg, se.AttentionTap(model) as tap:
+        with pytest.raises(RuntimeError, match=r"no map was recorded: call the model on a batch before reg\(\)"):
+            reg()
+        with pytest.raises(RuntimeError, match="no map was recorded: run the model on a batch inside"):
+            tap.maps()
 
 
 def test_models_without_a_map_are_refused():

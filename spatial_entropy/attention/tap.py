@@ -747,8 +747,7 @@ def _why_silent(site, now):
     if now.began and (now.grid is not None or now.ran):
         return (f"{start}: the latest pass did not come to it (a part of the model, an early exit, "
                 "a copy in its place?)")
-    return ("no map was recorded: run the model on a batch inside "
-            "`with AttentionTap(model) as tap:` first")
+    return f"no map was recorded: {site.tap.first}"
 
 # %% ../../nbs/12_tap.ipynb #ee522122
 def _chosen_run(site, runs, run, now): # runs: the records of one layer in a pass
@@ -820,6 +819,7 @@ class _Open:
         self.single = isinstance(block, int) and not isinstance(block, bool)
         self.blocks = _chosen(block, len(self.found.layers))
         self.keep, self.checks, self._root, self._passes = 1, None, model, _Passes()
+        self.first = "run the model on a batch inside `with AttentionTap(model) as tap:` first"
         self._sites = [_Site(self, i) for i in self.blocks]
         self._hooks = _hooked(self)
         for site in self._sites:

@@ -15,7 +15,7 @@ from ..attention.families import find
 from ..measure.operators import SpatialEntropyLoss
 from ..attention.surgery import drop_last_skip
 from ..attention.tap import AttentionTap
-from .schedule import entropy_weight
+from .schedule import check_number, entropy_weight
 
 # %% ../../nbs/31_regularizer.ipynb #2c10bf96
 def _own_weight(weight, # a function of the share of the run that is done
@@ -28,17 +28,21 @@ def _own_weight(weight, # a function of the share of the run that is done
     return float(weight(min(1., epoch/epochs)))
 
 # %% ../../nbs/31_regularizer.ipynb #c29d076f
+_LENGTH = "the length of the run, above 0, or None"
+_PEAK = "a number of at least 0; 0.01 in the paper"
+
 def _weight_at(weight, # a number of at least 0, or a function of the share of the run that is done
                epochs, # of the whole run, or None for a constant weight
                warmup, # epochs until the peak, or None
                epoch): # done so far
-    "The weight now. Raises ValueError for settings that do not fit together."
+    "The weight now. Raises TypeError or ValueError for settings that do not fit together."
+    if warmup is not None: check_number("warmup", warmup, "epochs until the peak, or None")
+    if epochs is not None: check_number("epochs", epochs, _LENGTH)
     if epochs is not None and not epochs > 0:
-        raise ValueError(f"epochs: got {epochs}, expected the length of the run, above 0, or None")
+        raise ValueError(f"epochs: got {epochs}, expected {_LENGTH}")
     if callable(weight): return _own_weight(weight, epochs, epoch)
-    if not 0 <= weight < float("inf"):
-        raise ValueError(f"weight: got {weight}, expected a number of at least 0; "
-                         "0.01 in the paper")
+    check_number("weight", weight, _PEAK)
+    if not 0 <= weight < float("inf"): raise ValueError(f"weight: got {weight}, expected {_PEAK}")
     if epochs is None: return float(weight)
     return entropy_weight(epoch, epochs, weight, min(10, epochs/10) if warmup is None else warmup)
 
@@ -46,11 +50,12 @@ def _weight_at(weight, # a number of at least 0, or a function of the share of t
 def run_settings(weight, warmup, schedule, block, query):
     """Arguments of the regulariser for a run counted from 0 to 1.
 
-    Raises ValueError for a warm-up that is no share.
+    Raises TypeError or ValueError for a warm-up that is no share.
     """
+    share = "a share of the run, from 0 to 1; 0.1 in the paper"
+    if warmup is not None: check_number("warmup", warmup, share)
     if warmup is not None and not 0 <= warmup <= 1:
-        raise ValueError(f"warmup: got {warmup}, expected a share of the run, from 0 to 1; "
-                         "0.1 in the paper")
+        raise ValueError(f"warmup: got {warmup}, expected {share}")
     epochs = 1. if schedule or callable(weight) else None
     return dict(weight=weight, warmup=warmup, epochs=epochs, block=block, query=query)
 
@@ -72,7 +77,8 @@ class _ScheduledWeight:
         return _weight_at(self.peak, self.epochs, self.warmup, self.epoch)
 
     def step(self, epoch: float): # epochs done so far, from 0, whole or fractional
-        "Tell the schedule where the run is. Raises ValueError for a negative or broken number."
+        "Where the run is. Raises TypeError for no number, ValueError for one below 0 or broken."
+        check_number("epoch", epoch, "the epochs done so far, from 0")
         if not 0 <= epoch < float("inf"):
             raise ValueError(f"epoch: got {epoch}, expected the epochs done so far, from 0")
         self.epoch = float(epoch)
@@ -108,7 +114,7 @@ class _NewMaps:
     def __init__(self, tap, views):
         self.tap, self.views = tap, views
         self.last, self.trained, self.warned = None, None, False
-        tap.keep = views
+        tap.keep, tap.first = views, "call the model on a batch before reg()"
 
     def take(self):
         "The maps since the last call. Raises RuntimeError if there are none, or too few."
