@@ -10,9 +10,11 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 import unicodedata
 from dataclasses import fields
+from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
 from typing import get_type_hints
@@ -44,15 +46,30 @@ def _dashed(word):
     flag, equals, value = word.partition("=")
     return flag.replace("_", "-") + equals + value if word.startswith("--") else word
 
+def _near(word, known):
+    "What may have been meant by a word that is not known, or None."
+    flag = word.partition("=")[0][:40]
+    if flag == "--lambda" and "--entropy-weight" in known: return "--entropy-weight"
+    return next(iter(get_close_matches(flag, known, 1)), None)
+
+
+# %% ../nbs/80_commands.ipynb #da9a33f1
 class Parser(argparse.ArgumentParser):
     "Takes flags with _ for -, and says a typing mistake in one sentence, not in sixty lines."
     def parse_known_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else args
-        return super().parse_known_args([_dashed(w) for w in words], namespace)
+        found, rest = super().parse_known_args([_dashed(w) for w in words], namespace)
+        flag = next((w for w in rest if w.startswith("--")), "")
+        near = _near(flag, self._option_string_actions)
+        if near: self.error(f"unrecognized arguments: {' '.join(rest)}", near)
+        return found, rest
 
-    def error(self, message):
-        "End with exit code 2."
-        self.exit(2, f"{self.prog}: {_sentence(message)}; see {self.prog} --help\n")
+    def error(self, message, near=None):
+        "End with exit code 2. `near`: what may have been meant."
+        got = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        if got: near = _near(got[1], [w.strip(" '") for w in got[2].split(",")])
+        see = f"did you mean {near}? See" if near else "see"
+        self.exit(2, f"{self.prog}: {_sentence(message)}; {see} {self.prog} --help\n")
 
 # %% ../nbs/80_commands.ipynb #b1726f12
 def once(pairs):
@@ -139,8 +156,8 @@ def _add_draw(p):
     "What `draw` takes."
     own = dict(default=argparse.SUPPRESS)
     p.add_argument("model", metavar="run_or_model",
-                   help="a run folder, or a name that timm.create_model takes")
-    p.add_argument("images", nargs="+", help="picture files")
+                   help="a run folder, a name that timm.create_model takes, or demo")
+    p.add_argument("images", nargs="+", help="picture files, or folders of them")
     p.add_argument("-o", "--output", required=True, help="the picture to write: .png, .pdf or .svg")
     p.add_argument("--block", **own, type=int,
                    help="which block; negative counts from the last (-1)")
@@ -450,6 +467,7 @@ def _open_picture(path):
     "A picture to draw. Raises FileNotFoundError or ValueError that name it."
     from warnings import catch_warnings, simplefilter
     from spatial_entropy.data import open_picture
+    if Path(path).is_dir(): raise ValueError(f"{path}: is a folder, expected a picture file")
     try:
         with catch_warnings():
             simplefilter("ignore")
@@ -461,27 +479,65 @@ def _open_picture(path):
         said = f"{path}: too large for this machine's memory; make it smaller"
         raise ValueError(said) from None
 
+# %% ../nbs/80_commands.ipynb #5de04009
+def _pictures_in(folder):
+    "The picture files of a folder, by name. Raises ValueError where there is none."
+    from spatial_entropy.data import is_picture
+    names = sorted(p.name for p in Path(folder).iterdir() if p.is_file())
+    found = [str(Path(folder)/name) for name in names if is_picture(name)]
+    if found: return found
+    raise ValueError(f"{folder}: no picture in it; expected files such as .png or .jpg")
+
+def _spread(paths):
+    "Files as they are, folders as their pictures."
+    parts = [_pictures_in(p) if Path(p).is_dir() else [p] for p in paths]
+    return [p for part in parts for p in part]
+
 # %% ../nbs/80_commands.ipynb #2ef40537
+def _misfit(e):
+    "What a model misses in some weights, or what else is wrong with them."
+    lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
+    if not lines[0].startswith("Error(s) in loading"): return f"cannot be read ({lines[0][:150]})"
+    lacks = [n for s in lines if s.startswith("Missing") for n in re.findall('"(.+?)"', s)]
+    if not lacks: return f"do not fit: {lines[1][:200]}"
+    more = f" nor {len(lacks) - 1} more" if len(lacks) > 1 else ""
+    return f"do not fit: they have no {lacks[0]}{more}"
+
+
+# %% ../nbs/80_commands.ipynb #3c81449a
 def _load_into(model, args):
     "Give a timm model its weights. Raises FileNotFoundError or ValueError."
     from timm.models import load_checkpoint, load_pretrained
-    if args.checkpoint and not Path(args.checkpoint).is_file():
-        raise FileNotFoundError(f"{args.checkpoint}: no such file of weights")
+    file = args.checkpoint
+    if file and not Path(file).is_file():
+        raise FileNotFoundError(f"{file}: no such file of weights")
     try:
-        if args.checkpoint: load_checkpoint(model, args.checkpoint)
+        if file: load_checkpoint(model, file)
         elif not args.no_pretrained: load_pretrained(model, num_classes=model.num_classes)
     except Exception as e:
-        why = " ".join((str(e) or type(e).__name__).split())[:150]
+        if file: raise ValueError(f"{file}: weights for {args.model} that {_misfit(e)}") from None
+        why = _sentence(e, 150)
         raise ValueError(f"{args.model}: no weights ({why}); "
                          "pass --checkpoint FILE or --no-pretrained") from None
 
 # %% ../nbs/80_commands.ipynb #6b846537
+def _check_name(model):
+    "Raise FileNotFoundError or ValueError for a name that is none, before torch is loaded."
+    if Path(model).exists() or model == "demo": return
+    if model.startswith((".", "/", "~")): raise FileNotFoundError(f"{model}: no such run folder")
+    if get_close_matches(model, ["demo"], 1, .7):
+        raise ValueError(f"{model}: no run folder and no model of timm; did you mean demo?")
+
 def _model_to_draw(args):
-    "Model, image size, mean and std of a run or a timm name."
+    "Model, image size, mean and std of a run, a timm name or demo."
     from spatial_entropy.training.models import build_model, known_of, load_run
     if Path(args.model).exists():
         model, config, facts = load_run(args.model, needed=("mean", "std"))
         return model, config.img_size, tuple(facts["mean"]), tuple(facts["std"])
+    if args.model == "demo":
+        from spatial_entropy.exploring import subject_of
+        demo = subject_of("demo")
+        return demo.model, demo.size, demo.mean, demo.std
     from timm.data import resolve_data_config
     facts = known_of(args.model)
     size = args.img_size or facts.get("input_size", (224,))[-1]
@@ -522,6 +578,8 @@ def _check_drawing(args):
 # %% ../nbs/80_commands.ipynb #b7cb8b50
 def _prepare_drawing(args):
     "The command `draw`."
+    _check_name(args.model)
+    args.images = _spread(args.images)
     _check_drawing(args)
     import torch
     from numpy import array
@@ -655,8 +713,9 @@ def _prepare_exploring(args):
     except ModuleNotFoundError as e:
         raise ImportError(f"explore needs {e.name}, which is not installed; "
                           "pip install 'spatial_entropy[explore]'") from None
-    from spatial_entropy.exploring import Explorer
     names = [name for name in (args.model, args.against) if name]
+    for name in names: _check_name(name)
+    from spatial_entropy.exploring import Explorer
     explorer = Explorer([_subject(name, args) for name in names], args.images)
     server = Server(explorer, args.host, args.port, "" if args.no_token else None)
     return lambda: _serve(server, args.open)

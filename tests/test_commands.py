@@ -97,6 +97,24 @@ def test_draw(trained, photos, block, capsys):
     assert np.asarray(Image.open(out)).std() > 10
 
 
+def test_draw_of_the_demo_model_and_a_folder(photos, tmp_path, capsys):
+    code, said, err = typed(capsys, "draw", "demo", photos / "pairs" / "images", "-o", tmp_path / "out.png")
+    assert code == 0 and not err and "8 picture(s), 3 heads, 14×14 patches" in said
+
+
+@pytest.mark.parametrize("line,said", [
+    ("train --lambda 0.03", "spatial-entropy train: unrecognized arguments: --lambda 0.03; did you mean --entropy-weight? See spatial-entropy train --help"),
+    ("train --epochz=3", "did you mean --epochs? See"), ("trian --epochs 3", "did you mean train? See spatial-entropy --help"),
+    ("train --recipe papr", "did you mean paper? See"), ("train --qqq", "--qqq; see spatial-entropy --help"),
+])
+def test_what_was_meant_is_said(line, said, capsys):
+    from spatial_entropy.commands import main
+    with pytest.raises(SystemExit) as stop:
+        main(line.split())
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and said in err and err.count("\n") == 1
+
+
 def test_same_seed_same_weights(trained, photos, tmp_path, monkeypatch, capsys):
     "The line that `trained` gave to a program of its own, in this process."
     monkeypatch.chdir(photos)
@@ -134,7 +152,10 @@ def test_same_seed_same_weights(trained, photos, tmp_path, monkeypatch, capsys):
     ("draw RUN lonely/images/a.png -o a.txt", "expected .png, .pdf or .svg"),
     ("draw nothing lonely/images/a.png -o a.png", "does not know"),
     ("draw vit_tiny_patch16_224 lonely/images/a.png -o a.png --checkpoint no.pth", "no.pth: no such file of weights"),
-    ("draw vit_tiny_patch16_224 lonely/images/a.png -o a.png --checkpoint file", "vit_tiny_patch16_224: no weights ("),
+    ("draw vit_tiny_patch16_224 lonely/images/a.png -o a.png --checkpoint file", "file: weights for vit_tiny_patch16_224 that cannot be read ("),
+    ("draw vit_tiny_patch16_224 lonely/images/a.png -o a.png --checkpoint RUN/model.safetensors", "do not fit: they have no blocks."),
+    ("draw RUN empty -o a.png", "empty: no picture in it; expected files such as .png or .jpg"),
+    ("draw dmeo lonely/images/a.png -o a.png", "dmeo: no run folder and no model of timm; did you mean demo?"),
     ("draw RUN lonely/images/a.png -o a.png --block 7", "block: got 7, expected a number from -2 to 1"),
 ])
 def test_a_mistake_is_one_sentence_and_writes_nothing(line, said, trained, tmp_path, monkeypatch, capsys):
