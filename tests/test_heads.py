@@ -842,3 +842,22 @@ def test_packed_pictures_are_ranked_by_name():
 def test_a_number_of_a_heat_map_is_that_of_its_cell(value, said):
     fig = entropy_heatmap(Heads([dict(block=0, head=0, entropy=value)]))
     assert said in [t.get_text() for t in fig.axes[0].texts]
+
+
+def test_paths_swapped_arguments_and_whole_numbers_are_refused_in_a_sentence():
+    model, x = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=16, embed_dim=24, depth=1, num_heads=2), torch.rand(2, 3, 32, 32)
+    wrong = [((model, "/folder"), "loader: got the path '/folder', expected batches"), ((model, None), "loader: got NoneType, expected batches"),
+             (([x], model), "model: got list, expected an nn.Module; the model comes first, then the loader"),
+             ((model, [(x * 255).to(torch.uint8)]), "got pictures of torch.uint8, which the model does not take; expected floats")]
+    for call in (rank_heads, lambda *arguments: next(head_maps(*arguments))):
+        for arguments, said in wrong:
+            with pytest.raises(TypeError, match=said):
+                call(*arguments)
+    whole = torch.nn.Sequential(Whole(), model)
+    assert len(rank_heads(whole, [(x * 255).to(torch.uint8)])) == 2
+
+
+class Whole(torch.nn.Module):
+    "A transform inside the model, which takes whole numbers."
+    def forward(self, x):
+        return x / 255

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from .chance import entropy_against_chance
-from .heads import Heads, head_maps
+from .heads import Heads, check_given, head_maps
 from .intervals import Interval, bootstrap
 from .masks import paired_on_grid, pixels_on_grid
 from .objects import DELTAS, ON_GRID, corloc, overlaps_with
@@ -258,6 +258,7 @@ def score_objects(model, # any model that AttentionTap reads
 
     Void leaves all but `jaccard_published`. ValueError: below two pictures, or grids that differ.
     """
+    check_given(model, pairs, "pairs", "items (x, mask), as mask_pairs(FOLDER, size) makes them")
     if len(pairs) < 2:
         raise ValueError(f"pairs: got {len(pairs)} picture(s), expected at least 2: "
                          "chance needs the masks of others")

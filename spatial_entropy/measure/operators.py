@@ -242,6 +242,8 @@ def spatial_entropy(
     cell gives NaN with gradient 0 (and on a CPU a warning, once). Half precision is computed in
     float32. The host does not wait for the device, unless `mass` is given. The first derivative
     also under `torch.func`, where the second raises RuntimeError.
+    The last two axes are always the grid: (2, 3, 196) would be two maps of 3×196 cells, so flat
+    maps are unflattened first, ``maps.unflatten(-1, (14, 14))``.
     Raises TypeError or ValueError for what is not a (..., h, w) tensor of real numbers.
     """
     prepared = _prepare(maps, connectivity, times_mean, mass, floor)
