@@ -236,6 +236,13 @@ def _stacked(maps):
                          "choose blocks of one stage")
     return torch.stack([*maps.values()], 1)
 
+def _check_pairs(model, pairs):
+    "Raises TypeError or ValueError for what cannot be scored."
+    check_given(model, pairs, "pairs", "items (x, mask), as mask_pairs(FOLDER, size) makes them")
+    if len(pairs) < 2:
+        raise ValueError(f"pairs: got {len(pairs)} picture(s), expected at least 2: "
+                         "chance needs the masks of others")
+
 # %% ../../nbs/48_scoring.ipynb #b3760b0e
 def _in_order(parts, order): # parts: of each batch {score: (own, chance)}
     "Two {score: tensor} of the whole set, own and chance, from batches in a shuffled order."
@@ -258,10 +265,7 @@ def score_objects(model, # any model that AttentionTap reads
 
     Void leaves all but `jaccard_published`. ValueError: below two pictures, or grids that differ.
     """
-    check_given(model, pairs, "pairs", "items (x, mask), as mask_pairs(FOLDER, size) makes them")
-    if len(pairs) < 2:
-        raise ValueError(f"pairs: got {len(pairs)} picture(s), expected at least 2: "
-                         "chance needs the masks of others")
+    _check_pairs(model, pairs)
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
     kept, parts, before = [], [], MasksBefore(shifts)
     batches = _batches_of(pairs, max(2, batch_size), workers, order, kept)
