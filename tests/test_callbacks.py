@@ -188,7 +188,7 @@ def test_errors_of_the_order_of_things():
     model, x = make(), pictures()
     reg = SpatialEntropyRegularizer(model, epochs=10)
     reg.step(3)
-    with pytest.raises(RuntimeError, match="run the model on a batch"):
+    with pytest.raises(RuntimeError, match="call the model on a batch before reg"):
         reg()
     model(x)
     reg()
@@ -196,7 +196,7 @@ def test_errors_of_the_order_of_things():
         reg()
     with pytest.raises(Exception), torch.no_grad():
         model(x[..., :30])                                              # a pass that fails leaves nothing to use
-    with pytest.raises(RuntimeError, match="run the model"):
+    with pytest.raises(RuntimeError, match="call the model on a batch"):
         reg()
     reg.close()
     reg.close()

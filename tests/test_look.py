@@ -87,7 +87,7 @@ def test_chosen_heads_and_layers(folder, typed):
     ("vlm mug.png --prompt=", "prompt: got an empty text"),
     ("vlm nowhere.png -p where", "nowhere.png: no such file"),
     ("vlm text.png -p where", "text.png: not a picture that can be read"),
-    ("vlm empty -p where", "empty: not a picture"),
+    ("vlm empty -p where", "empty: is a folder"),
     ("nowhere mug.png -p where", "nowhere: no vision-language model and processor of transformers"),
     ("some/where mug.png -p where", "some/where: no vision-language model and processor"),
     ("./nowhere mug.png -p where", "./nowhere: no such folder with a model"),
