@@ -28,7 +28,7 @@ from spatial_entropy.attention.tap import AttentionTap
 from spatial_entropy.commands import Parser, lenient_output, outcome
 from spatial_entropy.data import mask_pairs, shapes
 from spatial_entropy.demo import demo_model
-from spatial_entropy.loops.alternatives import head_disagreement, register_regularizer, regularizer_names, regularizer_term
+from spatial_entropy.loops.alternatives import head_disagreement, regularizer_names, regularizer_term
 from spatial_entropy.loops.schedule import SCHEDULES, entropy_weight
 from spatial_entropy.measure.operators import SpatialEntropyLoss
 from spatial_entropy.training.evaluating import to_measure
@@ -43,7 +43,7 @@ def apart(maps):
     return SpatialEntropyLoss()(maps) + head_disagreement(maps)
 
 
-register_regularizer("apart", apart)
+TERMS = {"apart": apart}                # of this study alone, beside those of regularizer_names
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def learn(model, tokens, setting, batch_size=64, lr=5e-4, each=lambda epoch, mod
     optimizer = torch.optim.AdamW(weights, lr, weight_decay=.05)
     updates = len(tokens.x) // batch_size
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=setting.epochs * updates)
-    term = regularizer_term(setting.regularizer)
+    term = TERMS.get(setting.regularizer) or regularizer_term(setting.regularizer)
     for epoch in range(setting.epochs):
         λ = entropy_weight(epoch, setting.epochs, setting.weight, max(1, setting.epochs // 10), setting.schedule)
         for chosen in torch.randperm(len(tokens.x))[: updates * batch_size].view(updates, batch_size):
@@ -251,7 +251,7 @@ def parser():
     p.add_argument("--weights", type=float, nargs="+", default=[.01, .03, .1, .3, 1.], help="λ, each above 0")
     p.add_argument("--skip", nargs="+", default=["kept", "dropped"], choices=("kept", "dropped"), help="the last block's skip")
     p.add_argument("--schedule", nargs="+", default=["warmup"], choices=SCHEDULES, help="of λ")
-    p.add_argument("--regularizer", nargs="+", default=["spatial-entropy"], choices=regularizer_names(), help="the term")
+    p.add_argument("--regularizer", nargs="+", default=["spatial-entropy"], choices=[*regularizer_names(), *TERMS], help="the term")
     p.add_argument("--seeds", type=int, default=5, help="1 to this")
     p.add_argument("--epochs", type=int, default=20, help="over the kept tokens")
     p.add_argument("--pictures", type=int, default=2000, help="to learn from")
