@@ -155,9 +155,9 @@ def scored(model, tokens, pairs):
     return found
 
 
-def built_in(pictures, measured=1000):
-    "Demo model, tokens of so many pictures to learn from and to be measured on, pictures with masks."
-    model = demo_model()
+def built_in(pictures, measured=1000, run=None):
+    "Demo model, or a run's on the same pictures; tokens of so many to learn from and to be measured on, pictures with masks."
+    model = load_run(run)[0] if run else demo_model()
     part = {}
     for name, split, n, seed in (("train", "train", pictures, 1), ("val", "val", measured, 0)):
         drawn = shapes(n, split, 112, seed)
@@ -231,7 +231,8 @@ def measure(args, output, left):
     print(f"{len(left)} run(s) to do", flush=True)
     if not left:
         return
-    model, train, val, pairs = of_run(args.trunk, args.pictures, args.masks) if args.trunk else built_in(args.pictures)
+    drawn = args.masks in (None, "shapes")
+    model, train, val, pairs = built_in(args.pictures, run=args.trunk) if drawn else of_run(args.trunk, args.pictures, args.masks)
     check_maps(model, pairs)
     about = dict(facts(), trunk=args.trunk or "demo", masks=args.masks or "shapes", pictures=len(train.x), validation=len(val.x), with_masks=len(pairs))
     for setting in left:
@@ -247,7 +248,7 @@ def measure(args, output, left):
 def parser():
     p = Parser("last_block.py", description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--trunk", help="a run folder; the demo model without it")
-    p.add_argument("--masks", help="a folder with images/ and masks/ to judge a run's trunk by")
+    p.add_argument("--masks", help="a folder with images/ and masks/ to judge a run's trunk by; shapes, for one that was trained on the drawn pictures")
     p.add_argument("--weights", type=float, nargs="+", default=[.01, .03, .1, .3, 1.], help="λ, each above 0")
     p.add_argument("--skip", nargs="+", default=["kept", "dropped"], choices=("kept", "dropped"), help="the last block's skip")
     p.add_argument("--schedule", nargs="+", default=["warmup"], choices=SCHEDULES, help="of λ")
