@@ -15,7 +15,8 @@ __doc__ = "Spatial entropy for Vision Transformers: attention that falls on conn
 _modules = { # module: the names that users need of it
     "pictures": "show_maps show_regions overlay", "measure.regions": "above_mean keep_mass",
     "measure.entropy": "region_mass", "demo": "demo_model",
-    "data": "shapes mask_pairs colored_shapes", "attention.rows": "similarity_maps",
+    "data": "shapes mask_pairs colored_shapes", "boxes": "box_pairs",
+    "attention.rows": "similarity_maps",
     "attention.families": "Adapter Layer UnsupportedModel register_adapter",
     "attention.tap": "AttentionTap", "attention.simpool": "use_simpool",
     "attention.surgery": "drop_last_skip register_surgery",
@@ -36,7 +37,7 @@ _modules |= { # judging, a run, and what is done by hand
     "analysis.chance": "entropy_against_chance surrogate_maps",
     "analysis.objects": "pixel_auc pixel_ap energy_pointing against_others",
     "analysis.intervals": "bootstrap paired", "exploring": "Explorer",
-    "analysis.scoring": "score_objects score_maps score_boxes draw_extremes",
+    "analysis.scoring": "score_objects score_maps score_boxes score_box_pairs draw_extremes",
     "analysis.robustness": "corruption_accuracy occlusion_curves",
     "analysis.outliers": "outliers", "training.config": "TrainConfig configure",
     "training.sources": "Source", "training.batches": "loaders", "training.models": "load_run",

@@ -142,6 +142,8 @@ def _add_evaluate(p):
                    help="which of its pictures (of --data: all, or the validation part where there "
                         "are parts; of the run's own data: val)")
     p.add_argument("--masks", **own, help="a folder with images/ and masks/, paired by file name")
+    p.add_argument("--boxes", **own, help="a folder with images/ and boxes.csv, or XML files as "
+                   "VOC has them in annotations/")
     p.add_argument("--corruptions", **own, nargs="*", metavar="NAME", help="accuracy under the "
                    "common corruptions too, at five severities; all 15 where none is named")
     p.add_argument("--occlusion", **own, action="store_true",
@@ -322,15 +324,17 @@ _measures = { # of `evaluate`: what it is called, and how it is written
     "jaccard_best_head": ("mask Jaccard, best head", "{:.3f}"),
     "jaccard_mean_head": ("mask Jaccard, mean head", "{:.3f}"),
     "mask_pairs": ("pictures with masks", "{}"),
+    "max_box_acc_v2": ("MaxBoxAccV2, best head", "{:.3f}"),
+    "corloc": ("CorLoc, best head", "{:.3f}"), "box_pairs": ("pictures with boxes", "{}"),
     "corruption_top1": ("top-1 under corruptions, %", "{:.1f}"),
     "occlusion_most": ("area, most attended removed, %", "{:.1f}"),
     "occlusion_least": ("area, least attended removed, %", "{:.1f}")}
 _part_names = {"val": "validation pictures", "train": "training pictures", "all": "all pictures"}
 
 def _title_of(scores):
-    "Which pictures, and which masks."
-    masks = f", masks: {scores['masks']}" if "masks" in scores else ""
-    return f"{scores['data']} ({_part_names[scores['split']]}){masks}"
+    "Which pictures, which masks and boxes."
+    truths = "".join(f", {k}: {scores[k]}" for k in ("masks", "boxes") if k in scores)
+    return f"{scores['data']} ({_part_names[scores['split']]}){truths}"
 
 # %% ../nbs/80_commands.ipynb #e536be21
 def _chance_of(scores, key):

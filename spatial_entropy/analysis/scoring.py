@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOWER', 'MasksBefore', 'ObjectScores', 'score_objects', 'extremes', 'draw_extremes', 'score_maps', 'BoxScores',
-           'score_boxes']
+           'score_boxes', 'score_box_pairs']
 
 # %% ../../nbs/48_scoring.ipynb #0528e74a
 import csv, json
@@ -385,9 +385,20 @@ def _intervals(mean, drawn, n): # (H,), and (resamples, H)
     ends = drawn.double().quantile(torch.tensor([.025, .975]).double(), 0)
     return [Interval(m.item(), *e.tolist(), n) for m, e in zip(mean, ends.T)]
 
-def _box_rows(name, own, chance, above):
-    return [dict(score=name, heads=h, own=a.item(), chance=b.item(), above_chance=asdict(i))
-            for h, (a, b, i) in enumerate(zip(own, chance, above))]
+def _both(weights, right, right_chance, found, found_chance): # {score: (own, chance)}, (R, H) each
+    "MaxBoxAccV2 and CorLoc where pictures are drawn as often as weights (R, n) say."
+    share = lambda each: weights@each.to(weights)/weights.sum(1, keepdim=True)
+    best = _best_at(right, weights), _best_at(right_chance, weights).mean(1)
+    return {"max_box_acc_v2": best, "corloc": (share(found), share(found_chance))}
+
+def _of_heads(values, heads): # (R, H); (R, 1) where the best counts
+    if heads not in ("each", "best"):
+        raise ValueError(f"heads: got {heads!r}, expected 'each' or 'best'")
+    return values.amax(1, keepdim=True) if heads == "best" else values
+
+def _box_rows(name, own, chance, above, heads="each"):
+    return [dict(score=name, heads=h if heads == "each" else heads, own=a.item(), chance=b.item(),
+                 above_chance=asdict(i)) for h, (a, b, i) in enumerate(zip(own, chance, above))]
 
 # %% ../../nbs/48_scoring.ipynb #41291f2a
 @dataclass(repr=False)
@@ -404,17 +415,21 @@ class BoxScores:
 
     def __len__(self): return len(self.right)
 
-    def _drawn(self, weights): # own and chance of MaxBoxAccV2, (R, H) each
-        return _best_at(self.right, weights), _best_at(self.right_chance, weights).mean(1)
+    def _drawn(self, weights):
+        return _both(weights, self.right, self.right_chance, self.corloc, self.corloc_chance)
 
-    def summary(self, resamples: int = 1000, seed: int = 0) -> list: # a row for each score and head
-        "Rows: score, heads, own, chance, and above_chance with its 95 % interval over pictures."
-        (own,), (chance,) = self._drawn(torch.ones(1, len(self)))
-        a, b = self._drawn(_draws(len(self), resamples, seed))
-        rows = _box_rows("max_box_acc_v2", own, chance, _intervals(own - chance, a - b, len(self)))
-        each = self.corloc - self.corloc_chance
-        above = [bootstrap(d.numpy(), resamples=resamples, seed=seed) for d in each.T]
-        return rows + _box_rows("corloc", self.corloc.mean(0), self.corloc_chance.mean(0), above)
+    def summary(self, heads: str = "each", # or "best": of the whole set, on both sides
+                resamples: int = 1000, seed: int = 0) -> list: # a row for each score and head
+        """Rows: score, heads, own, chance, and above_chance with its 95 % interval over pictures.
+
+        The best head may be another one by chance than by its own boxes, and in each draw."""
+        found, rows = self._drawn(torch.ones(1, len(self))), []
+        for name, drawn in self._drawn(_draws(len(self), resamples, seed)).items():
+            (own, chance), (a, b) = ([_of_heads(t, heads) for t in pair]
+                                     for pair in (found[name], drawn))
+            above = _intervals((own - chance)[0], a - b, len(self))
+            rows += _box_rows(name, own[0], chance[0], above, heads)
+        return rows
 
     def __repr__(self): return "\n".join([f"{len(self)} pictures", *map(_in_words, self.summary())])
 
@@ -444,3 +459,32 @@ def score_boxes(maps: Tensor, # (n, H, h, w): attention after the softmax, for p
                                       for m in heads], 1) for heads, t in zip(maps, truths)])
     largest = torch.stack([corloc(maps, [t[k] for t in truths]) for k in around])
     return BoxScores(right[:, 0], right[:, 1:], largest[0], largest[1:].mean(0))
+
+# %% ../../nbs/48_scoring.ipynb #cfcd06be
+def _with_boxes(items): # pictures stacked, boxes as lists: there are more here than there
+    x, boxes = zip(*items)
+    return torch.stack(x), list(boxes)
+
+def _keeping(batches, kept): # the pictures of batches; what else is in them is kept
+    for x, boxes in batches:
+        kept += boxes
+        yield x
+
+def score_box_pairs(model, # any model that AttentionTap reads
+                    pairs, # items (x, boxes), as `box_pairs` gives them
+                    block: int = -1, # one attention layer
+                    query="auto", # as in AttentionTap
+                    batch_size: int = 32, workers: int = 0, device=None,
+                    shifts: int = 4, seed: int = 0, thresholds=None, # as in `score_boxes`
+                    progress=iter, # wraps the iteration over batches, such as tqdm
+                   ) -> BoxScores:
+    """Score every head of a block on pictures with boxes, beside other pictures' boxes.
+
+    The maps are attention after the softmax. ValueError: below two pictures, or boxes that are not
+    in shares.
+    """
+    check_given(model, pairs, "pairs", "items (x, boxes), as box_pairs(FOLDER, size) makes them")
+    batches = DataLoader(pairs, batch_size, num_workers=workers, collate_fn=_with_boxes)
+    found = head_maps(model, _keeping(batches, boxes := []), block, query, True, device)
+    maps = torch.cat([next(iter(m.values())).float().cpu() for m in progress(found)])
+    return score_boxes(maps, boxes, shifts=shifts, seed=seed, thresholds=thresholds)

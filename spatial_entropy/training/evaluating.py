@@ -11,7 +11,8 @@ from pathlib import Path
 from ..attention.tap import AttentionTap
 from ..analysis.chance import beside_entropy
 from ..analysis.evaluation import score_masks, usable_device, validate
-from ..analysis.scoring import score_objects
+from ..analysis.scoring import score_box_pairs, score_objects
+from ..boxes import box_pairs
 from .batches import loaders, loading
 from ..data import mask_pairs
 from .config import is_drawn
@@ -52,18 +53,20 @@ def _measured(model, loader, device):
 # %% ../../nbs/59_evaluating.ipynb #c94d17cd
 _judged = "pixel_auc", "pointing", "energy_pointing", "jaccard", "jaccard_published"
 
+def _beside(line):
+    "Own, chance and the difference with its 95 % interval, of a line of a summary."
+    name, above = line["score"], line.get("above_chance")
+    found = {name: line["own"], f"{name}_chance": line["chance"]}
+    if above is None: return found
+    return found | {f"{name}_above": above["mean"], f"{name}_above_low": above["low"],
+                    f"{name}_above_high": above["high"]}
+
 def _on_objects(model, pairs, batch_size, device):
     "Of the best head: own, its chance level, and the difference with its 95 % interval."
     found = {}
-    for line in score_objects(model, pairs, batch_size=batch_size, device=device,
-                              surrogates=0).summary("best"):
-        name = line["score"]
-        if name not in _judged: continue
-        found |= {name: line["own"], f"{name}_chance": line["chance"]}
-        if "above_chance" in line:
-            above = line["above_chance"]
-            found |= {f"{name}_above": above["mean"], f"{name}_above_low": above["low"],
-                      f"{name}_above_high": above["high"]}
+    scores = score_objects(model, pairs, batch_size=batch_size, device=device, surrogates=0)
+    for line in scores.summary("best"):
+        if line["score"] in _judged: found |= _beside(line)
     return found
 
 # %% ../../nbs/59_evaluating.ipynb #2b0aa18d
@@ -73,11 +76,26 @@ def _masked(masks, model, pairs, batch_size, device):
     if len(pairs) > 1: found |= _on_objects(model, pairs, batch_size, device)
     return dict(masks=str(masks), **found)
 
+# %% ../../nbs/59_evaluating.ipynb #8ed05ec4
+def _boxed(boxes, model, pairs, batch_size, device):
+    "All that boxes tell."
+    scores = score_box_pairs(model, pairs, batch_size=batch_size, device=device)
+    found = dict(boxes=str(boxes), box_pairs=len(pairs))
+    for line in scores.summary("best"): found |= _beside(line)
+    return found
+
+def _truths(masks, boxes, config, norm):
+    "(how it is scored, its name, its pairs) of each kind of truth that is given, or built in."
+    masks = masks or (config.data if is_drawn(config.data) else None)
+    kinds, size = ((_masked, masks, mask_pairs), (_boxed, boxes, box_pairs)), config.img_size
+    return [(score, name, read(name, size, **norm)) for score, name, read in kinds if name]
+
 # %% ../../nbs/59_evaluating.ipynb #c637ffb2
 @loading()
 def evaluate(run: str, # a run folder
              data: str | None = None, # an image folder with the same classes; the run's own data
              masks: str | None = None, # a folder with images/ and masks/; the built-in, if seen
+             boxes: str | None = None, # a folder with images/ and boxes.csv or annotations/
              device="cpu",
              weights: str = "model", # or "best"
              split: str | None = None, # "val", "train" or "all"; all of what is named, or its val
@@ -92,13 +110,12 @@ def evaluate(run: str, # a run folder
     norm = dict(mean=tuple(facts["mean"]), std=tuple(facts["std"]))
     batches = to_measure(data, config, split, norm)
     _check_classes(batches.classes, facts["classes"], data)
-    masks = masks or (config.data if is_drawn(config.data) else None)
-    pairs = mask_pairs(masks, config.img_size, **norm) if masks else None
+    truths = _truths(masks, boxes, config, norm)
     scores = dict(data=str(data or config.data), split=batches.val.dataset.source.part)
     scores |= _measured(model.to(device), batches.val, device)
     for measure in more: scores |= measure(model, batches.val, norm, device)
-    if pairs: scores |= _masked(masks, model, pairs, config.batch_size, device)
-    notes = [*batches.notes(), *(pairs.notes if pairs else ())]
+    for score, name, pairs in truths: scores |= score(name, model, pairs, config.batch_size, device)
+    notes = [*batches.notes(), *(note for *_, pairs in truths for note in pairs.notes)]
     return scores | dict(skipped=batches.skipped(), notes=notes)
 
 # %% ../../nbs/59_evaluating.ipynb #27b2bc28
