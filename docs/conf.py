@@ -4,13 +4,17 @@ import json
 import re
 import sys
 from configparser import ConfigParser
+from functools import cache
 from html import escape
 from importlib import import_module
 from pathlib import Path
 
 from pygments.formatters import HtmlFormatter
+from pygments.lexers import find_lexer_class_by_name
 from pygments.token import Name, Punctuation, Text, Whitespace
-from sphinx.highlighting import PygmentsBridge
+from sphinx.environment.adapters.toctree import global_toctree_for_doc
+from sphinx.highlighting import PygmentsBridge, lexer_classes
+from sphinx.search.en import SearchEnglish
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -67,6 +71,8 @@ class Sparing(HtmlFormatter):
 
 
 PygmentsBridge.html_formatter = Sparing
+lexer_classes["ipython3"] = find_lexer_class_by_name("ipython3")  # found once, not among all lexers there are for each block
+SearchEnglish.stem = cache(SearchEnglish.stem)  # kept from page to page
 
 # What a piece of a docstring is. First what stays as it is: reST literals, roles and links, bold, emphasis.
 _PIECES = re.compile(
@@ -150,6 +156,28 @@ def places(page):
             ("Binder", f"https://mybinder.org/v2/gh/{there}/{_cfg['branch']}?labpath={path}")]
 
 
+@cache
+def sidebar(builder, folders, **options):
+    "The sidebar as HTML, with no entry marked, for pages that are so many folders down."
+    tree = global_toctree_for_doc(builder.env, "_/"*folders + "_", builder, tags=builder.tags, **options)
+    return builder.render_partial(tree)["fragment"]
+
+
+def on_sidebar(app, pagename, templatename, context, doctree):
+    "The sidebar is resolved once, not once a page; only the entry of the page itself differs."
+    def toctree(**options):
+        html = sidebar(app.builder, pagename.count("/"), **options)
+        own, marked = (f'<li class="toctree-l1{a}"><a class="{b}reference internal" href="{c}">'
+                       for a, b, c in (("", "", f"{pagename}.html"), (" current", "current ", "#")))
+        before, found, after = html.partition(own)
+        if not found:
+            return html
+        above, _, beside = before.rpartition("<ul>")
+        return f'{above}<ul class="current">{beside}{marked}{after}'
+    if "toctree" in context:
+        context["toctree"] = toctree
+
+
 def on_page(app, pagename, templatename, context, doctree):
     "On top of a page: in which part it stands, and where its notebook can be opened. Text only: reading a page asks no other host."
     above = ""
@@ -168,4 +196,5 @@ def setup(app):
     import_module("sphinx-mathjax-offline").setup(app)      # named in `extensions` it would have all pages read by one process
     app.connect("autodoc-process-docstring", on_docstring)
     app.connect("autodoc-skip-member", on_member)
-    app.connect("html-page-context", on_page, priority=900)  # after the theme's own
+    app.connect("html-page-context", on_sidebar, priority=100)  # before the theme's own
+    app.connect("html-page-context", on_page, priority=900)  # after it
