@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import kills
 import pytest
 import torch
 from accelerate import notebook_launcher
@@ -59,15 +60,20 @@ def test_one_process_goes_on_for_two(tmp_path):
     close(state(tmp_path / "run"), state(whole(tmp_path / "one", alone)))
 
 
-small = ("train --limit 64 -b 8 --epochs 1 --img-size 32 --model-kwargs depth=1 embed_dim=24 num_heads=2 patch_size=16 --mixup .8 "
-         "--picture-interval 9 --experiment run --output").split()
+small = ("train --limit 32 -b 8 --epochs 1 --img-size 32 --model-kwargs depth=1 embed_dim=24 num_heads=2 patch_size=16 --mixup .8 "
+         "--picture-interval 9 --experiment run").split()
 
 
 @pytest.fixture(scope="module")
-def torchrun(tmp_path_factory):
+def photos(tmp_path_factory):
+    return kills.pictures(tmp_path_factory.mktemp("photos") / "data")
+
+
+@pytest.fixture(scope="module")
+def torchrun(tmp_path_factory, photos):
     "What two processes under torchrun said, and the folder they wrote to."
     folder = tmp_path_factory.mktemp("torchrun")
-    command = [here / "torchrun", "--nproc-per-node", "2", "--no-python", here / "spatial-entropy", *small, folder]
+    command = [here / "torchrun", "--nproc-per-node", "2", "--no-python", here / "spatial-entropy", *small, "--data", photos, "--output", folder]
     said = subprocess.run(list(map(str, command)), capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
     return said, folder
 
@@ -80,19 +86,19 @@ def test_torchrun(torchrun):
     assert len(list((jobs.checkpoints(folder / "run")[-1]).glob("random_states_*.pkl"))) == 2
 
 
-def in_a_notebook(output, port):
+def in_a_notebook(output, data, port):
     "As a cell of a fresh kernel would; accelerate may have been used here before, by one process alone."
     PartialState._reset_state()
     AcceleratorState._reset_state(True)
     torch.set_num_threads(1)
-    config = TrainConfig(limit=64, batch_size=8, epochs=1, img_size=32, mixup=.8, picture_interval=9, experiment="run", output=str(output),
-                         model_kwargs=dict(depth=1, embed_dim=24, num_heads=2, patch_size=16))
+    config = TrainConfig(data=str(data), limit=32, batch_size=8, epochs=1, img_size=32, mixup=.8, picture_interval=9, experiment="run",
+                         output=str(output), model_kwargs=dict(depth=1, embed_dim=24, num_heads=2, patch_size=16))
     with quick():
         notebook_launcher(train, (config,), num_processes=2, use_port=str(port))
 
 
-def test_notebook_launcher_gives_the_weights_of_torchrun(tmp_path, torchrun):
-    child = processes.Process(target=in_a_notebook, args=(tmp_path, free_port()))
+def test_notebook_launcher_gives_the_weights_of_torchrun(tmp_path, photos, torchrun):
+    child = processes.Process(target=in_a_notebook, args=(tmp_path, photos, free_port()))
     child.start()
     assert exit_codes(child) == [0]
     assert len(list((jobs.checkpoints(tmp_path / "run")[-1]).glob("random_states_*.pkl"))) == 2
