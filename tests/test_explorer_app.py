@@ -1,5 +1,6 @@
 """The explorer on a screen: the command as it is typed, and a Chromium that clicks through the app."""
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -13,8 +14,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 import spatial_entropy as se
+from spatial_entropy.commands import main
 from spatial_entropy.exploring import Explorer
 
 for name in ("anywidget", "starlette", "uvicorn"):
@@ -39,6 +42,33 @@ def started(*words, cwd=None):
         if p.poll() is None:
             p.kill()
         p.communicate()
+
+
+@contextmanager
+def forked(*words, cwd=None):
+    "The same in a fork of this process, which is spared the imports."
+    read, write = os.pipe()
+
+    def child():
+        torch.set_num_threads(1)
+        os.dup2(write, 1)
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
+        os.chdir(cwd or ".")
+        code = main(["explore", *map(str, words)])
+        sys.stdout.flush()
+        os._exit(code)
+
+    p = multiprocessing.get_context("fork").Process(target=child)
+    p.start()
+    os.close(write)
+    try:
+        with open(read, encoding="utf-8") as said:
+            line = said.readline()
+            assert line.startswith("explorer: http://"), line
+            yield p, line.removeprefix("explorer: ").strip()
+    finally:
+        p.kill()
+        p.join()
 
 
 def status(url, data=None, **headers):
@@ -72,7 +102,7 @@ def test_the_app_as_it_is_typed(tmp_path):
 
 
 def test_without_a_token_if_one_says_so(tmp_path):
-    with started("demo", "shapes/one", "--no-token", "--port", 0) as (p, url):
+    with forked("demo", "shapes/one", "--no-token", "--port", 0) as (p, url):
         assert "token" not in url and status(url) == 200
         assert status(url + "say", b"{}", **{"Content-Type": "text/plain"}) == 415      # no other site's page can ask
 
@@ -90,7 +120,6 @@ def test_without_a_token_if_one_says_so(tmp_path):
     ("explore --host 203.0.113.1", "port: nothing can listen on 203.0.113.1"),
 ])
 def test_a_mistake_is_one_sentence(line, said, tmp_path, monkeypatch, capsys):
-    from spatial_entropy.commands import main
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     Path("empty/notes.txt").write_text("x", encoding="utf-8")
@@ -103,7 +132,6 @@ def test_a_mistake_is_one_sentence(line, said, tmp_path, monkeypatch, capsys):
 
 
 def test_without_the_extra_it_says_what_brings_it(capsys, monkeypatch):
-    from spatial_entropy.commands import main
     monkeypatch.setitem(sys.modules, "starlette", None)
     monkeypatch.setitem(sys.modules, "starlette.applications", None)
     monkeypatch.delitem(sys.modules, "spatial_entropy.serving", raising=False)
@@ -120,7 +148,7 @@ def test_without_the_extra_it_says_what_brings_it(capsys, monkeypatch):
 
 @driven
 def test_clicking_through_the_app(tmp_path):
-    with started(cwd=tmp_path) as (p, url), browser() as tab:
+    with forked(cwd=tmp_path) as (p, url), browser() as tab:
         page = tab()
         page.size(1280, 900)
         page.open(url, QUIET)
@@ -137,8 +165,9 @@ def test_clicking_through_the_app(tmp_path):
         assert not page.errors
         assert {r.partition("?")[0] for r in page.requests if not r.startswith(("data:", "blob:"))} == {
             url.partition("?")[0] + path for path in ("", "app.js", "explorer.js", "explorer.css", "say")}
-        p.send_signal(signal.SIGINT)                                     # with a page open
-        assert p.wait(60) == 0
+        os.kill(p.pid, signal.SIGINT)                                    # with a page open
+        p.join(60)
+        assert p.exitcode == 0
         page.choose(".se-explorer [name=connectivity]", 8)
         assert "the explorer was closed" in page.wait("!document.querySelector('.se-error').hidden && document.querySelector('.se-error').textContent")
 
@@ -147,7 +176,7 @@ def test_clicking_through_the_app(tmp_path):
 def test_two_models_side_by_side_in_the_app(tmp_path):
     import torch
     torch.manual_seed(0)
-    with started("demo", "shapes/one", "--against", "demo", cwd=tmp_path) as (_, url), browser() as tab:
+    with forked("demo", "shapes/one", "--against", "demo", cwd=tmp_path) as (_, url), browser() as tab:
         page, explorer = tab(), Explorer(["demo", "demo"], "shapes/one")
         page.size(1280, 900)
         page.open(url, QUIET)
