@@ -57,7 +57,8 @@ def pytest_configure(config):
     cfg = settings()
     config.nb_home = ROOT / cfg["nbs_path"]
     config.nb_off = set(cfg.get("tst_flags", "").split()) - set(config.getoption("--flags").split())
-    interpret_triton()
+    if "PYTEST_XDIST_WORKER" in os.environ or not config.getoption("numprocesses", None):
+        interpret_triton()                             # which imports torch: not where other processes run the tests
     listen_again()
     config.nb_ipython = tempfile.TemporaryDirectory(prefix="ipython")  # leaves the user's profile alone
 
@@ -259,6 +260,7 @@ class Notebook(pytest.File):
         from execnb.shell import CaptureShell
 
         self.shell = CaptureShell(mpl_format="png")
+        self.shell._run("set_matplotlib_formats('png', bbox_inches=None)")     # a figure that is cut to what it shows is drawn twice
         quiet = lambda *args, **kwargs: None
         self.shell.showtraceback = self.shell.showsyntaxerror = self.shell.showindentationerror = quiet
 
@@ -315,7 +317,8 @@ class Notebook(pytest.File):
         now = done.stdout
         value = done.result.result
         if value is not None and not done.quiet:
-            now += "\n" + self.shell.display_formatter.format(value)[0].get("text/plain", "")
+            words = self.shell.display_formatter.format(value, include={"text/plain"})[0]      # pictures were drawn once, when the cell ran
+            now += "\n" + words.get("text/plain", "")
         kept = "\n".join("".join(o.get("text") or o.get("data", {}).get("text/plain", "")) for o in cell.outputs
                          if o.output_type in ("stream", "execute_result"))
         if found := difference(kept, now):
