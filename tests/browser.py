@@ -16,6 +16,15 @@ FLAGS = ("--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-ru
          "--disable-sync --disable-dev-shm-usage --remote-debugging-port=0 --remote-allow-origins=* --hide-scrollbars").split()
 KEYS = {"Tab": 9, "Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, " ": 32}
 
+# In `same` the blocks of code each of whose marks stood, in such a place, in a block before.
+OTHER_COLORS = """const seen = new Set(), same = [...document.querySelectorAll('.highlight')].filter(b => {
+    const place = [b, b.parentElement, b.parentElement.parentElement].map(e => e.className).join(' ');
+    const marks = ['', ...[...b.querySelectorAll('[class]')].map(e => e.className)].map(mark => `${place} > ${mark}`);
+    const fresh = marks.some(mark => !seen.has(mark));
+    marks.forEach(mark => seen.add(mark));
+    return !fresh;
+})"""
+
 
 def why_not():
     "Why no browser can be driven here, or None."
@@ -119,13 +128,16 @@ class Page:
         self.send("Input.insertText", text=text)
 
     def violations(self, *rules):
-        "What axe-core finds serious or critical, as texts; by all of its rules, or by these."
+        "What axe-core finds serious or critical, as texts; by all of its rules, or by these. Contrasts of code that has the colours of code above are known."
         if not self.js("Boolean(window.axe)"):
             self.js(axe().read_text(encoding="utf-8") + "; true")
-        options = dict(resultTypes=["violations"], **(dict(runOnly=list(rules)) if rules else {}))
-        found = self.js(f"axe.run(document, {json.dumps(options)}).then(all => all.violations"
-                        ".filter(v => ['serious', 'critical'].includes(v.impact)).flatMap(v => v.nodes.map(n => [v.id, n.target.join(' '), "
-                        "n.html.slice(0, 120), [...n.any, ...n.all, ...n.none].map(c => c.message).join('; ')].join(' | '))))")
+        asked = [] if rules else [("document", dict(rules={"color-contrast": dict(enabled=False)}))]
+        asked.append((f"(() => {{ {OTHER_COLORS}; return same.length ? {{exclude: same}} : document; }})()", dict(runOnly=[*rules] or ["color-contrast"])))
+        found = []
+        for where, options in asked:
+            found += self.js(f"axe.run({where}, {json.dumps(dict(resultTypes=['violations'], **options))}).then(all => all.violations"
+                             ".filter(v => ['serious', 'critical'].includes(v.impact)).flatMap(v => v.nodes.map(n => [v.id, n.target.join(' '), "
+                             "n.html.slice(0, 120), [...n.any, ...n.all, ...n.none].map(c => c.message).join('; ')].join(' | '))))")
         return found
 
     def shot(self, path, whole=True):
