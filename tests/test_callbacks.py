@@ -97,9 +97,13 @@ def test_value_and_gradient_are_those_of_the_loss(block):
 def test_schedule_is_the_papers_or_ones_own():
     model = make()
     reg = SpatialEntropyRegularizer(model, weight=.02, epochs=30, warmup=6)
-    for epoch in (0, 2.5, 6, 20, 30, 31):
+    for epoch in (0, 2.5, 6, 20, 30, 30 + 1e-9):
         reg.step(epoch)
-        assert reg.weight == se.entropy_weight(epoch, 30, .02, 6)
+        assert reg.weight == pytest.approx(se.entropy_weight(epoch, 30, .02, 6), abs=1e-12)
+    with pytest.warns(UserWarning, match=r"epoch: got 31, expected at most epochs=30.*with the epochs of the whole run") as warned:
+        reg.step(31)
+    reg.step(32)                                                         # said once
+    assert len(warned) == 1 and warned[0].filename == __file__ and reg.weight == 0 and copy.deepcopy(reg).step(40) is None
     reg.close()
     reg = SpatialEntropyRegularizer(model, weight=lambda done: done / 10, epochs=4)
     reg.step(3)

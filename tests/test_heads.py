@@ -17,6 +17,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
 from spatial_entropy.analysis import heads as module
+from spatial_entropy.analysis.chance import entropy_against_chance
 from spatial_entropy.analysis.heads import Heads, entropy_heatmap, head_maps, rank_heads
 from spatial_entropy.analysis.localization import elbow, localization_entropy, localization_heads
 from spatial_entropy.analysis.masks import mask_jaccard, pointing
@@ -398,6 +399,22 @@ def test_rank_heads_is_the_naive_loop(pictures, objects, kwargs):
                      torch.tensor(v), atol=1e-6, rtol=0)                                    # Jaccard and maps' sums come in float32
         assert r["images"] == 10 and r["broken"] == 0
     assert got.grid().shape == (2, 4) and got.grid().isnan().tolist() == [[False] * 3 + [True], [False] * 4]
+
+
+def test_entropy_stands_beside_the_chance_level_of_each_picture(pictures):
+    "Of surrogates from a picture's own seed, so that no other picture has a say; and how dense the maps are."
+    model, many = vit(), 64
+    got = rank_heads(model, pictures.split(4), by="below_chance", surrogates=many)
+    assert [r["below_chance"] for r in got] == sorted((r["below_chance"] for r in got), reverse=True)
+    for block, s in next(head_maps(model, [pictures])).items():
+        want = entropy_against_chance(s, many, seed=1).mean()             # other surrogates
+        assert_close(got.grid("entropy_chance")[block].mean(), torch.tensor(want["chance"]).double(), atol=.03, rtol=0)
+        assert_close(got.grid("density")[block], (s > s.mean((-2, -1), keepdim=True)).double().mean((0, 2, 3)))
+    assert_close(got.grid("below_chance"), got.grid("entropy_chance") - got.grid("entropy"))
+    none = rank_heads(model, [pictures], surrogates=0)
+    assert {*got[0]} - {*none[0]} == {"entropy_chance", "below_chance"} and torch.equal(none.grid("density"), got.grid("density"))
+    with pytest.raises(ValueError, match="by: got 'below_chance', expected one of entropy, regions, empty, attention"):
+        rank_heads(model, [pictures], by="below_chance", surrogates=0)
 
 
 def test_pointing_is_the_one_definition(pictures, objects):

@@ -59,9 +59,24 @@ def run_settings(weight, warmup, schedule, block, query):
     epochs = 1. if schedule or callable(weight) else None
     return dict(weight=weight, warmup=warmup, epochs=epochs, block=block, query=query)
 
+# %% ../../nbs/31_regularizer.ipynb #e3bb6258
+def _check_epoch(epoch):
+    "Raises TypeError for no number, ValueError for one below 0 or broken."
+    check_number("epoch", epoch, "the epochs done so far, from 0")
+    if not 0 <= epoch < float("inf"):
+        raise ValueError(f"epoch: got {epoch}, expected the epochs done so far, from 0")
+
+def _why_ended(epoch, epochs):
+    "What to tell someone whose schedule has ended; None if it has not."
+    if epochs is None or epoch <= epochs*(1 + 1e-6): return None      # sums of shares are not exact
+    return (f"epoch: got {epoch}, expected at most epochs={epochs}, where the schedule ends; "
+            "build the regulariser with the epochs of the whole run")
+
+
 # %% ../../nbs/31_regularizer.ipynb #65a8c623
 class _ScheduledWeight:
     "The weight over a run: `step` says where the run is, `weight` what it is there."
+    _ended = False # whether that was said
     def __init__(self, weight, epochs, warmup):
         _weight_at(weight, epochs, warmup, 0.)
         self.peak, self.epochs, self.warmup = weight, epochs, warmup
@@ -77,11 +92,13 @@ class _ScheduledWeight:
         return _weight_at(self.peak, self.epochs, self.warmup, self.epoch)
 
     def step(self, epoch: float): # epochs done so far, from 0, whole or fractional
-        "Where the run is. Raises TypeError for no number, ValueError for one below 0 or broken."
-        check_number("epoch", epoch, "the epochs done so far, from 0")
-        if not 0 <= epoch < float("inf"):
-            raise ValueError(f"epoch: got {epoch}, expected the epochs done so far, from 0")
-        self.epoch = float(epoch)
+        """Where the run is. Past the last of `epochs` it warns, once.
+
+        Raises TypeError for no number, ValueError for one below 0 or broken."""
+        _check_epoch(epoch)
+        why = _why_ended(epoch, self.epochs)
+        if why and not self._ended: warnings.warn(why, stacklevel=2)
+        self._ended, self.epoch = self._ended or bool(why), float(epoch)
 
 # %% ../../nbs/31_regularizer.ipynb #7bfbe42b
 def _maps_in(passes): # what the tap kept, oldest first
