@@ -159,7 +159,7 @@ def _add_draw(p):
     own = dict(default=argparse.SUPPRESS)
     p.add_argument("model", metavar="run_or_model",
                    help="a run folder, a name that timm.create_model takes, or demo")
-    p.add_argument("images", nargs="+", help="picture files, or folders of them")
+    p.add_argument("images", nargs="+", help="picture files, or folders of them, those below included")
     p.add_argument("-o", "--output", required=True, help="the picture to write: .png, .pdf or .svg")
     p.add_argument("--block", **own, type=int,
                    help="which block; negative counts from the last (-1)")
@@ -484,18 +484,11 @@ def _open_picture(path):
         raise ValueError(said) from None
 
 # %% ../nbs/80_commands.ipynb #5de04009
-def _pictures_in(folder):
-    "The picture files of a folder, by name. Raises ValueError where there is none."
-    from spatial_entropy.data import is_picture
-    names = sorted(p.name for p in Path(folder).iterdir() if p.is_file())
-    found = [str(Path(folder)/name) for name in names if is_picture(name)]
-    if found: return found
-    raise ValueError(f"{folder}: no picture in it; expected files such as .png or .jpg")
-
 def _spread(paths):
-    "Files as they are, folders as their pictures."
-    parts = [_pictures_in(p) if Path(p).is_dir() else [p] for p in paths]
-    return [p for part in parts for p in part]
+    "Files as they are, folders as their pictures. Raises ValueError for a folder without any."
+    from spatial_entropy.data import pictures_in
+    inside = lambda p: [str(Path(p)/name) for name in pictures_in(p)]
+    return [q for p in paths for q in (inside(p) if Path(p).is_dir() else [p])]
 
 # %% ../nbs/80_commands.ipynb #2ef40537
 def _misfit(e):

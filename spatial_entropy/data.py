@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'COLORS', 'drawn_sets', 'Shapes', 'shapes', 'Thing', 'ColoredShapes', 'colored_shapes', 'is_hidden',
-           'is_picture', 'open_picture', 'MaskPairs', 'open_mask', 'mask_pairs']
+           'is_picture', 'open_picture', 'MaskPairs', 'open_mask', 'pictures_in', 'mask_pairs']
 
 # %% ../nbs/03_data.ipynb #7b542bc2
 import os, posixpath, stat
@@ -559,6 +559,22 @@ def _paired(folder):
     alone = sorted(images[k].name for k in set(images) - set(masks))
     said = f"{kinds[0]}: {len(alone)} image(s) without a mask were left out, first "
     return [(images[k], masks[k]) for k in sorted(masks)], [said + alone[0]] if alone else []
+
+# %% ../nbs/03_data.ipynb #a84fff09
+def pictures_in(folder) -> list: # paths relative to the folder, with "/", in order
+    """The pictures of a folder and of those below it; beside masks/, those of images/ with a mask.
+
+    Raises ValueError where there is none.
+    """
+    folder = Path(folder)
+    below = lambda p: p.relative_to(folder).as_posix()
+    if all((folder/part).is_dir() for part in ("images", "masks")):
+        return [below(image) for image, _ in _paired(folder)[0]]
+    found = sorted(n for p in folder.rglob("*") if is_picture(n := below(p)) and p.is_file())
+    if found: return found
+    raise ValueError(f"{folder}: no picture in it; expected files such as .png or .jpg, or images/ "
+                     "and masks/")
+
 
 # %% ../nbs/03_data.ipynb #77515a6a
 drawn_sets = {"shapes": "several", "shapes/one": "one"} # {name of a set: its scene}

@@ -31,7 +31,7 @@ from .analysis.chance import surrogate_maps
 from .analysis.heads import head_maps
 from .analysis.objects import energy_pointing, grid_jaccard, pixel_auc
 from .data import (
-    MaskPairs, Shapes, drawn_sets, is_picture, mask_pairs, open_picture)
+    MaskPairs, Shapes, drawn_sets, mask_pairs, open_picture, pictures_in)
 from .demo import demo_model
 from .measure.operators import label_regions, spatial_entropy
 from .measure.regions import above_mean, centered, check_connectivity, fit, keep_mass
@@ -241,11 +241,7 @@ def _of_folder(folder, size):
         pairs = mask_pairs(str(folder), size)
         source = f"image = se.mask_pairs({str(folder)!r}, {size}).read({{i}})[0]"
         return _of_pairs(pairs, pairs.names, source)
-    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    found = [n for n in names if is_picture(n)]
-    if found: return [_of_file(folder/n, n) for n in found]
-    raise ValueError(f"{folder}: no picture in it; expected files such as .png or .jpg, or images/ "
-                     "and masks/")
+    return [_of_file(folder/name, name) for name in pictures_in(folder)]
 
 # %% ../nbs/61_exploring.ipynb #1b185a3c
 def _of_array(a):

@@ -468,6 +468,22 @@ def test_a_void_that_does_not_fit_is_refused_in_one_sentence(valid, said):
                 score(maps, labels.to(kind))
 
 
+@pytest.mark.parametrize("call,error,said", [
+    (lambda m, p, s: se.draw_extremes(p, m, s), TypeError, "model: got MaskPairs, expected an nn.Module; the model comes first, then the pairs"),
+    (lambda m, p, s: se.draw_extremes(m, "FOLDER", s), TypeError, "pairs: got the path 'FOLDER', expected items"),
+    (lambda m, p, s: se.draw_extremes(m, p, s.own), TypeError, "scores: got dict, expected what score_objects"),
+    (lambda m, p, s: se.draw_extremes(m, [p[i] for i in range(24)], s), ValueError, "got those of 1000 pictures, expected those of the 24 pairs"),
+    (lambda m, p, s: se.draw_extremes(m, p, s, name="iou"), ValueError, "name: got 'iou', expected one of pixel_auc"),
+    (lambda m, p, s: se.draw_extremes(m, p, s, 0), ValueError, "n: got 0"),
+    (lambda m, p, s: s.per_picture("iou"), ValueError, "name: got 'iou', expected one of pixel_auc"),
+    (lambda m, p, s: se.accuracy(p, m), TypeError, "the model comes first, then the loader"),
+    (lambda m, p, s: se.accuracy(m, "FOLDER"), TypeError, "loader: got the path 'FOLDER', expected batches"),
+])
+def test_what_cannot_be_scored_or_drawn_is_said(scored, call, error, said):
+    with pytest.raises(error, match=said):
+        call(*scored)
+
+
 def test_rank_heads_leaves_void_out_of_pointing(scored, rimmed):
     model, pairs = scored[0], mask_pairs(str(rimmed), 64)
     batch = [torch.stack(v) for v in zip(*pairs)]

@@ -4,6 +4,7 @@ import io
 import json
 import resource
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -188,6 +189,23 @@ def test_what_cannot_be_is_one_sentence(call, said):
     with pytest.raises((ValueError, TypeError, OSError)) as e:
         call()
     assert said in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_folder_holds_the_same_pictures_for_draw_and_explore(tmp_path):
+    "Those below too, hidden ones and what is no picture not; with masks, the images that have one."
+    from spatial_entropy.commands import _spread
+    picture = Image.fromarray(np.full((16, 16, 3), 90, np.uint8))
+    for name in ("plain/b.png", "plain/cats/a.jpg", "plain/.cache/x.png", "plain/__MACOSX/y.png", "both/images/1.png", "both/images/2.png", "both/images/3.png",
+                 "both/masks/1.png", "both/masks/3.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        picture.save(tmp_path / name)
+    for file in tmp_path.glob("both/masks/*"):
+        Image.fromarray(np.tri(16, dtype=np.uint8) * 255).save(file)
+    (tmp_path / "plain/notes.txt").write_text("x")
+    drawn = {kind: [Path(p).relative_to(tmp_path / kind).as_posix() for p in _spread([tmp_path / kind])] for kind in ("plain", "both")}
+    assert drawn == {"plain": ["b.png", "cats/a.jpg"], "both": ["images/1.png", "images/3.png"]}
+    assert [item.name for item in items_of(tmp_path / "plain", 64)] == drawn["plain"]
+    assert [item.name for item in items_of(tmp_path / "both", 64)] == [Path(p).stem for p in drawn["both"]]
 
 
 def test_a_folder_without_pictures(tmp_path):

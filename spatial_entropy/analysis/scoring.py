@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from .chance import entropy_against_chance
-from .heads import Heads, check_given, head_maps
+from .evaluation import check_given
+from .heads import Heads, head_maps
 from .intervals import Interval, bootstrap
 from .masks import paired_on_grid, pixels_on_grid
 from .objects import DELTAS, ON_GRID, corloc, overlaps_with
@@ -143,18 +144,22 @@ def _rows_of_heads(columns, blocks):
     return [dict(block=blocks[i], head=h) | row(i, h) for i, h in at]
 
 # %% ../../nbs/48_scoring.ipynb #6c34b6ab
-def _check_score(name, scores):
+def _check_score(name, scores, said="by"): # said: what the argument is called
     "Raises ValueError for a score that is not there or has no chance level."
     known = [n for n in scores if n != "density"]
-    if name not in known: raise ValueError(f"by: got {name!r}, expected one of {', '.join(known)}")
+    if name in known: return
+    raise ValueError(f"{said}: got {name!r}, expected one of {', '.join(known)}")
 
 # %% ../../nbs/48_scoring.ipynb #6210580a
 class _Viewed:
     "Scores by picture and by head."
     def per_picture(self, name: str = "pixel_auc", heads: str = "best", # of each picture, or "mean"
                    ) -> tuple[Tensor, Tensor]: # own and chance, (pictures,) each
-        "What a paired comparison of two models on the same pictures needs."
+        """What a paired comparison of two models on the same pictures needs.
+
+        Raises ValueError for an unknown score or choice of heads."""
         _check_heads(heads)
+        if name != "density": _check_score(name, self.own, "name")
         return _per_picture(self.own[name], self.chance[name], name, heads)
 
     def by_head(self, name: str = "pixel_auc") -> Tensor: # (blocks, heads)
@@ -290,9 +295,25 @@ def _pixels_of(x):
     return ((x - x.min())/(x.max() - x.min()).clamp_min(1e-6)).permute(1, 2, 0)
 
 # %% ../../nbs/48_scoring.ipynb #418a634c
+def _check_drawn(model, pairs, scores, n, name):
+    "Raises TypeError or ValueError for what cannot be drawn."
+    _check_pairs(model, pairs)
+    if not isinstance(scores, ObjectScores):
+        raise TypeError(f"scores: got {type(scores).__name__}, expected what "
+                        "score_objects(model, pairs) gives")
+    if len(scores) != len(pairs):
+        raise ValueError(f"scores: got those of {len(scores)} pictures, expected those of the "
+                         f"{len(pairs)} pairs that are given")
+    if n < 1: raise ValueError(f"n: got {n}, expected at least one picture a row")
+    _check_score(name, scores.own, "name")
+
 def draw_extremes(model, pairs, scores: ObjectScores, n: int = 6, name: str = "pixel_auc",
                   block=-1, query="auto"): # a figure: the best above, the worst below
-    "The pictures on which the best head does best and worst, each above its map."
+    """The pictures on which the best head does best and worst, each above its map.
+
+    Raises TypeError or ValueError for what is no model, no pairs, or not their scores.
+    """
+    _check_drawn(model, pairs, scores, n, name)
     fig, axes = panels(4, max(len(extremes(scores, n, name)[0]), 1), 1.2)
     own, chance = scores.per_picture(name)
     for rows, chosen in zip((axes[:2], axes[2:]), extremes(scores, n, name)):

@@ -91,6 +91,14 @@ def _truths(masks, boxes, config, norm):
     return [(score, name, read(name, size, **norm)) for score, name, read in kinds if name]
 
 # %% ../../nbs/59_evaluating.ipynb #c637ffb2
+def _check_paths(run, **others):
+    "Raises TypeError for what is no path."
+    for name, given in dict(run=run, **others).items():
+        if isinstance(given, (str, os.PathLike)) or (given is None and name != "run"): continue
+        raise TypeError(f"{name}: got {type(given).__name__}, expected the path of a folder; what "
+                        "is in memory is measured by accuracy(model, loader) and "
+                        "score_objects(model, pairs)")
+
 @loading()
 def evaluate(run: str, # a run folder
              data: str | None = None, # an image folder with the same classes; the run's own data
@@ -104,7 +112,9 @@ def evaluate(run: str, # a run folder
     """Measure a trained run, its maps beside their chance levels.
 
     `entropy_chance` is the E of surrogates; with masks, the scores of objects are
-    those of the best head. Raises FileNotFoundError, OSError or ValueError that name it."""
+    those of the best head. Raises TypeError for what is no path, and FileNotFoundError, OSError or
+    ValueError that name it."""
+    _check_paths(run, data=data, masks=masks)
     device = usable_device(device)
     model, config, facts = load_run(run, weights, ("mean", "std"))
     norm = dict(mean=tuple(facts["mean"]), std=tuple(facts["std"]))
@@ -121,6 +131,7 @@ def evaluate(run: str, # a run folder
 # %% ../../nbs/59_evaluating.ipynb #27b2bc28
 def keep_scores(run, output=None, **options) -> dict: # as `evaluate` gives them; options: its own
     "Evaluate a run and write what was found to `output`, or to evaluation.json in its folder."
+    _check_paths(run)
     run = Path(run)
     scores = evaluate(str(run), **options)
     digest = digest_in(run/f"{options.get('weights', 'model')}.safetensors")
