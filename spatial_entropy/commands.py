@@ -159,7 +159,7 @@ def _add_draw(p):
     own = dict(default=argparse.SUPPRESS)
     p.add_argument("model", metavar="run_or_model",
                    help="a run folder, a name that timm.create_model takes, or demo")
-    p.add_argument("images", nargs="+", help="picture files, or folders of them, those below included")
+    p.add_argument("images", nargs="+", help="picture files, or folders, with those below")
     p.add_argument("-o", "--output", required=True, help="the picture to write: .png, .pdf or .svg")
     p.add_argument("--block", **own, type=int,
                    help="which block; negative counts from the last (-1)")

@@ -309,7 +309,7 @@ class Explorer {
     const rows = [["E", number(side.entropy), "entropy"], ["by chance", `${number(side.chance)} ± ${number(side.spread)}`, "chance"],
       ["difference", number(side.difference), "difference"], ["regions", `${side.regions ?? "–"}`, "regions"], ["cells", percent(side.density), "density"]];
     if ("jaccard" in side) rows.push(["Jaccard", number(side.jaccard, 2), "jaccard"], ["pixel AUC", number(side.pixel_auc, 2), "pixel_auc"],
-      ["mass on object", percent(side.energy_pointing), "energy_pointing"]);
+      ["mass on the object", percent(side.energy_pointing), "energy_pointing"]);
     list.replaceChildren(...rows.map(([name, text, key]) => make("div", {}, make("dt", {}, name), make("dd", {"data-of": key, "data-value": side[key] ?? ""}, text))));
   }
 

@@ -389,9 +389,8 @@ def rank_heads(model: nn.Module, # any model that AttentionTap reads
     below_chance (entropy_chance less entropy, nats), attention, jaccard and pointing (0–1); empty
     heads come last. An empty mask counts as 0. Void pixels, where batches are (pictures, masks,
     valid), leave pointing, and are background to the Jaccard index, as published. In windowed
-    layers attention counts 1 for each window. Surrogates are drawn on the CPU. The scores of masks
-    stand beside chance in `score_objects(...).heads()`. Raises
-    ValueError when no picture came or `by` was not measured, and what `AttentionTap` raises.
+    layers attention counts 1 for each window. Surrogates are drawn on the CPU. Raises ValueError
+    when no picture came or `by` was not measured, and what `AttentionTap` raises.
     """
     _check_by(by, attention, masks, surrogates)
     kinds = [False, True] if attention else [False]

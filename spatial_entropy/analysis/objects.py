@@ -103,7 +103,9 @@ def energy_pointing(maps: Tensor, # (B, H, h, w) similarities or attention
                     masks: Tensor, # (B, S, T) bool or shares in 0–1
                     valid: Tensor | None = None, # (B, S, T) bool, False where void
                    ) -> Tensor: # (B, H) float64 in 0–1
-    """Share of what rises above a map's mean that lies on the object (Wang et al. 2020, Score-CAM).
+    """Mass on the object: the share of what rises above a map's mean that lies on it.
+
+    The energy-based pointing game (Wang et al. 2020, Score-CAM).
 
     NaN where a picture has no pixel on the object, for a constant map, and for maps with NaN or
     infinite cells. Raises ValueError for maps and masks that do not belong together.

@@ -294,7 +294,7 @@ def _pixels_of(x):
     "A normalised picture (3, S, S), stretched to 0–1 to be seen."
     return ((x - x.min())/(x.max() - x.min()).clamp_min(1e-6)).permute(1, 2, 0)
 
-# %% ../../nbs/48_scoring.ipynb #418a634c
+# %% ../../nbs/48_scoring.ipynb #69e447f1
 def _check_drawn(model, pairs, scores, n, name):
     "Raises TypeError or ValueError for what cannot be drawn."
     _check_pairs(model, pairs)
@@ -307,6 +307,14 @@ def _check_drawn(model, pairs, scores, n, name):
     if n < 1: raise ValueError(f"n: got {n}, expected at least one picture a row")
     _check_score(name, scores.own, "name")
 
+def _draw_pair(axes, x, mask, map_):
+    "The picture, and below it the map with the object's outline."
+    side = mask.shape[-1]
+    axes[0].imshow(_pixels_of(x))
+    axes[1].imshow(map_.cpu(), extent=(0, side, side, 0), cmap="magma")
+    axes[1].contour(mask.float(), [.5], colors="w", linewidths=.8)
+
+# %% ../../nbs/48_scoring.ipynb #418a634c
 def draw_extremes(model, pairs, scores: ObjectScores, n: int = 6, name: str = "pixel_auc",
                   block=-1, query="auto"): # a figure: the best above, the worst below
     """The pictures on which the best head does best and worst, each above its map.
@@ -326,13 +334,6 @@ def draw_extremes(model, pairs, scores: ObjectScores, n: int = 6, name: str = "p
             said = f"{one_line(scores.names[i], 12)} {own[i] - chance[i]:+.2f}"
             put_caption(rows[1, column], said)
     return fig
-
-def _draw_pair(axes, x, mask, map_):
-    "The picture, and below it the map with the object's outline."
-    side = mask.shape[-1]
-    axes[0].imshow(_pixels_of(x))
-    axes[1].imshow(map_.cpu(), extent=(0, side, side, 0), cmap="magma")
-    axes[1].contour(mask.float(), [.5], colors="w", linewidths=.8)
 
 # %% ../../nbs/48_scoring.ipynb #97d2346a
 def _check_own(maps, masks, names, valid=None):

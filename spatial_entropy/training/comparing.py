@@ -262,7 +262,7 @@ MEASURES = { # column: (what it is called, digits)
     "regions": ("regions", 2), "density": ("density", 3), "pixel_auc": ("pixel AUC", 3),
     "pixel_auc_above": ("AUC above chance", 3), "pointing_above": ("pointing above chance", 3),
     "energy_pointing": ("mass on the object", 3),
-    "energy_pointing_above": ("mass above chance", 3),
+    "energy_pointing_above": ("mass on the object above chance", 3),
     "jaccard_best_head": ("Jaccard", 3), "jaccard_above": ("Jaccard above chance", 3)}
 
 def _row(run, scores):

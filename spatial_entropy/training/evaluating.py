@@ -90,7 +90,7 @@ def _truths(masks, boxes, config, norm):
     kinds, size = ((_masked, masks, mask_pairs), (_boxed, boxes, box_pairs)), config.img_size
     return [(score, name, read(name, size, **norm)) for score, name, read in kinds if name]
 
-# %% ../../nbs/59_evaluating.ipynb #c637ffb2
+# %% ../../nbs/59_evaluating.ipynb #a0d9e4a8
 def _check_paths(run, **others):
     "Raises TypeError for what is no path."
     for name, given in dict(run=run, **others).items():
@@ -99,6 +99,7 @@ def _check_paths(run, **others):
                         "is in memory is measured by accuracy(model, loader) and "
                         "score_objects(model, pairs)")
 
+# %% ../../nbs/59_evaluating.ipynb #c637ffb2
 @loading()
 def evaluate(run: str, # a run folder
              data: str | None = None, # an image folder with the same classes; the run's own data
@@ -114,7 +115,7 @@ def evaluate(run: str, # a run folder
     `entropy_chance` is the E of surrogates; with masks, the scores of objects are
     those of the best head. Raises TypeError for what is no path, and FileNotFoundError, OSError or
     ValueError that name it."""
-    _check_paths(run, data=data, masks=masks)
+    _check_paths(run, data=data, masks=masks, boxes=boxes)
     device = usable_device(device)
     model, config, facts = load_run(run, weights, ("mean", "std"))
     norm = dict(mean=tuple(facts["mean"]), std=tuple(facts["std"]))
