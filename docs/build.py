@@ -168,15 +168,31 @@ def tag(cell, *tags):
     cell["metadata"].setdefault("tags", []).extend(tags)
 
 
+CLOSE = .025*255 # what a palette may be off, of 255
+
+
+def in_few_colors(exact):
+    """A picture with a palette of 256 colours, and how far its worst channel is from the exact one, of 255.
+
+    Where a palette by halving is too far off, as in textures, the colours are the k-means of every sixteenth pixel."""
+    def off(few):
+        return max(ImageStat.Stat(ImageChops.difference(few.convert("RGB"), exact)).rms)
+    few = exact.quantize(256)
+    if off(few) < CLOSE or min(exact.size) < 64:
+        return few, off(few)
+    some = exact.resize([side//4 for side in exact.size], Image.Resampling.NEAREST).quantize(256, kmeans=2)
+    few = exact.quantize(palette=some, dither=Image.Dither.NONE)
+    return few, off(few)
+
+
 def smaller(png):
     "An opaque picture, in base64, with a palette where hardly anybody sees it: where its 256 colours are 2.5 percent off or less."
     image = Image.open(BytesIO(b64decode(png)))
-    if image.mode != "RGBA" or image.getextrema()[3][0] < 255:
+    if image.mode not in ("RGB", "RGBA") or image.mode == "RGBA" and image.getextrema()[3][0] < 255:
         return png
     exact, file = image.convert("RGB"), BytesIO()
-    few = exact.quantize(256)
-    off = max(ImageStat.Stat(ImageChops.difference(few.convert("RGB"), exact)).rms)
-    (few if off < .025*255 else exact).save(file, "PNG", optimize=True)
+    few, off = in_few_colors(exact)
+    (few if off < CLOSE else exact).save(file, "PNG", optimize=True)
     return b64encode(file.getvalue()).decode()
 
 
@@ -353,12 +369,19 @@ def adapt(proc):
 
 
 def prune():
-    "MathJax ships every variant of itself; the pages load one, with its fonts and TeX extensions."
+    "MathJax ships every variant of itself; the pages load one, its fonts, and what that does not hold already: TeX extensions, accessibility."
     home = SITE / "_static/mathjax"
-    keep = [home / o for o in ("tex-chtml.js", "input/tex", "output/chtml", "a11y", "ui")]
+    keep = [home / o for o in ("tex-chtml.js", "input/tex", "output/chtml/fonts/woff-v2", "a11y")]
+    held = [home / o for o in ("input/tex/extensions/all-packages.js", "a11y/assistive-mml.js")]
     for path in [o for o in home.rglob("*") if o.is_file()]:
-        if not any(path.is_relative_to(o) for o in keep):
+        if path in held or not any(path.is_relative_to(o) for o in keep):
             path.unlink()
+    for path in (SITE / "_static").rglob("*.map"):
+        path.unlink()
+    for path in SITE.rglob("*.html"):                                     # lines of templates and lists begin with what nobody sees
+        pieces = re.split(r"(<pre.*?</pre>)", path.read_text(encoding="utf-8"), flags=re.S)
+        pieces[::2] = (re.sub(r"\n\s+", "\n", piece) for piece in pieces[::2])
+        path.write_text("".join(pieces), encoding="utf-8")
     shutil.rmtree(SITE / "_sources", ignore_errors=True)
     sources = SITE / "_modules/index.html"
     if sources.exists():  # viewcode lists modules that have no source, too

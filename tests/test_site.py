@@ -7,12 +7,17 @@ import re
 import subprocess
 import sys
 import threading
+from base64 import b64decode, b64encode
 from html.parser import HTMLParser
+from importlib.util import module_from_spec, spec_from_file_location
+from io import BytesIO
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import numpy as np
 import pytest
 from browser import axe, browser, why_not
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "docs/_site"
@@ -82,6 +87,28 @@ def test_every_link_and_anchor_leads_somewhere(site):
             if not there.exists() or (anchor and there.suffix == ".html" and anchor not in read(there).ids):
                 broken.append(f"{path.name}: {link}")
     assert not broken, broken[:20]
+
+
+def test_the_site_is_no_larger_than_twenty_megabytes(site):
+    size = {o: o.stat().st_size for o in SITE.rglob("*") if o.is_file()}
+    largest = sorted(size, key=size.get)[-5:]
+    assert sum(size.values()) < 20 * 2**20, [f"{o.relative_to(SITE)}: {size[o] / 2**20:.2f} MB" for o in largest]
+
+
+def test_no_picture_is_far_from_what_its_page_kept():
+    "Palettes save most of the pictures' bytes: of textures, of photographs, of lines; what few colours would spoil stays as it is."
+    build = spec_from_file_location("build", ROOT / "docs/build.py")
+    build.loader.exec_module(made := module_from_spec(build))
+    rng = np.random.default_rng(0)
+    texture = rng.integers(0, 256, (16, 16, 3), np.uint8).repeat(12, 0).repeat(12, 1)//2 + rng.integers(0, 40, (192, 192, 3), np.uint8)
+    thin = np.full((192, 192, 3), 255, np.uint8)
+    thin[100] = 230, 10, 40
+    for name, pixels, mode in (("texture", texture, "P"), ("lines", thin, "P"), ("noise", rng.integers(0, 256, (192, 192, 3), np.uint8), "RGB")):
+        file = BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        after = Image.open(BytesIO(b64decode(made.smaller(b64encode(file.getvalue()).decode()))))
+        assert after.mode == mode, name
+        assert np.sqrt(((np.asarray(after.convert("RGB"), float) - pixels)**2).mean((0, 1))).max() < (made.CLOSE if mode == "P" else 1e-9), name
 
 
 @pytest.mark.parametrize("name", names())

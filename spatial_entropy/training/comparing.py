@@ -375,7 +375,7 @@ _curves = {"val_top1": "validation top-1, %", "val_entropy": "validation E, nats
 
 def draw_curves(runs: list): # of Planned, all done; gives a figure
     "Accuracy, entropy and training loss over the epochs, an arm a colour."
-    fig, axes = plt.subplots(1, len(_curves), figsize=(9.6, 2.8), dpi=100, layout="constrained")
+    fig, axes = plt.subplots(1, len(_curves), figsize=(7.3, 2.6), dpi=100, layout="constrained")
     groups = {}
     for run in runs: groups.setdefault((run.arm, run.part), []).append(run)
     for ax, (key, title) in zip(axes, _curves.items()):
