@@ -90,6 +90,8 @@ def _truths(masks, boxes, config, norm):
     kinds, size = ((_masked, masks, mask_pairs), (_boxed, boxes, box_pairs)), config.img_size
     return [(score, name, read(name, size, **norm)) for score, name, read in kinds if name]
 
+def _notes(truths): return [note for *_, pairs in truths for note in pairs.notes]
+
 # %% ../../nbs/59_evaluating.ipynb #a0d9e4a8
 def _check_paths(run, **others):
     "Raises TypeError for what is no path."
@@ -112,9 +114,8 @@ def evaluate(run: str, # a run folder
             ) -> dict: # top1 %, entropy, regions, density; with masks the scores of objects
     """Measure a trained run, its maps beside their chance levels.
 
-    `entropy_chance` is the E of surrogates; with masks, the scores of objects are
-    those of the best head. Raises TypeError for what is no path, and FileNotFoundError, OSError or
-    ValueError that name it."""
+    `entropy_chance` is the E of surrogates; the scores of objects are those of the best head.
+    Raises TypeError for what is no path; FileNotFoundError, OSError or ValueError that name it."""
     _check_paths(run, data=data, masks=masks, boxes=boxes)
     device = usable_device(device)
     model, config, facts = load_run(run, weights, ("mean", "std"))
@@ -126,8 +127,7 @@ def evaluate(run: str, # a run folder
     scores |= _measured(model.to(device), batches.val, device)
     for measure in more: scores |= measure(model, batches.val, norm, device)
     for score, name, pairs in truths: scores |= score(name, model, pairs, config.batch_size, device)
-    notes = [*batches.notes(), *(note for *_, pairs in truths for note in pairs.notes)]
-    return scores | dict(skipped=batches.skipped(), notes=notes)
+    return scores | dict(skipped=batches.skipped(), notes=[*batches.notes(), *_notes(truths)])
 
 # %% ../../nbs/59_evaluating.ipynb #27b2bc28
 def keep_scores(run, output=None, **options) -> dict: # as `evaluate` gives them; options: its own
