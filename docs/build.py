@@ -369,12 +369,13 @@ def adapt(proc):
 
 
 def prune():
-    "MathJax ships every variant of itself; the pages load one, its fonts, and what that does not hold already: TeX extensions, accessibility."
+    """MathJax ships every variant of itself; the pages load one, its fonts, and TeX extensions on demand.
+
+    Formulas are read out from the MathML in the page; MathJax's own speech would need 4 MB of tables."""
     home = SITE / "_static/mathjax"
-    keep = [home / o for o in ("tex-chtml.js", "input/tex", "output/chtml/fonts/woff-v2", "a11y")]
-    held = [home / o for o in ("input/tex/extensions/all-packages.js", "a11y/assistive-mml.js")]
+    keep = [home / o for o in ("tex-chtml.js", "input/tex", "output/chtml/fonts/woff-v2")]
     for path in [o for o in home.rglob("*") if o.is_file()]:
-        if path in held or not any(path.is_relative_to(o) for o in keep):
+        if path.name == "all-packages.js" or not any(path.is_relative_to(o) for o in keep):
             path.unlink()
     for path in (SITE / "_static").rglob("*.map"):
         path.unlink()

@@ -100,7 +100,7 @@ def test_no_picture_is_far_from_what_its_page_kept():
     build = spec_from_file_location("build", ROOT / "docs/build.py")
     build.loader.exec_module(made := module_from_spec(build))
     rng = np.random.default_rng(0)
-    texture = rng.integers(0, 256, (16, 16, 3), np.uint8).repeat(12, 0).repeat(12, 1)//2 + rng.integers(0, 40, (192, 192, 3), np.uint8)
+    texture = rng.integers(0, 220, (4, 4, 3), np.uint8).repeat(48, 0).repeat(48, 1) + rng.integers(0, 36, (192, 192, 3), np.uint8)
     thin = np.full((192, 192, 3), 255, np.uint8)
     thin[100] = 230, 10, 40
     for name, pixels, mode in (("texture", texture, "P"), ("lines", thin, "P"), ("noise", rng.integers(0, 256, (192, 192, 3), np.uint8), "RGB")):
