@@ -484,11 +484,13 @@ def _open_picture(path):
         raise ValueError(said) from None
 
 # %% ../nbs/80_commands.ipynb #5de04009
+def _inside(folder):
+    from spatial_entropy.data import pictures_in
+    return [str(Path(folder)/name) for name in pictures_in(folder)]
+
 def _spread(paths):
     "Files as they are, folders as their pictures. Raises ValueError for a folder without any."
-    from spatial_entropy.data import pictures_in
-    inside = lambda p: [str(Path(p)/name) for name in pictures_in(p)]
-    return [q for p in paths for q in (inside(p) if Path(p).is_dir() else [p])]
+    return [q for p in paths for q in (_inside(p) if Path(p).is_dir() else [p])]
 
 # %% ../nbs/80_commands.ipynb #2ef40537
 def _misfit(e):

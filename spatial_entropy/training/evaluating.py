@@ -112,7 +112,7 @@ def evaluate(run: str, # a run folder
              split: str | None = None, # "val", "train" or "all"; all of what is named, or its val
              more=(), # functions of (model, loader, mean and std, device) that give more scores
             ) -> dict: # top1 %, entropy, regions, density; with masks the scores of objects
-    """Measure a trained run, its maps beside their chance levels; `entropy_chance` is that of E.
+    """Measure a trained run, its maps beside their chance levels.
 
     `entropy_chance` is the E of surrogates; the scores of objects are those of the best head.
     Raises TypeError for what is no path; FileNotFoundError, OSError or ValueError that name it."""
