@@ -123,3 +123,5 @@ def test_a_model_scored_from_files(home):
     assert {row["score"] for row in found.summary("best")} == {"max_box_acc_v2", "corloc"}
     with pytest.raises(ValueError, match="heads: got 'mean'"):
         found.summary("mean")
+    with pytest.raises(ValueError, match="got 1 with boxes, expected 2 or more"):
+        score_box_pairs(demo_model(), [pairs[0]])

@@ -482,7 +482,7 @@ def score_boxes(maps: Tensor, # (n, H, h, w): attention after the softmax, for p
     largest = torch.stack([corloc(maps, [t[k] for t in truths]) for k in around])
     return BoxScores(right[:, 0], right[:, 1:], largest[0], largest[1:].mean(0))
 
-# %% ../../nbs/48_scoring.ipynb #cfcd06be
+# %% ../../nbs/48_scoring.ipynb #b4d4573a
 def _with_boxes(items): # pictures stacked, boxes as lists: there are more here than there
     x, boxes = zip(*items)
     return torch.stack(x), list(boxes)
@@ -492,6 +492,7 @@ def _keeping(batches, kept): # the pictures of batches; what else is in them is 
         kept += boxes
         yield x
 
+# %% ../../nbs/48_scoring.ipynb #cfcd06be
 def score_box_pairs(model, # any model that AttentionTap reads
                     pairs, # items (x, boxes), as `box_pairs` gives them
                     block: int = -1, # one attention layer
@@ -506,6 +507,8 @@ def score_box_pairs(model, # any model that AttentionTap reads
     in shares.
     """
     check_given(model, pairs, "pairs", "items (x, boxes), as box_pairs(FOLDER, size) makes them")
+    if len(pairs) < 2: raise ValueError(f"pairs: got {len(pairs)} with boxes, expected 2 or more: "
+                                        "chance needs the boxes of others")
     batches = DataLoader(pairs, batch_size, num_workers=workers, collate_fn=_with_boxes)
     found = head_maps(model, _keeping(batches, boxes := []), block, query, True, device)
     maps = torch.cat([next(iter(m.values())).float().cpu() for m in progress(found)])
