@@ -90,12 +90,10 @@ def main():
     for turn, (h, w) in enumerate([(1, 1), (1, 9), (9, 1), (2, 3), (5, 7), (7, 7), (14, 14), (13, 17), (16, 16)]):
         maps = torch.tensor(kinds(28, h, w, np.random.default_rng(h * w)))
         for connectivity in (8, 4):
-            # All kinds at 5 x 7 and 7 x 7, every other one at 14 x 14 and in the tiles of 7 x 7, elsewhere every fourth: the sizes and connectivities
-            # take turns. A program of tiles takes as long here as six of the other form.
-            place = turn + connectivity // 8
-            half, fourth = with_broken(maps[place % 2::2]), with_broken(maps[place % 4::4])
-            whole = with_broken(maps) if (h, w) in ((5, 7), (7, 7)) else half if (h, w) == (14, 14) else fourth
-            both_forms(h, w, partial(check_both, whole, connectivity), partial(check_both, half if (h, w) == (7, 7) else fourth, connectivity))
+            # All kinds at 5 x 7 and 7 x 7; elsewhere, and in the tiles of 5 x 7, every other one, which the sizes and connectivities take in turns.
+            half = with_broken(maps[(turn + connectivity // 8) % 2::2])
+            run = partial(check_both, with_broken(maps) if (h, w) in ((5, 7), (7, 7)) else half, connectivity)
+            both_forms(h, w, run, partial(check_both, half, connectivity) if (h, w) != (7, 7) else run)
     for dtype in TOLERANCE:
         for k in (1., 0., 1.5):
             maps = torch.tensor(np.abs(smooth(4, 14, 14, 1, np.random.default_rng(3)))).to(dtype)

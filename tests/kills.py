@@ -35,7 +35,7 @@ def pictures(root, n=24):
 
 def settings(root, **more):
     "A file of settings: workers, Mixup, CutMix, average, accumulation, a checkpoint after every update."
-    text = {**everything, "limit": None, "data": str(pictures(root / "data")), "epochs": 2, "workers": 2, **more}
+    text = {**everything, "limit": None, "data": str(pictures(root / "data")), "epochs": 3, "workers": 2, **more}
     text |= dict(lr=1e-5)                                   # top-1 stays as it is, so that the first epoch is the best, not the last
     for name in ("experiment", "limit"):
         text.pop(name)

@@ -21,11 +21,10 @@ def run(*command, **env):
 
 def test_in_the_interpreter_against_the_oracle():
     done = eval(run("tests/interpreted.py").splitlines()[-1])
-    assert done["entropy"] >= 480 and done["gradient"] >= 480 and done["labels"] >= 340, done
+    assert done["entropy"] >= 600 and done["gradient"] >= 600 and done["labels"] >= 500, done
 
 
 def test_every_kernel_compiles(tmp_path):
-    said = run("tools/compile_kernels.py", "--in-turns", "80", "90", TRITON_CACHE_DIR=str(tmp_path))
+    said = run("tools/compile_kernels.py", "80", "90", TRITON_CACHE_DIR=str(tmp_path))
     found = re.findall(r"(\d+) kernels", said)
-    assert len(found) == 2 and all(int(n) >= 25 for n in found) and sum(map(int, found)) >= 50, said
-    assert len({frozenset(re.findall(rf"sm_{sm} (_\w+)", said)) for sm in (80, 90)}) == 1, said      # each function for both
+    assert len(found) == 2 and all(int(n) >= 50 for n in found), said

@@ -177,10 +177,6 @@ def loss_of(maps):
     return sum((m / m.detach().std()).pow(3).mean() for m in maps.values())
 
 
-# Of these the backward pass is compiled too; of all others Dynamo's graph is run as it is, which shows whether it is whole: half of the compiler's time.
-AHEAD = ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "ViTForImageClassification"]
-
-
 @pytest.mark.parametrize("name", KINDS)
 def test_compiled_fullgraph_and_tapped_after_compiling(name):
     torch._dynamo.reset()
@@ -188,7 +184,7 @@ def test_compiled_fullgraph_and_tapped_after_compiling(name):
     want = heard(model, call)
     loss_of(want).backward()
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager" if name in AHEAD else "eager")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         call(compiled)                                   # compiled and run before it is tapped
     model.zero_grad()

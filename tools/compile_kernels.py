@@ -1,9 +1,8 @@
 """Compile every CUDA kernel that the package launches, for GPUs that need not be there.
 
-    python tools/compile_kernels.py [--in-turns] [80 90]
+    python tools/compile_kernels.py [80 90]
 
 The package's own calls are made on CPU tensors, and each launch compiles instead of running, so what is compiled is what a launch would use.
-`--in-turns`: the first kernel of each function for all GPUs, the other types and sizes for one after the other; a test has no time for all.
 Prints registers, spilled bytes, shared memory; exit code 1 if a kernel spills more than 64 bytes a thread.
 """
 import re
@@ -24,8 +23,8 @@ from spatial_entropy.measure import cuda as kernels
 
 
 @contextmanager
-def compiling(capability, built, turn=0, of=1):
-    "Inside, a launch compiles into `built`, once for each specialisation, and does not run. Those whose turn it is not are None."
+def compiling(capability, built):
+    "Inside, a launch compiles into `built`, once for each specialisation, and does not run."
     target = GPUTarget("cuda", capability, 32)
     backend, launch = make_backend(target), JITFunction.run
     known = backend.parse_options({}).__dict__                  # which of what a launch adds this Triton knows
@@ -35,10 +34,7 @@ def compiling(capability, built, turn=0, of=1):
         kwargs.update({k: v for k, v in usual.items() if k in known})
         bound, special, _ = create_function_from_signature(self.signature, self.params, backend)(*args, **kwargs)
         key = self.__name__, str(special), kwargs["num_warps"]
-        before = sum(name == self.__name__ for name, *_ in built)
-        if key not in built and before and before % of != turn:
-            built[key] = None
-        elif key not in built:
+        if key not in built:
             options, signature, constexprs, attrs = self._pack_args(backend, kwargs, bound, special, None)
             built[key] = compile(ASTSource(self, signature, constexprs, attrs), target=target, options=options.__dict__)
     JITFunction.run = run
@@ -74,13 +70,12 @@ def resources(binary):
     return dict(registers=got.get("REG"), spilled=got.get("STACK", 0) + got.get("LOCAL", 0), shared=binary.metadata.shared)
 
 
-def main(capabilities, in_turns=False):
+def main(capabilities):
     worst = 0
-    for turn, capability in enumerate(capabilities):
+    for capability in capabilities:
         start, built = time.time(), {}
-        with compiling(capability, built, *(turn, len(capabilities)) if in_turns else ()):
+        with compiling(capability, built):
             call_everything()
-        built = {key: binary for key, binary in built.items() if binary}
         for (name, special, warps), binary in built.items():
             facts = resources(binary)
             worst = max(worst, facts["spilled"])
@@ -91,5 +86,4 @@ def main(capabilities, in_turns=False):
 
 
 if __name__ == "__main__":
-    words = sys.argv[1:]
-    sys.exit(main([int(a) for a in words if a != "--in-turns"] or [80, 90], "--in-turns" in words))
+    sys.exit(main([int(a) for a in sys.argv[1:]] or [80, 90]))
