@@ -44,24 +44,33 @@ def _columns(columns, path):
                      f"{' or '.join(_names)}, and {' or '.join(map(', '.join, _corners))}")
 
 # %% ../nbs/09_boxes.ipynb #6b5a7d0d
-def _of_table(path):
-    "{file: Annotation} of a CSV file with a header."
-    found = {}
+def _lines_of(path):
+    "(where, line as a dictionary) of a CSV file, and its columns first."
     with open(path, newline="", encoding="utf-8-sig") as file:
         lines = csv.DictReader(file)
-        name, corners = _columns(lines.fieldnames or [], path)
-        for line in lines:
-            where = f"{path}, line {lines.line_num}"
-            size = [line[k] for k in ("width", "height") if line.get(k)]
-            size = tuple(_numbers(size, where)) if len(size) == 2 else None
-            own = found.setdefault(line[name], Annotation(size=size))
-            if own.size != size: raise ValueError(f"{where}: {line[name]} has another size above")
-            own.boxes.append(_numbers([line[k] for k in corners], where))
+        try:
+            yield None, lines.fieldnames or []
+            for line in lines: yield f"{path}, line {lines.line_num}", line
+        except (UnicodeDecodeError, csv.Error) as e:
+            raise ValueError(f"{path}: not readable as a CSV table in UTF-8 ({e})") from None
+
+def _of_table(path):
+    "{file: Annotation} of a CSV file with a header."
+    (_, columns), *lines = _lines_of(path)
+    name, corners = _columns(columns, path)
+    found = {}
+    for where, line in lines:
+        if not line[name]: raise ValueError(f"{where}: got no {name}, expected a picture's")
+        size = [line[k] for k in ("width", "height") if line.get(k)]
+        size = tuple(_numbers(size, where)) if len(size) == 2 else None
+        own = found.setdefault(line[name], Annotation(size=size))
+        if own.size != size: raise ValueError(f"{where}: {line[name]} has another size above")
+        own.boxes.append(_numbers([line[k] for k in corners], where))
     return found
 
 # %% ../nbs/09_boxes.ipynb #7d1baf8f
 def _of_xml(path):
-    "(file name, Annotation) of a file as PASCAL VOC and ImageNet have them."
+    "The Annotation of a file as PASCAL VOC and ImageNet have them."
     try:
         root = ElementTree.parse(path).getroot()
     except ElementTree.ParseError as e:
@@ -73,7 +82,7 @@ def _of_xml(path):
         corners = [box.findtext(k) for k in ("xmin", "ymin", "xmax", "ymax")]
         x0, y0, x1, y1 = _numbers(corners, path)
         found.boxes.append([x0 - 1, y0 - 1, x1, y1])
-    return root.findtext("filename") or path.stem, found
+    return found
 
 # %% ../nbs/09_boxes.ipynb #2bd34f1d
 def _refuse_size(annotation, size, name):
@@ -102,7 +111,7 @@ def _there(folder, *names):
     return next((folder/n for n in names if (folder/n).exists()), None)
 
 def read_boxes(path # a CSV table, or a folder of XML files
-              ) -> dict: # {file name: Annotation}
+              ) -> dict: # {file name, or stem of an XML file: Annotation}
     "What files say of pictures. FileNotFoundError, ValueError: what is missing, or wrong, where."
     path = Path(path)
     if path.is_file(): return _of_table(path)
@@ -110,7 +119,7 @@ def read_boxes(path # a CSV table, or a folder of XML files
     there = [p for p in sorted(path.iterdir()) if not is_hidden(p.name)]
     files = [p for p in there if p.suffix.lower() == ".xml"]
     if not files: raise ValueError(f"{path}: holds no XML file")
-    return dict(map(_of_xml, files))
+    return {p.stem: _of_xml(p) for p in files}
 
 # %% ../nbs/09_boxes.ipynb #aaa00641
 class BoxPairs(Dataset):
@@ -133,11 +142,19 @@ class BoxPairs(Dataset):
 # %% ../nbs/09_boxes.ipynb #cf6d26b8
 def _matched(images, found):
     "[(image, Annotation)] by name or stem, and names that have no picture."
-    by_stem = {p.stem: p for p in images}
-    by_name = {p.name: p for p in images}
-    pairs = {n: by_name.get(Path(n).name, by_stem.get(n)) for n in found}
-    return [(p, found[n]) for n, p in pairs.items() if p], [n for n, p in pairs.items() if not p]
+    there, pairs = {}, {}
+    for p in images:
+        for key in {p.name, p.stem}: there.setdefault(key, []).append(p)
+    for name, annotation in found.items():
+        same = there.get(Path(name).name, [])
+        if len(same) > 1 or same and same[0] in pairs:
+            raise ValueError(f"{name}: stands for {' and '.join(p.name for p in same)}, or is said "
+                             "twice; expected one name, with its ending, for each picture")
+        if same: pairs[same[0]] = annotation
+    lonely = [n for n in found if not there.get(Path(n).name)]
+    return [*pairs.items()], lonely
 
+# %% ../nbs/09_boxes.ipynb #ff243907
 def box_pairs(folder, # with images/ and boxes.csv or annotations/; or as VOC has them
               img_size: int = 64, # pixels a side
               mean=(.5, .5, .5), std=(.5, .5, .5), # normalisation, per channel
@@ -151,7 +168,7 @@ def box_pairs(folder, # with images/ and boxes.csv or annotations/; or as VOC ha
     source = _there(home, "boxes.csv", "annotations", "Annotations")
     if not (pictures and source):
         raise FileNotFoundError(f"{home}: expected images/ and beside it boxes.csv or annotations/")
-    images = [p for p in sorted(pictures.iterdir()) if is_picture(p.name)]
+    images = [p for p in sorted(pictures.iterdir()) if is_picture(p.name) and p.is_file()]
     pairs, lonely = _matched(images, read_boxes(source))
     return _box_pairs(pairs, lonely, len(images), pictures, source, img_size, mean, std)
 

@@ -56,6 +56,8 @@ def test_a_picture_that_was_shipped_smaller_keeps_its_boxes(home):
     ("file,x0,y0,x1,y1\na.png,1,2,nan,4\n", "line 2: got 1, 2, nan, 4, expected numbers"),
     ("file,x0,y0,x1,y1\na.png,1,2\n", "line 2: got 1, 2, None, None, expected numbers"),
     ("file,x0,y0,x1,y1\n", "holds no box"),
+    ("file,x0,y0,x1,y1\n,1,2,3,4\n", "line 2: got no file, expected a picture's"),
+    ("x0,y0,x1,y1,file\n1,2,3,4\n", "line 2: got no file, expected a picture's"),
     ("file,x0,y0,x1,y1\nz.png,1,2,3,4\n", "first z.png"),
     ("file,x0,y0,x1,y1,width,height\na.png,1,2,3,4,60,40\na.png,1,2,3,4,50,40\n", "line 3: a.png has another size above"),
 ])
@@ -94,6 +96,29 @@ def test_what_is_wrong_in_xml(home, text, said):
     with pytest.raises(ValueError) as error:
         box_pairs(home)
     assert said in str(error.value) and "a.xml" in str(error.value)
+
+
+def test_a_table_that_is_none(home):
+    for content in (b"file,x0,y0,x1,y1\n\xff\xfe.png,1,2,3,4\n", b"\x89PNG\r\n\x1a\n\x00\x00"):
+        (home / "boxes.csv").write_bytes(content)
+        with pytest.raises(ValueError, match="boxes.csv: not readable as a CSV table in UTF-8"):
+            box_pairs(home)
+
+
+def test_one_name_for_each_picture(home):
+    Image.open(home / "images/a.png").save(home / "images/a.jpg")
+    for names in (["a"], ["b", "b.jpg"]):
+        with pytest.raises(ValueError, match="expected one name, with its ending, for each picture"):
+            box_pairs(table(home, "file,x0,y0,x1,y1\n" + "".join(f"{n},1,1,9,9\n" for n in names)))
+    assert box_pairs(table(home, "file,x0,y0,x1,y1\na.jpg,1,1,9,9\na.png,2,2,9,9\n")).names == ["a.jpg", "a.png"]
+
+
+def test_xml_files_are_named_as_their_pictures(home):
+    "Some annotations have one and the same `filename` in every file."
+    (home / "annotations").mkdir()
+    for name in ("a", "b"):
+        (home / f"annotations/{name}.xml").write_text(VOC.format(7, 5, 30, 20, name="%s", w=60, h=40))
+    assert box_pairs(home).names == ["a.png", "b.jpg"]
 
 
 def test_sources_that_are_not_there(home):
