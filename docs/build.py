@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from configparser import ConfigParser
 from io import BytesIO
 from itertools import accumulate
+from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 
@@ -316,18 +317,12 @@ def entries(books):
     return api, api.symbols()
 
 
-def adapt(proc):
-    "Write what Sphinx reads; returns the names of the pages."
-    cfg = settings()
-    home = ROOT / cfg["nbs_path"]
+def adapt(books, small):
+    "Write what Sphinx reads, of nbdev's notebooks and of their pictures made smaller; returns the names of the pages."
+    home = ROOT / settings()["nbs_path"]
     shutil.rmtree(SOURCE, ignore_errors=True)
     SOURCE.mkdir()
-    books = {o.name: json.loads(o.read_text(encoding="utf-8")) for o in sorted(proc.glob("*.ipynb"))}
-    pictures = pictures_of(books)
-    with ProcessPoolExecutor(1) as other:                                 # while this process imports the package
-        small = other.map(smaller, pictures, chunksize=8)
-        api, symbols = entries(books)
-        small = dict(zip(pictures, small))
+    api, symbols = entries(books)
     (SOURCE / "symbols.json").write_text(json.dumps(symbols), encoding="utf-8")
 
     pages, written = [o.removesuffix(".ipynb") for o in books if o != "index.ipynb"], [o.stem for o in sorted(DOCS.glob("*.md"))]
@@ -391,14 +386,26 @@ def prune():
         sources.write_text(listed, encoding="utf-8")
 
 
+def read(folder):
+    "{name: notebook} of a folder."
+    return {o.name: json.loads(o.read_text(encoding="utf-8")) for o in sorted(folder.glob("*.ipynb"))}
+
+
 def main():
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
-    pages = adapt(prepare())
+    pictures = pictures_of(read(ROOT / settings()["nbs_path"]))
+    with ProcessPoolExecutor(2, get_context("spawn")) as others:           # while this process imports what the entries are of
+        proc, small = others.submit(prepare), others.map(smaller, pictures, chunksize=8)
+        for module in modules().values():
+            importlib.import_module(module)
+        books, small = read(proc.result()), dict(zip(pictures, small))
+    pages = adapt(books, small)
     if not (SOURCE / "index.ipynb").exists():
         raise SystemExit("there is no index.ipynb to land on")
 
     from sphinx.cmd.build import build_main
+    sys.modules.setdefault("rfc3987_syntax", None)                        # a check of addresses in JSON that makes 38 parsers when it is imported
     shutil.rmtree(SITE, ignore_errors=True)
     failed = build_main(["-W", "--keep-going", "-q", "-j", "2", "-b", "html", "-c", str(DOCS), "-d", str(SOURCE / ".doctrees"),
                          str(SOURCE), str(SITE)])

@@ -70,7 +70,18 @@ class Sparing(HtmlFormatter):
         return super().format_unencoded(((Text if kind in plain else kind, said) for kind, said in tokensource), outfile)
 
 
-PygmentsBridge.html_formatter = Sparing
+make_formatter, formatters = PygmentsBridge.get_formatter, {}
+
+
+def formatter_of(bridge, **options):
+    "One formatter for all blocks that are set alike: making it, with its style sheet, takes longer than a short block."
+    key = bridge, str(sorted(options.items()))
+    if key not in formatters:
+        formatters[key] = make_formatter(bridge, **options)
+    return formatters[key]
+
+
+PygmentsBridge.html_formatter, PygmentsBridge.get_formatter = Sparing, formatter_of
 lexer_classes["ipython3"] = find_lexer_class_by_name("ipython3")  # found once, not among all lexers there are for each block
 SearchEnglish.stem = cache(SearchEnglish.stem)  # kept from page to page
 
