@@ -50,6 +50,15 @@ def options(source):
 
 # --- preparation by nbdev
 
+def show_imports(cell):
+    "An exported cell that begins with imports stays, folded: without it no cell that is copied from the page would run."
+    lines = getattr(cell, "directives_", {})
+    if cell.cell_type != "code" or "export" not in lines or not isinstance((cell.parsed_() or [0])[0], ast.Import | ast.ImportFrom):
+        return
+    del lines["export"]
+    cell.set_source("#| code-fold: true\n#| code-summary: What this page imports\n" + cell.source)
+
+
 def prepare():
     "Run nbdev's processors over the notebooks; returns the folder with the results."
     import nbdev.serve
@@ -60,7 +69,7 @@ def prepare():
 
     class Procs(FilterDefaults):
         def base_procs(self):
-            return [o for o in super().base_procs() if o.__name__ not in unwanted]
+            return [show_imports, *(o for o in super().base_procs() if o.__name__ not in unwanted)]
 
     nbdev.serve.FilterDefaults = Procs
     shutil.rmtree(ROOT / "_proc", ignore_errors=True)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from base64 import b64decode, b64encode
+from html import unescape
 from html.parser import HTMLParser
 from importlib.util import module_from_spec, spec_from_file_location
 from io import BytesIO
@@ -125,6 +126,15 @@ def test_a_page_has_no_error_asks_nobody_else_and_does_not_scroll_sideways(site,
     assert page.js("[...document.images].filter(i => !i.closest('.sidebar-drawer') && !i.hasAttribute('alt')).length") == 0
     elsewhere = [r for r in page.requests if not r.startswith((site, "data:", "blob:"))]
     assert page.errors == [] and elsewhere == []
+
+
+def test_a_page_shows_all_that_it_imports(site):
+    "Without them, no cell that is copied from the page would run; those of cells that nobody sees, for Colab and for nbdev, may be missing."
+    for path in ROOT.glob("nbs/*.ipynb"):
+        cells = ["".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+        wanted = [line for c in cells if not re.search(r"^#\| *(hide|include: *false|echo: *false)", c, re.M) for line in re.findall(r"^(?:import|from) .*", c, re.M)]
+        shown = unescape(re.sub(r"<[^>]+>", "", (SITE / f"{path.stem}.html").read_text(encoding="utf-8")))
+        assert [line for line in wanted if line not in shown] == [], path.stem
 
 
 def test_mathematics_is_typeset(site, page):
