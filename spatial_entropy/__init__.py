@@ -73,14 +73,20 @@ def _framework(module):
         raise ImportError(said, name=e.name) from None
 
 # %% ../nbs/89_names.ipynb #33683123
+def _offered(name):
+    "The public name that is nearest to a misspelt one, or all of them."
+    from difflib import get_close_matches
+    known = [*_home, *_optional, *_rooms]
+    if near := get_close_matches(name, known, 1, .7): return f"did you mean {near[0]}?"
+    return f"it offers {', '.join(sorted(_home))}"
+
 def __getattr__(name):
     "Load the module that defines a public name."
     if name in _home: value = getattr(import_module(f"{__name__}.{_home[name]}"), name)
     elif name in _optional: value = getattr(_framework(_optional[name]), name)
     elif name in _rooms: value = import_module(f"{__name__}.{name}")
     else:
-        offered = ", ".join(sorted(_home))
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {offered}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; {_offered(name)}")
     globals()[name] = value
     return value
 

@@ -478,7 +478,8 @@ def _open_picture(path):
             return open_picture(path, "it")
     except FileNotFoundError: raise FileNotFoundError(f"{path}: no such file") from None
     except OSError as e:
-        raise ValueError(f"{path}: not a picture that can be read; {e}") from None
+        why = str(e).removeprefix("it").lstrip(": ")
+        raise ValueError(f"{path}: not a picture that can be read: it {why}") from None
     except MemoryError:
         said = f"{path}: too large for this machine's memory; make it smaller"
         raise ValueError(said) from None
@@ -491,6 +492,19 @@ def _inside(folder):
 def _spread(paths):
     "Files as they are, folders as their pictures. Raises ValueError for a folder without any."
     return [q for p in paths for q in (_inside(p) if Path(p).is_dir() else [p])]
+
+# %% ../nbs/80_commands.ipynb #75aa19c3
+def _pictures_of(args, named):
+    "The pictures, and what is said of those in folders that cannot be read; one named must be."
+    found, left = [], []
+    for path in args.images:
+        try: found.append((path, _open_picture(path)))
+        except ValueError as e:
+            if path in named: raise
+            left.append(str(e))
+    if not found: raise ValueError(left[0])
+    args.images = [path for path, _ in found]
+    return [picture for _, picture in found], left
 
 # %% ../nbs/80_commands.ipynb #2ef40537
 def _misfit(e):
@@ -519,6 +533,17 @@ def _load_into(model, args):
         raise ValueError(f"{args.model}: no weights ({why}); "
                          "pass --checkpoint FILE or --no-pretrained") from None
 
+# %% ../nbs/80_commands.ipynb #a023aa00
+def _check_unused(args):
+    "Raise ValueError for an option that a run, or demo, has no use for."
+    if not (Path(args.model).exists() or args.model == "demo"): return
+    asked = dict(img_size=args.img_size, checkpoint=args.checkpoint,
+                 no_pretrained=args.no_pretrained or None)
+    for name, value in asked.items():
+        if value is not None:
+            raise ValueError(f"{name}: got {value}, but {args.model} has its own size and weights; "
+                             "it goes with a name of timm")
+
 # %% ../nbs/80_commands.ipynb #6b846537
 def _check_name(model):
     "Raise FileNotFoundError or ValueError for a name that is none, before torch is loaded."
@@ -530,6 +555,7 @@ def _check_name(model):
 def _model_to_draw(args):
     "Model, image size, mean and std of a run, a timm name or demo."
     from spatial_entropy.training.models import build_model, known_of, load_run
+    _check_unused(args)
     if Path(args.model).exists():
         model, config, facts = load_run(args.model, needed=("mean", "std"))
         return model, config.img_size, tuple(facts["mean"]), tuple(facts["std"])
@@ -578,26 +604,26 @@ def _check_drawing(args):
 def _prepare_drawing(args):
     "The command `draw`."
     _check_name(args.model)
-    args.images = _spread(args.images)
+    named, args.images = args.images, _spread(args.images)
     _check_drawing(args)
     import torch
     from numpy import array
     from spatial_entropy.attention.tap import AttentionTap
     from spatial_entropy.training.loop import picture_of_maps
     from timm.data import create_transform
-    pictures = [_open_picture(p) for p in args.images]
+    pictures, left = _pictures_of(args, named)
     model, size, mean, std = _model_to_draw(args)
-    to_tensor = create_transform(size, mean=mean, std=std, crop_pct=1., crop_mode="squash")
-    x = torch.stack([to_tensor(p) for p in pictures])
+    look = create_transform(size, mean=mean, std=std, crop_pct=1., crop_mode="squash")
     asked = {k: v for k, v in vars(args).items() if k in ("block", "query")}
     with AttentionTap(model, **asked) as tap, torch.no_grad():
-        model(x)
+        model(torch.stack([look(p) for p in pictures]))
         maps = tap.maps()
     pixels = torch.stack([torch.tensor(array(p.resize((size, size)))) for p in pictures])
     file = _drawn_file(lambda names: picture_of_maps(pixels, maps, names), args)
 
     def work():
         write_whole(args.output, lambda path: path.write_bytes(file))
+        for said in left: print(f"left out: {said}", file=sys.stderr)
         _, heads, h, w = maps.shape
         print(f"{args.output}: {len(pictures)} picture(s), {heads} heads, {h}×{w} patches")
     return work

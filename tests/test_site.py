@@ -132,7 +132,8 @@ def test_a_page_shows_all_that_it_imports(site):
     "Without them, no cell that is copied from the page would run; those of cells that nobody sees, for Colab and for nbdev, may be missing."
     for path in ROOT.glob("nbs/*.ipynb"):
         cells = ["".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
-        wanted = [line for c in cells if not re.search(r"^#\| *(hide|include: *false|echo: *false)", c, re.M) for line in re.findall(r"^(?:import|from) .*", c, re.M)]
+        cells = [c for c in cells if not re.search(r"^#\| *(hide|include: *false|echo: *false)", c, re.M)]
+        wanted = [line for c in cells for line in re.findall(r"^(?:import|from) .*", c, re.M)]
         shown = unescape(re.sub(r"<[^>]+>", "", (SITE / f"{path.stem}.html").read_text(encoding="utf-8")))
         assert [line for line in wanted if line not in shown] == [], path.stem
 

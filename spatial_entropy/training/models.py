@@ -21,7 +21,7 @@ from timm.models._hub import load_model_config_from_path
 from torch import nn
 
 # %% ../../nbs/55_models.ipynb #13478811
-from .config import TrainConfig, load_config, shown
+from .config import TrainConfig, load_config, shown, skip_of_weights
 from ..attention.families import UnsupportedModel
 from ..data import shapes
 from ..demo import demo_file
@@ -255,7 +255,7 @@ def _loaded(config, num_classes, what, overlay):
         why = str(e).rsplit("}: ", 1)[-1]
         size = f"{config.model} at {config.img_size} pixels"
         raise ValueError(f"{what} does not fit {size} ({why})") from None
-    except Exception as e: raise ValueError(f"{what} is unavailable here ({in_short(e)})") from None
+    except Exception as e: raise ValueError(f"{what}: unavailable here ({in_short(e)})") from None
     if left := _unloaded(model, fresh):
         more = f" nor {len(left) - 1} other matrices" if len(left) > 1 else ""
         raise ValueError(f"{what} does not fit {config.model}: it has no {left[0]}{more}")
@@ -306,8 +306,12 @@ def start_model(config: TrainConfig,
 
     Raises ValueError or OSError in one sentence."""
     check_name(config.model)
+    loaded = config.initial_checkpoint or config.pretrained
+    if not loaded: return build_model(config, len(classes))
+    if not config.keep_skip and skip_of_weights(config):
+        say("the last block's skip is dropped, with which the weights were trained; "
+            "keep_skip=True (--keep-skip) leaves it")
     if config.initial_checkpoint: return _from_file(config, classes, say)
-    if not config.pretrained: return build_model(config, len(classes))
     model = _loaded(config, len(classes), f"pretrained: the weights of {config.model}", {})
     if model.pretrained_cfg.get("num_classes") != len(classes):
         say(f"{config.model}: the classifier starts anew, for {len(classes)} classes")
