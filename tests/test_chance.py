@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 import spatial_entropy as se
 from spatial_entropy.analysis.chance import entropy_against_chance, surrogate_maps
+from spatial_entropy.analysis.evaluation import score_masks
 from spatial_entropy.analysis.intervals import bootstrap, bootstrap_both, paired, sign_flip_test, student
 from spatial_entropy.analysis.objects import (
     PooledPrecision,
@@ -350,6 +351,15 @@ def test_a_table_of_heads_is_what_was_scored_beside_chance(scored):
             scores.heads(wrong)
 
 
+def test_a_part_of_a_set_keeps_its_names(scored, tmp_path):
+    model, pairs, _ = scored
+    part = torch.utils.data.Subset(torch.utils.data.Subset(pairs, range(500, 520)), [3, 4, 5])
+    found = score_objects(model, part, surrogates=0)
+    assert found.names == ["503", "504", "505"]
+    found.to_csv(tmp_path/"s.csv")
+    assert [line.split(",")[0] for line in (tmp_path/"s.csv").read_text(encoding="utf-8").splitlines()] == ["picture", "503", "504", "505"]
+
+
 def test_values_by_picture_are_the_summarys(scored):
     own, chance = scored[2].per_picture("jaccard", "mean")
     line = next(line for line in scored[2].summary("mean") if line["score"] == "jaccard")
@@ -475,7 +485,22 @@ def test_a_void_that_does_not_fit_is_refused_in_one_sentence(valid, said):
     (lambda m, p, s: se.draw_extremes(m, [p[i] for i in range(24)], s), ValueError, "got those of 1000 pictures, expected those of the 24 pairs"),
     (lambda m, p, s: se.draw_extremes(m, p, s, name="iou"), ValueError, "name: got 'iou', expected one of pixel_auc"),
     (lambda m, p, s: se.draw_extremes(m, p, s, 0), ValueError, "n: got 0"),
+    (lambda m, p, s: se.draw_extremes(m, p, s, 2, block=0), ValueError, "block: got 0, layer 0, but the scores are of layer 0, 1; leave it out"),
+    (lambda m, p, s: se.draw_extremes(m, p, s, 2, query="mean"), ValueError, "query: got 'mean', but the scores are of query='auto'"),
     (lambda m, p, s: s.per_picture("iou"), ValueError, "name: got 'iou', expected one of pixel_auc"),
+    (lambda m, p, s: s.by_head("iou"), ValueError, "name: got 'iou', expected one of pixel_auc"),
+    (lambda m, p, s: s.heads("pointing", also="jacard"), ValueError, "also: got 'jacard', expected one of pixel_auc"),
+    (lambda m, p, s: s.to_csv("nowhere/x.csv"), OSError, "path: nowhere/x.csv cannot be written"),
+    (lambda m, p, s: s.to_json("nowhere/x.json"), OSError, "path: nowhere/x.json cannot be written"),
+    (lambda m, p, s: se.entropy_heatmap(s), TypeError, r"heads: got ObjectScores, expected Heads; pass scores.heads\(\)"),
+    (lambda m, p, s: se.score_objects(m, p, shifts=0), ValueError, "shifts: got 0"),
+    (lambda m, p, s: se.score_objects(m, p, surrogates=-1), ValueError, "surrogates: got -1, expected a whole number of at least 0"),
+    (lambda m, p, s: se.score_objects(m, torch.utils.data.DataLoader(p)), TypeError, "pairs: got a DataLoader, expected the data set inside it"),
+    (lambda m, p, s: se.score_box_pairs(m, torch.utils.data.DataLoader(p)), TypeError, "pairs: got a DataLoader, expected the data set inside it"),
+    (lambda m, p, s: score_masks(m, torch.utils.data.DataLoader(p)), TypeError, "pairs: got a DataLoader, expected the data set inside it"),
+    (lambda m, p, s: se.score_objects(m, mask_pairs("shapes", 96)), ValueError, "pictures are 96×96, the model wants 64×64: mask_pairs"),
+    (lambda m, p, s: se.rank_heads(m, [torch.zeros(2, 3, 96, 96)]), ValueError, "pictures are 96×96, the model wants 64×64: mask_pairs"),
+    (lambda m, p, s: se.accuracy(m, [(torch.zeros(2, 3, 96, 96), torch.zeros(2).long())]), ValueError, "pictures are 96×96, the model wants 64×64"),
     (lambda m, p, s: se.accuracy(p, m), TypeError, "the model comes first, then the loader"),
     (lambda m, p, s: se.accuracy(m, "FOLDER"), TypeError, "loader: got the path 'FOLDER', expected batches"),
 ])
@@ -503,6 +528,26 @@ def test_broken_maps_and_pictures_without_an_object_are_left_out_and_counted():
     rows = score_maps(maps, masks, surrogates=1).heads("pixel_auc")
     assert {(row["head"], row["images"], row["left_out"]) for row in rows} == {(0, 19, 1), (1, 18, 2)}
     assert all(math.isfinite(row["above_chance"]) for row in rows)
+
+
+def test_without_an_object_no_score_counts_and_the_table_agrees_with_itself():
+    "One picture of three has no object, and one mask of two is met by it: own, chance and difference are of the same pictures."
+    torch.manual_seed(0)
+    maps, masks = torch.randn(9, 2, 5, 5), torch.rand(9, 10, 10) < .3
+    masks[::3] = False
+    found = score_maps(maps, masks, surrogates=0, shifts=1)
+    for name, own in found.own.items():
+        assert own[::3].isnan().all() and not own[1::3].isnan().any(), name
+        both = ~(own - found.chance[name][:, 0]).isnan()[:, 0, 0]
+        assert 2 <= both.sum() < 6
+        for row in found.heads(name):
+            h = row["head"]
+            assert row["above_chance"] == pytest.approx(row[name] - row[f"{name}_chance"], abs=1e-6)
+            assert row[name] == pytest.approx(own[both, 0, h].mean().item(), abs=1e-6) and row["images"] == both.sum()
+    for line in found.summary("best") + found.summary("mean"):
+        assert line["own"] - line["chance"] == pytest.approx(line["above_chance"]["mean"], abs=1e-6)
+        assert line["above_chance"]["n"] == both.sum()
+    assert repr(found).count(f"n = {both.sum()}") == len(found.own)
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():

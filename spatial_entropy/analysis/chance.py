@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from ..measure.operators import label_regions, spatial_entropy
-from ..measure.regions import above_mean, as_float, check_maps, check_real
+from ..measure.regions import (
+    above_mean, as_float, check_count, check_maps, check_real)
 
 # %% ../../nbs/42_chance.ipynb #2c8eca43
 def cosine_basis(n: int) -> Tensor: # (n, n) float64, rows are orthonormal
@@ -64,7 +65,7 @@ def surrogate_maps(maps: Tensor, # (..., h, w) similarities, any real dtype, fin
     """
     check_maps(maps)
     check_real(maps)
-    if n < 1: raise ValueError(f"n: got {n}, expected at least one surrogate per map")
+    check_count(n, "n")
     x = as_float(maps.detach()).cpu()
     if not x.isfinite().all():
         raise ValueError("maps: got a NaN or infinite cell, expected finite cells only")

@@ -9,7 +9,7 @@ __all__ = ['attended', 'mask_jaccard', 'pixels_on_grid', 'paired_on_grid', 'poin
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from ..measure.regions import as_float, check_maps, keep_mass
+from ..measure.regions import as_float, check_maps, check_tensor, keep_mass
 
 # %% ../../nbs/40_masks.ipynb #6ac25ad7
 def attended(maps: torch.Tensor, # (..., h, w) similarities before the softmax
@@ -22,13 +22,14 @@ def attended(maps: torch.Tensor, # (..., h, w) similarities before the softmax
     stretched = F.interpolate(kept.reshape(1, -1, h, w).float(), size=size, mode="nearest")
     return stretched.bool().view(*maps.shape[:-2], *size)
 
-# %% ../../nbs/40_masks.ipynb #3c9e8656
+# %% ../../nbs/40_masks.ipynb #57e9c252
 def _check_shares(masks):
     "Raise ValueError for a mask that holds labels, such as 255 for void, or else is no share."
     if masks.dtype == torch.bool or ((masks >= 0) & (masks <= 1)).all(): return
     raise ValueError("masks: got values outside 0–1, expected booleans or shares in 0–1; pixels "
                      "that are void are told apart by `valid`")
 
+# %% ../../nbs/40_masks.ipynb #3c9e8656
 def mask_jaccard(maps: torch.Tensor, # (B, H, h, w) similarities before the softmax
                  masks: torch.Tensor, # (B, S, S) bool, True on the object
                  mass: float = .6, # share of attention to keep, in (0, 1]
@@ -37,8 +38,11 @@ def mask_jaccard(maps: torch.Tensor, # (B, H, h, w) similarities before the soft
 
     `.amax(1)` is the best head of every image. An empty mask met by an attended patch gives 0.
     Void pixels count as background, as published; `grid_jaccard` leaves them out. Raises
-    ValueError when the batch sizes differ, and for masks outside 0–1.
+    TypeError for what is no tensor, ValueError when the batch sizes differ, and for masks outside
+    0–1.
     """
+    check_maps(maps)
+    check_tensor(masks, "masks", "(B, S, S) of booleans")
     if maps.ndim != 4 or masks.ndim != 3 or len(maps) != len(masks):
         raise ValueError(f"got maps {tuple(maps.shape)} and masks {tuple(masks.shape)}, "
                          "expected (B, H, h, w) and (B, S, S)")
@@ -65,8 +69,10 @@ def pixels_on_grid(masks: Tensor, # (B, S, T) bool, or shares in 0–1; True on 
 
 # %% ../../nbs/40_masks.ipynb #6f1e277c
 def _check_pairs(maps, masks, valid=None):
-    "Raise ValueError for maps and masks that do not belong together."
+    "Raise TypeError or ValueError for maps and masks that do not belong together."
     check_maps(maps)
+    check_tensor(masks, "masks", "(B, S, T)")
+    if valid is not None: check_tensor(valid, "valid", "(B, S, T) of booleans")
     if maps.ndim != 4 or masks.ndim != 3 or len(maps) != len(masks):
         raise ValueError(f"got maps {tuple(maps.shape)} and masks {tuple(masks.shape)}, "
                          "expected (B, H, h, w) and (B, S, T)")
@@ -98,7 +104,8 @@ def pointing_on_grid(s, # (B, H, N) maps by cell
     hit = torch.where(known, on/(on + off), 0)
     chosen = (s == s.amax(-1, keepdim=True)) & known
     count = chosen.sum(-1)
-    return torch.where((count > 0) & ~s.isnan().any(-1), (hit*chosen).sum(-1)/count, torch.nan)
+    there = (count > 0) & (on.sum(-1) > 0)
+    return torch.where(there & ~s.isnan().any(-1), (hit*chosen).sum(-1)/count, torch.nan)
 
 def pointing(maps: Tensor, # (B, H, h, w) similarities or attention
              masks: Tensor, # (B, S, T) bool or shares in 0–1
@@ -106,8 +113,8 @@ def pointing(maps: Tensor, # (B, H, h, w) similarities or attention
             ) -> Tensor: # (B, H) float64 in 0–1
     """Probability that a pixel of the brightest cell lies on the object.
 
-    Equally bright cells count equally. NaN for maps with NaN cells, and where the brightest cells
-    are all void.
-    Raises ValueError for maps and masks that do not belong together.
+    Equally bright cells count equally. NaN where a picture has no pixel on the object, where the
+    brightest cells are all void, and for maps with NaN cells.
+    Raises TypeError or ValueError for maps and masks that do not belong together.
     """
     return pointing_on_grid(*paired_on_grid(maps, masks, valid))

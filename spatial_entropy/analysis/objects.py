@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ON_GRID', 'DELTAS', 'pixel_auc', 'pixel_ap', 'PooledPrecision', 'energy_pointing', 'grid_jaccard', 'boxes_of',
-           'max_box_accuracy', 'overlaps_with', 'best_overlaps', 'corloc', 'against_others', 'center_gaussian']
+           'max_box_accuracy', 'overlaps_with', 'best_overlaps', 'largest_box', 'box_fits', 'corloc', 'against_others',
+           'center_gaussian']
 
 # %% ../../nbs/46_objects.ipynb #b8d76894
 import torch
@@ -13,7 +14,7 @@ from torchvision.ops import box_iou
 from .masks import paired_on_grid, pointing_on_grid
 from .masks import pixels_on_grid, pointing  # noqa: F401, also found here
 from ..measure.operators import label_regions
-from ..measure.regions import keep_mass
+from ..measure.regions import check_count, check_tensor, keep_mass
 
 # %% ../../nbs/46_objects.ipynb #39e2790e
 def _by_value(maps, *weights):
@@ -116,8 +117,8 @@ def energy_pointing(maps: Tensor, # (B, H, h, w) similarities or attention
 def _jaccard(s, on, off, mass=.6):
     kept = keep_mass(s.softmax(-1)[..., None], mass)[..., 0]
     both, false = (kept*on).sum(-1), (kept*off).sum(-1)
-    union = on.sum(-1) + false
-    return torch.where(s.isnan().any(-1), torch.nan, both/union.clamp_min(1e-300))
+    union, there = on.sum(-1) + false, (on.sum(-1) > 0) & ~s.isnan().any(-1)
+    return torch.where(there, both/union.clamp_min(1e-300), torch.nan)
 
 def grid_jaccard(maps: Tensor, # (B, H, h, w) similarities before the softmax
                  masks: Tensor, # (B, S, T) bool or shares in 0–1
@@ -126,8 +127,9 @@ def grid_jaccard(maps: Tensor, # (B, H, h, w) similarities before the softmax
                 ) -> Tensor: # (B, H) float64 in 0–1
     """Jaccard index of each head's attended patches with the object, without the void pixels.
 
-    Without `valid` it equals `mask_jaccard`. NaN for maps with NaN cells. Raises ValueError for
-    maps and masks that do not belong together, and for a mass outside (0, 1].
+    Without `valid` it equals `mask_jaccard`, but for a picture without a pixel on the object, which
+    gives NaN. NaN too for maps with NaN cells. Raises ValueError for maps and masks that do not
+    belong together, and for a mass outside (0, 1].
     """
     return _jaccard(*paired_on_grid(maps, masks, valid), mass)
 
@@ -220,6 +222,15 @@ def best_overlaps(map_: Tensor, # (h, w)
     return overlaps_with(map_, [boxes], thresholds)[0]
 
 # %% ../../nbs/46_objects.ipynb #56cf6b9d
+def largest_box(map_, threshold=.5):
+    "The largest region's box (1, 4), as `boxes_of` has it; (0, 4) where there is none."
+    found = boxes_of(map_, threshold)
+    return found[(found[:, 2:] - found[:, :2]).prod(-1).argmax()][None] if len(found) else found
+
+def box_fits(found, boxes): # (1, 4) or (0, 4), and (T, 4)
+    "1 where a box overlaps a true one by 0.5, else 0."
+    return float(_overlap(found, boxes) >= .5)
+
 def corloc(maps: Tensor, # (B, H, h, w)
            boxes: list, # B tensors (T, 4) of true boxes, as shares of the picture
            threshold: float = .5, # share of the way from the lowest to the highest cell
@@ -228,14 +239,9 @@ def corloc(maps: Tensor, # (B, H, h, w)
     if len(boxes) != len(maps):
         raise ValueError(f"boxes: got {len(boxes)} lists, expected one for each of "
                          f"{len(maps)} pictures")
-    right = [[_largest_fits(m, b, threshold) for m in heads] for heads, b in zip(maps, boxes)]
+    right = [[box_fits(largest_box(m, threshold), b) for m in heads]
+             for heads, b in zip(maps, boxes)]
     return torch.tensor(right, dtype=torch.float64)
-
-def _largest_fits(map_, boxes, threshold):
-    found = boxes_of(map_, threshold)
-    if not len(found): return 0.
-    area = (found[:, 2:] - found[:, :2]).prod(-1)
-    return float(_overlap(found[area.argmax()][None], boxes) >= .5)
 
 # %% ../../nbs/46_objects.ipynb #212ee76b
 def _shifted(truth, k): # masks (B, S, T), or a list of boxes
@@ -249,8 +255,11 @@ def against_others(score, # function(maps, masks, valid) such as pixel_auc; (map
                   ) -> Tensor: # (B, H) float64: the mean score with other pictures' masks or boxes
     """The chance level of each map: its score with the masks of other pictures, NaN left out.
 
-    Shuffle pictures that are sorted by class. Raises ValueError for fewer than two pictures.
+    Shuffle pictures that are sorted by class. Raises ValueError for fewer than two pictures
+    and for shifts below 1, TypeError for masks that are no tensor.
     """
+    check_count(shifts, "shifts")
+    if not isinstance(masks, (list, tuple)): check_tensor(masks, "masks", "(B, S, T)")
     if len(maps) < 2:
         raise ValueError(f"got {len(maps)} picture(s), expected at least 2: "
                          "chance needs the masks of others")

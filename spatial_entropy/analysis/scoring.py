@@ -8,19 +8,18 @@ __all__ = ['LOWER', 'MasksBefore', 'ObjectScores', 'score_objects', 'extremes', 
 
 # %% ../../nbs/48_scoring.ipynb #0528e74a
 import csv, json
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from .chance import entropy_against_chance
-from .evaluation import check_given
-from .heads import Heads, head_maps
+from .evaluation import check_pairs, names_of
+from .heads import Heads, head_maps, written
 from .intervals import Interval, bootstrap
 from .masks import paired_on_grid, pixels_on_grid
-from .objects import DELTAS, ON_GRID, corloc, overlaps_with
+from .objects import DELTAS, ON_GRID, box_fits, largest_box, overlaps_with
 from .outliers import are_weights
-from ..measure.regions import as_float, check_maps
+from ..measure.regions import as_float, check_count, check_maps, check_tensor
 from ..pictures import one_line, panels, put_caption
 
 # %% ../../nbs/48_scoring.ipynb #b24ff4bd
@@ -100,20 +99,22 @@ def _check_heads(heads):
 
 # %% ../../nbs/48_scoring.ipynb #42a4198a
 def _row(own, chance, name, heads):
-    "A line of the table: means of own and chance, and the interval of own − chance."
+    "A line of the table: means over the pictures that have both, and the interval of own − chance."
     a, b = _per_picture(own, chance, name, heads)
     heads = "mean" if name in LOWER else heads
+    known = ~(a - b).isnan()
+    if known.any(): a, b = a[known], b[known]
     line = dict(score=name, heads=heads, own=a.nanmean().item(), chance=b.nanmean().item())
-    if (~(a - b).isnan()).sum() < 2: return line
+    if known.sum() < 2: return line
     return line | dict(above_chance=asdict(bootstrap((a - b).numpy(), resamples=2000)))
 
-def _in_words(line):
+def _in_words(line, pictures=0): # how many there are, those without a number too
     "A line of the table as text."
     text = f"{line['score']:15} {line['heads']:5} {line['own']:.3f}"
     if "above_chance" not in line: return text
-    mean, low, high = (line["above_chance"][k] for k in ("mean", "low", "high"))
-    text += f"   chance {line['chance']:.3f}"
-    return f"{text}   difference {mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+    mean, low, high, n = (line["above_chance"][k] for k in ("mean", "low", "high", "n"))
+    text += f"   chance {line['chance']:.3f}   difference {mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+    return text + f"   n = {n}"*(n < pictures)
 
 # %% ../../nbs/48_scoring.ipynb #82a5bce9
 def _columns(names, own, chance, heads):
@@ -125,14 +126,19 @@ def _columns(names, own, chance, heads):
     return columns
 
 # %% ../../nbs/48_scoring.ipynb #995d3e66
+def _of_both(own, chance): # (n, L, H), (n, shifts, L, H)
+    "Own and chance of each map, (n, L, H), NaN where one of them is."
+    level = chance.nanmean(1)
+    return own.where(~level.isnan(), torch.nan), level.where(~own.isnan(), torch.nan)
+
 def _columns_of_heads(own, chance, names): # names: the first is the one to rank by
     "{column: (L, H)}: how much better than chance, own and chance, and what could be counted."
-    away = own[names[0]] - chance[names[0]].nanmean(1)
+    known = {name: _of_both(own[name], chance[name]) for name in names}
+    away = known[names[0]][0] - known[names[0]][1]
     better = {"below_chance": -away} if names[0] in LOWER else {"above_chance": away}
     columns = {name: v.nanmean(0) for name, v in better.items()}
     for name in names:
-        level = chance[name].nanmean(1).nanmean(0)
-        columns |= {name: own[name].nanmean(0), f"{name}_chance": level}
+        columns |= dict(zip((name, f"{name}_chance"), (v.nanmean(0) for v in known[name])))
     missing = away.isnan().sum(0)
     return columns | dict(images=len(away) - missing, left_out=missing)
 
@@ -163,17 +169,26 @@ class _Viewed:
         return _per_picture(self.own[name], self.chance[name], name, heads)
 
     def by_head(self, name: str = "pixel_auc") -> Tensor: # (blocks, heads)
-        "Mean of own less chance, for each head; for E, negative is good."
+        "Mean of own less chance, for each head; for E, negative is good. ValueError: no such score."
+        _check_score(name, self.own, "name")
         return (self.own[name] - self.chance[name].nanmean(1)).nanmean(0)
 
-    def heads(self, by: str = "pixel_auc", also=("entropy",)) -> Heads: # furthest from chance first
+# %% ../../nbs/48_scoring.ipynb #4df03fbc
+class _Ranked(_Viewed):
+    "The same, and a row for each head."
+    def heads(self, by: str = "pixel_auc", # what to rank by
+              also=None, # further scores, one or several; None: entropy, where it was measured
+             ) -> Heads: # furthest from chance first
         """A row for each head: above_chance (of E: below_chance), scores, chance levels, images.
 
         Object scores are in 0–1, entropy in nats. left_out counts pictures without an object and
         maps with NaN cells. Raises ValueError for a score that is not there.
         """
-        names = list(dict.fromkeys([by, *(n for n in also if n in self.own)]))
-        for name in names: _check_score(name, self.own)
+        if also is None: also = [n for n in ("entropy",) if n in self.own]
+        also = [also] if isinstance(also, str) else list(also)
+        _check_score(by, self.own)
+        for name in also: _check_score(name, self.own, "also")
+        names = list(dict.fromkeys([by, *also]))
         columns = _columns_of_heads(self.own, self.chance, names)
         return Heads(_rows_of_heads(columns, self.blocks), next(iter(columns)))
 
@@ -184,7 +199,7 @@ class _Saved:
         "A line for each picture: its name, and for each score own and chance."
         _check_heads(heads)
         columns = _columns(self.names, self.own, self.chance, heads)
-        with open(path, "w", newline="", encoding="utf-8") as f:
+        with written(path) as f:
             table = csv.writer(f)
             table.writerow(columns)
             table.writerows(zip(*columns.values()))
@@ -193,11 +208,11 @@ class _Saved:
         "The summary for the best and the mean head, with any further facts."
         found = dict(facts, pictures=len(self), blocks=[str(b) for b in self.blocks],
                      best=self.summary("best"), mean=self.summary("mean"))
-        Path(path).write_text(json.dumps(found, indent=1), encoding="utf-8")
+        with written(path) as f: f.write(json.dumps(found, indent=1))
 
 # %% ../../nbs/48_scoring.ipynb #2ba16d49
 @dataclass(repr=False)
-class ObjectScores(_Saved, _Viewed):
+class ObjectScores(_Saved, _Ranked):
     """What `score_objects` and `score_maps` found. `own[name]` is (pictures, blocks, heads).
 
     `chance[name]` is (pictures, shifts, blocks, heads).
@@ -208,7 +223,8 @@ class ObjectScores(_Saved, _Viewed):
     own: dict # {score: tensor}
     chance: dict # {score: tensor}, with other pictures' masks; entropy: mean of surrogates
     names: list # of the pictures
-    blocks: list # numbers of the attention layers
+    blocks: list # numbers of the attention layers; of maps that were there, their places
+    query: object = None # what asked, as in AttentionTap; None: not known, the maps were there
 
     def __len__(self): return len(self.names)
 
@@ -223,7 +239,7 @@ class ObjectScores(_Saved, _Viewed):
 
     def __repr__(self):
         first = f"{len(self)} pictures, blocks {', '.join(map(str, self.blocks))}"
-        return "\n".join([first, *map(_in_words, self.summary())])
+        return "\n".join([first, *(_in_words(line, len(self)) for line in self.summary())])
 
 # %% ../../nbs/48_scoring.ipynb #3d448ca4
 def _batches_of(pairs, batch_size, workers, order, kept):
@@ -243,10 +259,16 @@ def _stacked(maps):
 
 def _check_pairs(model, pairs):
     "Raises TypeError or ValueError for what cannot be scored."
-    check_given(model, pairs, "pairs", "items (x, mask), as mask_pairs(FOLDER, size) makes them")
+    check_pairs(model, pairs)
     if len(pairs) < 2:
         raise ValueError(f"pairs: got {len(pairs)} picture(s), expected at least 2: "
                          "chance needs the masks of others")
+
+def _check_counts(shifts, batch_size, workers=0, surrogates=0):
+    check_count(shifts, "shifts")
+    check_count(batch_size, "batch_size")
+    check_count(workers, "workers", 0)
+    check_count(surrogates, "surrogates", 0)
 
 # %% ../../nbs/48_scoring.ipynb #b3760b0e
 def _in_order(parts, order): # parts: of each batch {score: (own, chance)}
@@ -268,9 +290,11 @@ def score_objects(model, # any model that AttentionTap reads
                  ) -> ObjectScores:
     """Score every head of a model on pictures with masks, each score beside its chance level.
 
-    Void leaves all but `jaccard_published`. ValueError: below two pictures, or grids that differ.
+    Void leaves all but `jaccard_published`. ValueError: below two pictures, pictures
+    of another size than the model's, or grids that differ.
     """
     _check_pairs(model, pairs)
+    _check_counts(shifts, batch_size, workers, surrogates)
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
     kept, parts, before = [], [], MasksBefore(shifts)
     batches = _batches_of(pairs, max(2, batch_size), workers, order, kept)
@@ -278,15 +302,17 @@ def score_objects(model, # any model that AttentionTap reads
         stacked, (_, *truth) = _stacked(maps), kept.pop(0)
         masks, valid = (*(t.to(stacked.device) for t in truth), None)[:2]
         parts.append(_score_batch(stacked, masks, before, surrogates, valid))
-    names = map(str, getattr(pairs, "names", range(len(pairs))))
-    return ObjectScores(*_in_order(parts, order), [*names], [*maps])
+    return ObjectScores(*_in_order(parts, order), names_of(pairs), [*maps], query)
 
 # %% ../../nbs/48_scoring.ipynb #6a2f03db
 def extremes(scores: ObjectScores, n: int = 6, name: str = "pixel_auc"
             ) -> tuple[list, list]: # numbers of the best and of the worst pictures
-    "Pictures by own less chance of their best head; those without an object are left out."
+    """Pictures by own less chance of their best head, of E by chance less the heads' mean.
+
+    Those without an object are left out. Raises ValueError for an unknown score."""
+    _check_score(name, scores.own, "name")
     own, chance = _per_picture(scores.own[name], scores.chance[name], name, "best")
-    values = own - chance
+    values = chance - own if name in LOWER else own - chance
     order = [i for i in values.argsort(descending=True).tolist() if not values[i].isnan()]
     return order[:n], order[::-1][:n]
 
@@ -305,7 +331,8 @@ def _check_drawn(model, pairs, scores, n, name):
         raise ValueError(f"scores: got those of {len(scores)} pictures, expected those of the "
                          f"{len(pairs)} pairs that are given")
     if n < 1: raise ValueError(f"n: got {n}, expected at least one picture a row")
-    _check_score(name, scores.own, "name")
+    if not extremes(scores, n, name)[0]:
+        raise ValueError(f"scores: no picture has {name} beside chance, expected objects in some")
 
 def _draw_pair(axes, x, mask, map_):
     "The picture, and below it the map with the object's outline."
@@ -315,21 +342,45 @@ def _draw_pair(axes, x, mask, map_):
     axes[1].contour(mask.float(), [.5], colors="w", linewidths=.8)
 
 # %% ../../nbs/48_scoring.ipynb #418a634c
+def _which(scores, block, query):
+    "Block and query of the maps that were scored. Raises ValueError where they are not known."
+    if scores.query is None and block is None:
+        raise ValueError("block: got none, and scores of maps that were there do not say it; "
+                         "expected the attention layer, or layers, that the maps are of")
+    if None not in (scores.query, query) and query != scores.query:
+        raise ValueError(f"query: got {query!r}, but the scores are of query={scores.query!r}; "
+                         "leave it out")
+    asked = query if scores.query is None else scores.query
+    return scores.blocks if block is None else block, "auto" if asked is None else asked
+
+def _maps_scored(model, x, scores, block, query):
+    "Maps (B, L·H, h, w) of the heads that were scored. Raises ValueError for others."
+    maps = next(iter(head_maps(model, [x], *_which(scores, block, query))))
+    named = lambda blocks: ", ".join(map(str, blocks))
+    if scores.query is not None and [*maps] != scores.blocks:
+        raise ValueError(f"block: got {block!r}, layer {named(maps)}, but the scores are of layer "
+                         f"{named(scores.blocks)}; leave it out")
+    maps, there = _stacked(maps), next(iter(scores.own.values())).shape[1:]
+    if maps.shape[1:3] == there: return maps.flatten(1, 2)
+    raise ValueError(f"scores: got those of (blocks, heads) {tuple(there)}, expected those of "
+                     f"the model's {tuple(maps.shape[1:3])}")
+
+# %% ../../nbs/48_scoring.ipynb #839180d8
 def draw_extremes(model, pairs, scores: ObjectScores, n: int = 6, name: str = "pixel_auc",
-                  block=-1, query="auto"): # a figure: the best above, the worst below
+                  block=None, query=None): # a figure: the best above, the worst below
     """The pictures on which the best head does best and worst, each above its map.
 
-    Raises TypeError or ValueError for what is no model, no pairs, or not their scores.
+    Block and query are those of the scores; block has to be said for those of `score_maps`. Raises
+    TypeError or ValueError for what is no model, no pairs, or not their scores.
     """
     _check_drawn(model, pairs, scores, n, name)
-    fig, axes = panels(4, max(len(extremes(scores, n, name)[0]), 1), 1.2)
-    own, chance = scores.per_picture(name)
+    fig, axes = panels(4, len(extremes(scores, n, name)[0]), 1.2)
+    (own, chance), sign = scores.per_picture(name), -1 if name in LOWER else 1
     for rows, chosen in zip((axes[:2], axes[2:]), extremes(scores, n, name)):
         items = [pairs[i] for i in chosen]
-        x = torch.stack([x for x, *_ in items])
-        maps = _stacked(next(iter(head_maps(model, [x], block, query)))).flatten(1, 2)
+        maps = _maps_scored(model, torch.stack([x for x, *_ in items]), scores, block, query)
         for column, (i, (x, mask, *_)) in enumerate(zip(chosen, items)):
-            head = scores.own[name][i].flatten().nan_to_num(-1).argmax()
+            head = (sign*scores.own[name][i]).flatten().nan_to_num(-torch.inf).argmax()
             _draw_pair(rows[:, column], x, mask, maps[column, head])
             said = f"{one_line(scores.names[i], 12)} {own[i] - chance[i]:+.2f}"
             put_caption(rows[1, column], said)
@@ -339,6 +390,8 @@ def draw_extremes(model, pairs, scores: ObjectScores, n: int = 6, name: str = "p
 def _check_own(maps, masks, names, valid=None):
     "Raises TypeError or ValueError for what cannot be scored together."
     check_maps(maps)
+    check_tensor(masks, "masks", "(n, S, T)")
+    if valid is not None: check_tensor(valid, "valid", "(n, S, T) of booleans")
     if maps.ndim not in (4, 5) or len(maps) != len(masks) or len(maps) < 2:
         raise ValueError(f"got maps {tuple(maps.shape)} and masks {tuple(masks.shape)}, expected "
                          "(n, H, h, w) or (n, blocks, H, h, w), and (n, S, T); n at least 2")
@@ -371,6 +424,7 @@ def score_maps(maps: Tensor, # (n, H, h, w) or (n, blocks, H, h, w)
     and masks that do not belong together.
     """
     _check_own(maps, masks, names, valid)
+    _check_counts(shifts, batch_size, surrogates=surrogates)
     by_block, parts, before = maps if maps.ndim == 5 else maps[:, None], [], MasksBefore(shifts)
     if softmax is None: softmax = are_weights(maps)
     order = torch.randperm(len(maps), generator=torch.Generator().manual_seed(seed))
@@ -422,6 +476,22 @@ def _box_rows(name, own, chance, above, heads="each"):
     return [dict(score=name, heads=h if heads == "each" else heads, own=a.item(), chance=b.item(),
                  above_chance=asdict(i)) for h, (a, b, i) in enumerate(zip(own, chance, above))]
 
+# %% ../../nbs/48_scoring.ipynb #aac777be
+def _columns_of_boxes(found, by): # {score: (own, chance)}, (H,) each
+    "{column: (1, H)}: how far above chance, and own and chance of each score."
+    columns = {"above_chance": found[by][0] - found[by][1]}
+    for name in dict.fromkeys([by, *found]):
+        columns |= dict(zip((name, f"{name}_chance"), found[name]))
+    return {name: v[None] for name, v in columns.items()}
+
+def _largest_right(maps, truths): # truths: of each picture k sets of boxes
+    "Whether each map's largest box is right by each set, (k, n, H)."
+    right = []
+    for heads, sets in zip(maps, truths):
+        largest = [largest_box(m) for m in heads]
+        right.append([[box_fits(box, boxes) for box in largest] for boxes in sets])
+    return torch.tensor(right, dtype=torch.float64).transpose(0, 1)
+
 # %% ../../nbs/48_scoring.ipynb #41291f2a
 @dataclass(repr=False)
 class BoxScores:
@@ -434,6 +504,7 @@ class BoxScores:
     right_chance: Tensor # (n, shifts, H, 3, T) bool, with other pictures' boxes
     corloc: Tensor # (n, H)
     corloc_chance: Tensor # (n, H), mean over other pictures' boxes
+    block: int = 0 # number of the attention layer; 0 for maps that were there
 
     def __len__(self): return len(self.right)
 
@@ -453,7 +524,18 @@ class BoxScores:
             rows += _box_rows(name, own[0], chance[0], above, heads)
         return rows
 
-    def __repr__(self): return "\n".join([f"{len(self)} pictures", *map(_in_words, self.summary())])
+    def heads(self, by: str = "max_box_acc_v2") -> Heads: # furthest above chance first; or "corloc"
+        "A row for each head: above_chance, both scores, chance levels, images. ValueError: no score."
+        found = {n: [v[0] for v in pair] for n, pair in self._drawn(torch.ones(1, len(self))).items()}
+        _check_score(by, found)
+        columns = _columns_of_boxes(found, by)
+        return Heads([row | dict(images=len(self)) for row in _rows_of_heads(columns, [self.block])],
+                     "above_chance")
+
+    def __repr__(self):
+        at = lambda line: line | dict(heads=f"block {self.block}, head {line['heads']}")
+        lines = (_in_words(at(line)) for line in self.summary())
+        return "\n".join([f"{len(self)} pictures", *lines])
 
 # %% ../../nbs/48_scoring.ipynb #9b1d0b1b
 def score_boxes(maps: Tensor, # (n, H, h, w): attention after the softmax, for published numbers
@@ -471,6 +553,7 @@ def score_boxes(maps: Tensor, # (n, H, h, w): attention after the softmax, for p
     if maps.ndim != 4 or len(maps) < 2:
         raise ValueError(f"got maps {tuple(maps.shape)}, expected (n, H, h, w), n at least 2")
     _check_boxes(boxes, len(maps))
+    check_count(shifts, "shifts")
     thresholds = torch.arange(101)/100 if thresholds is None else torch.as_tensor(thresholds)
     order = torch.randperm(len(maps), generator=torch.Generator().manual_seed(seed)).tolist()
     place = {i: p for p, i in enumerate(order)}
@@ -479,7 +562,7 @@ def score_boxes(maps: Tensor, # (n, H, h, w): attention after the softmax, for p
     deltas = torch.tensor(DELTAS).double()[:, None]
     right = torch.stack([torch.stack([overlaps_with(m, t, thresholds)[:, None] >= deltas
                                       for m in heads], 1) for heads, t in zip(maps, truths)])
-    largest = torch.stack([corloc(maps, [t[k] for t in truths]) for k in around])
+    largest = _largest_right(maps, truths)
     return BoxScores(right[:, 0], right[:, 1:], largest[0], largest[1:].mean(0))
 
 # %% ../../nbs/48_scoring.ipynb #b4d4573a
@@ -491,6 +574,16 @@ def _keeping(batches, kept): # the pictures of batches; what else is in them is 
     for x, boxes in batches:
         kept += boxes
         yield x
+
+def _of_one(found): # {block: maps} of each batch
+    "The block's number, and all maps. Raises ValueError for several blocks."
+    maps = []
+    for batch in found:
+        if len(batch) > 1:
+            raise ValueError(f"block: got {len(batch)} attention layers, expected one")
+        [(block, m)] = batch.items()
+        maps.append(m.float().cpu())
+    return block, torch.cat(maps)
 
 # %% ../../nbs/48_scoring.ipynb #cfcd06be
 def score_box_pairs(model, # any model that AttentionTap reads
@@ -506,10 +599,12 @@ def score_box_pairs(model, # any model that AttentionTap reads
     The maps are attention after the softmax. ValueError: below two pictures, or boxes that are not
     in shares.
     """
-    check_given(model, pairs, "pairs", "items (x, boxes), as box_pairs(FOLDER, size) makes them")
+    check_pairs(model, pairs, "(x, boxes)", "box_pairs")
+    _check_counts(shifts, batch_size, workers)
     if len(pairs) < 2: raise ValueError(f"pairs: got {len(pairs)} with boxes, expected 2 or more: "
                                         "chance needs the boxes of others")
     batches = DataLoader(pairs, batch_size, num_workers=workers, collate_fn=_with_boxes)
     found = head_maps(model, _keeping(batches, boxes := []), block, query, True, device)
-    maps = torch.cat([next(iter(m.values())).float().cpu() for m in progress(found)])
-    return score_boxes(maps, boxes, shifts=shifts, seed=seed, thresholds=thresholds)
+    number, maps = _of_one(progress(found))
+    scores = score_boxes(maps, boxes, shifts=shifts, seed=seed, thresholds=thresholds)
+    return replace(scores, block=number)

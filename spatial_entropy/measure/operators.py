@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from .entropy import FLOOR, clear_entropy
 from .regions import (
-    LONG, check_connectivity, check_maps, check_real, clear_labels, from_first, keep_mass)
+    LONG, check_connectivity, check_maps, check_number, check_real, clear_labels, from_first, keep_mass)
 
 # %% ../../nbs/24_operators.ipynb #9a8a3da1
 def _say_clear(device, why):
@@ -198,8 +198,7 @@ def _check_options(connectivity, times_mean, mass, floor):
     check_connectivity(connectivity)
     for name, value, known in (("times_mean", times_mean, "1 is the paper's"),
                                ("floor", floor, f"{FLOOR} is the default")):
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"{name}: got {value}, expected a number of at least 0; {known}")
+        check_number(value, name, known)
     if mass is not None and times_mean != 1:
         raise ValueError(f"got times_mean={times_mean} and mass={mass}; choose one threshold")
 
