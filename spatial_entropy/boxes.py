@@ -13,7 +13,8 @@ from xml.etree import ElementTree
 import torch
 from timm.data import create_transform
 from torch.utils.data import Dataset
-from .data import is_hidden, is_picture, open_picture
+from .data import (
+    check_side, is_hidden, is_picture, open_picture, pairs_in_words, picture_size)
 
 # %% ../nbs/09_boxes.ipynb #89b318c9
 @dataclass
@@ -21,6 +22,16 @@ class Annotation:
     "Boxes of one picture: x0, y0, x1, y1 in pixels, x1 and y1 beyond the last; `size` or None."
     boxes: list = field(default_factory=list)
     size: tuple | None = None # (width, height) that the pixels are of
+    where: list = field(default_factory=list, compare=False, repr=False) # each box's line or file
+
+    def add(self, corners, where): # four texts or numbers
+        "One more box. Raises ValueError for what is none, and names where it stands."
+        x0, y0, x1, y1 = box = _numbers(corners, where)
+        if not (x0 < x1 and y0 < y1):
+            raise ValueError(f"{where}: got the box {', '.join(map(str, corners))}, "
+                             "expected x0 < x1 and y0 < y1")
+        self.boxes.append(box)
+        self.where.append(where)
 
 def _numbers(texts, where):
     "Finite numbers of texts; `where` is named if one is none."
@@ -65,7 +76,7 @@ def _of_table(path):
         size = tuple(_numbers(size, where)) if len(size) == 2 else None
         own = found.setdefault(line[name], Annotation(size=size))
         if own.size != size: raise ValueError(f"{where}: {line[name]} has another size above")
-        own.boxes.append(_numbers([line[k] for k in corners], where))
+        own.add([line[k] for k in corners], where)
     return found
 
 # %% ../nbs/09_boxes.ipynb #7d1baf8f
@@ -81,7 +92,7 @@ def _of_xml(path):
     for box in root.findall("object/bndbox"):
         corners = [box.findtext(k) for k in ("xmin", "ymin", "xmax", "ymax")]
         x0, y0, x1, y1 = _numbers(corners, path)
-        found.boxes.append([x0 - 1, y0 - 1, x1, y1])
+        found.add([x0 - 1, y0 - 1, x1, y1], path)
     return found
 
 # %% ../nbs/09_boxes.ipynb #2bd34f1d
@@ -102,6 +113,7 @@ def as_shares_of(annotation: Annotation, size, # (width, height) of the picture 
     kept = boxes.clamp(min=torch.zeros(4), max=whole)
     bad = ((kept - boxes).abs() > 2).any(1) | (kept[:, 2:] <= kept[:, :2]).any(1)
     if not bad.any(): return (kept/whole).float()
+    if annotation.where: name = f"{annotation.where[int(bad.int().argmax())]}: {name}"
     raise ValueError(f"{name}: got the box {boxes[bad][0].tolist()}, expected x0 < x1 and y0 < y1 "
                      f"within {whole[0]:g}×{whole[1]:g} pixels")
 
@@ -127,12 +139,15 @@ class BoxPairs(Dataset):
 
     `names` of the pictures; `notes`: sentences on what was left out.
     """
-    def __init__(self, images, annotations, size, mean, std, notes=()):
+    def __init__(self, images, annotations, size, mean, std, notes=(), home="memory"):
         self.images, self.annotations = list(images), list(annotations)
+        self.size, self.home = size, home
         self.names, self.notes = [p.name for p in self.images], tuple(notes)
         self.transform = create_transform(size, mean=mean, std=std, crop_pct=1., crop_mode="squash")
 
     def __len__(self): return len(self.images)
+
+    def __repr__(self): return pairs_in_words(self)
 
     def __getitem__(self, i):
         image = open_picture(self.images[i])
@@ -163,6 +178,7 @@ def box_pairs(folder, # with images/ and boxes.csv or annotations/; or as VOC ha
 
     Raises FileNotFoundError, OSError or ValueError naming what is missing or wrong.
     """
+    check_side(img_size)
     home = Path(folder)
     pictures = _there(home, "images", "JPEGImages")
     source = _there(home, "boxes.csv", "annotations", "Annotations")
@@ -173,6 +189,12 @@ def box_pairs(folder, # with images/ and boxes.csv or annotations/; or as VOC ha
     return _box_pairs(pairs, lonely, len(images), pictures, source, img_size, mean, std)
 
 # %% ../nbs/09_boxes.ipynb #27be4b16
+def _check_within(image, annotation):
+    "Raises ValueError for a box beyond its picture, by the head of the picture's file."
+    try: return as_shares_of(annotation, picture_size(image), str(image))
+    except ValueError: size = open_picture(image).size         # a note may follow the pixels
+    as_shares_of(annotation, size, str(image))
+
 def _box_pairs(pairs, lonely, there, pictures, source, *look):
     "The set of what matches; ValueError where boxes have no picture, or no picture has boxes."
     if lonely:
@@ -180,6 +202,7 @@ def _box_pairs(pairs, lonely, there, pictures, source, *look):
                          f"first {lonely[0]}; add the picture or remove its boxes")
     pairs = [(image, found) for image, found in pairs if found.boxes]
     if not pairs: raise ValueError(f"{source}: holds no box of a picture in {pictures}")
+    for image, found in pairs: _check_within(image, found)
     left = there - len(pairs)
     said = [f"{pictures}: {left} picture(s) without a box were left out"] if left else []
-    return BoxPairs(*zip(*pairs), *look, said)
+    return BoxPairs(*zip(*pairs), *look, said, pictures.parent)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'COLORS', 'drawn_sets', 'Shapes', 'shapes', 'Thing', 'ColoredShapes', 'colored_shapes', 'is_hidden',
-           'is_picture', 'open_picture', 'MaskPairs', 'open_mask', 'pictures_in', 'mask_pairs']
+           'is_picture', 'open_picture', 'picture_size', 'pairs_in_words', 'MaskPairs', 'open_mask', 'pictures_in',
+           'check_side', 'mask_pairs']
 
 # %% ../nbs/03_data.ipynb #7b542bc2
 import os, posixpath, stat
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
+from numbers import Integral
 from pathlib import Path
 import numpy as np
 import torch
@@ -375,6 +377,15 @@ def open_picture(where, # the path of a file, its bytes, or a PIL picture
         image = _decode(where)
         return _rgb(_upright(image, _turn(image)))
 
+# %% ../nbs/03_data.ipynb #40b3b95b
+def picture_size(path) -> tuple: # (width, height), upright
+    "The size of a picture, from the head of its file. Raises OSError as `open_picture` does."
+    with _naming(path):
+        _file_size(path)
+        with Image.open(path) as image:
+            w, h = image.size
+            return (h, w) if _turn(image) > 4 else (w, h)
+
 # %% ../nbs/03_data.ipynb #4a03bb7a
 _void_color = (224, 224, 192)
 
@@ -444,18 +455,26 @@ class _Reading:
         return np.where(void, 2, a > 0).astype(np.uint8)
 
 # %% ../nbs/03_data.ipynb #e587b823
+def pairs_in_words(pairs) -> str: # pairs: with home, size and notes
+    "How many pairs, where from, how large, and what was left out."
+    left = [str(n).removeprefix(str(pairs.home)).partition(": ")[2] for n in pairs.notes]
+    return "; ".join([f"{len(pairs)} pairs from {pairs.home}, {pairs.size}×{pairs.size} pixels", *left])
+
 class MaskPairs(Dataset):
     """Items (x, mask): (3, S, S) normalised, and (S, S) bool. `notes`: what was left out.
 
     Where masks of the set have void pixels, `void` is True and items are (x, mask, valid), with
     valid (S, S) bool, False where a pixel is void.
     """
-    def __init__(self, read, names, size, mean, std, notes=()):
+    def __init__(self, read, names, size, mean, std, notes=(), home="memory"):
         self.read, self.names, self.notes = read, names, tuple(notes)
+        self.size, self.home = size, home
         self.void = getattr(read, "void", False)
         self.transform = create_transform(size, mean=mean, std=std, crop_pct=1., crop_mode="squash")
 
     def __len__(self): return len(self.names)
+
+    def __repr__(self): return pairs_in_words(self)
 
     def __getitem__(self, i):
         image, *mask = self.read(i)
@@ -579,11 +598,16 @@ def pictures_in(folder) -> list: # paths relative to the folder, with "/", in or
 # %% ../nbs/03_data.ipynb #77515a6a
 drawn_sets = {"shapes": "several", "shapes/one": "one"} # {name of a set: its scene}
 
+def check_side(img_size):
+    "Raise ValueError for what is no number of pixels a side."
+    if isinstance(img_size, Integral) and not isinstance(img_size, bool) and img_size > 0: return
+    raise ValueError(f"img_size: got {img_size!r}, expected a whole number of pixels from 1 on")
+
 def _drawn_pairs(name, img_size, mean, std):
     "Pairs of a built-in validation set."
     d = shapes(1000, "val", img_size, scene=drawn_sets[name])
     read = lambda i: (d[i][0], torch.tensor(_drawn(i, *d._look)[1]))
-    return MaskPairs(read, range(len(d)), img_size, mean, std)
+    return MaskPairs(read, range(len(d)), img_size, mean, std, home=name)
 
 def mask_pairs(folder: str, # with images/ and masks/; "shapes" or "shapes/one", validation
                img_size: int = 64, # pixels a side
@@ -595,8 +619,10 @@ def mask_pairs(folder: str, # with images/ and masks/; "shapes" or "shapes/one",
 
     Raises FileNotFoundError, OSError or ValueError naming what is missing or wrong.
     """
+    check_side(img_size)
     if folder in drawn_sets: return _drawn_pairs(folder, img_size, mean, std)
     pairs, said = _paired(folder)
     files = _Files(pairs, img_size)
     _refuse_empty(Path(folder)/"masks", files)
-    return MaskPairs(files, [image.stem for image, _ in pairs], img_size, mean, std, said)
+    return MaskPairs(files, [image.stem for image, _ in pairs], img_size, mean, std, said,
+                     folder)

@@ -75,12 +75,19 @@ def put_caption(ax, text):
     _text(ax, .5, -.04, text, va="top", fontsize=7)
 
 # %% ../nbs/00_pictures.ipynb #e1468aed
+def _texts(texts, shape, name): # shape: of the panels, or their number
+    "Texts as an array. Raises ValueError where there is not one for each panel."
+    a = np.asarray(texts, dtype=object)
+    if a.size == np.prod(shape): return a.reshape(shape)
+    raise ValueError(f"{name}: got {a.size}, expected {np.prod(shape)}, one for each")
+
 def _label_panels(axes, titles, captions):
-    "A heading above each column, and a text below each panel."
+    "A heading above each column, and a text below each panel. Raises ValueError for another number."
     if captions is not None:
-        texts = np.asarray(captions).reshape(axes.shape)
+        texts = _texts(captions, axes.shape, "captions")
         for i, ax in np.ndenumerate(axes): put_caption(ax, texts[i])
-    for ax, title in zip(axes[0], titles or []): _text(ax, .5, 1.04, title, fontsize=8)
+    titles = [] if titles is None else _texts(list(titles), axes.shape[1], "titles")
+    for ax, title in zip(axes[0], titles): _text(ax, .5, 1.04, title, fontsize=8)
 
 # %% ../nbs/00_pictures.ipynb #f550d2a1
 def _limits(m, scale):
@@ -176,8 +183,10 @@ def show_heads(images, # (B, 3, S, S), float in 0–1 or uint8
         raise ValueError(f"got {len(images)} images, maps {m.shape} and labels {r.shape}; "
                          "their B, H, h, w must agree")
     fig, axes = panels(len(m), 1 + 2*m.shape[1], 1.1)
+    captions = _texts(captions, m.shape[:2], "captions")
+    if names is not None: names = _texts(list(names), len(m), "names")
     for b, row in enumerate(axes):
-        _draw_heads(row, images[b], m[b], r[b], np.asarray(captions)[b])
+        _draw_heads(row, images[b], m[b], r[b], captions[b])
         if names is not None: put_caption(row[0], names[b])
     for h in range(m.shape[1]): axes[0, 1 + 2*h].set_title(f"head {h}", fontsize=8)
     return fig

@@ -53,6 +53,7 @@ def test_a_picture_that_was_shipped_smaller_keeps_its_boxes(home):
     ("", "got the columns none"),
     ("file,x,y,w,h\na.png,1,2,3,4\n", "got the columns file, x, y, w, h"),
     ("file,x0,y0,x1,y1\na.png,1,2,three,4\n", "line 2: got 1, 2, three, 4, expected numbers"),
+    ("file,x0,y0,x1,y1\na.png,1,1,9,9\na.png,5,5,5,9\n", "line 3: got the box 5, 5, 5, 9, expected x0 < x1 and y0 < y1"),
     ("file,x0,y0,x1,y1\na.png,1,2,nan,4\n", "line 2: got 1, 2, nan, 4, expected numbers"),
     ("file,x0,y0,x1,y1\na.png,1,2\n", "line 2: got 1, 2, None, None, expected numbers"),
     ("file,x0,y0,x1,y1\n", "holds no box"),
@@ -68,13 +69,12 @@ def test_what_is_wrong_in_a_table(home, text, said):
 
 
 @pytest.mark.parametrize("corners, size, said", [
-    ((5, 5, 5, 9), "", "the box [5.0, 5.0, 5.0, 9.0]"), ((5, 5, 80, 9), "", "within 60×40 pixels"), ((-9, 5, 8, 9), "", "within 60×40"),
+    ((5, 5, 80, 9), "", "line 2: "), ((5, 5, 80, 9), "", "within 60×40 pixels"), ((-9, 5, 8, 9), "", "within 60×40"),
     ((1, 1, 9, 9), ",40,60", "was it turned or cropped"), ((1, 1, 9, 9), ",0,40", "0×40")])
 def test_a_box_that_does_not_fit_its_picture_names_the_picture(home, corners, size, said):
     head = "file,x0,y0,x1,y1" + (",width,height" if size else "")
-    pairs = box_pairs(table(home, f"{head}\na.png,{','.join(map(str, corners))}{size}\n"))
     with pytest.raises(ValueError) as error:
-        pairs[0]
+        box_pairs(table(home, f"{head}\na.png,{','.join(map(str, corners))}{size}\n"))
     assert said in str(error.value) and "a.png" in str(error.value)
 
 
@@ -88,6 +88,7 @@ def test_a_turned_picture_is_read_as_it_is_shown(home):
 
 @pytest.mark.parametrize("text, said", [
     ("<annotation>", "not readable as XML"), ("", "not readable as XML"),
+    (VOC.format(9, 1, 2, 3, name="a", w=60, h=40), "got the box 8.0, 0.0, 2.0, 3.0, expected x0 < x1"),
     (VOC.format("a", 1, 2, 3, name="a", w=60, h=40), "got a, 1, 2, 3"),
     (VOC.replace("<xmax>{2}</xmax>", "").format(1, 2, 3, 4, name="a", w=60, h=40), "got 1, 2, None, 4")])
 def test_what_is_wrong_in_xml(home, text, said):
@@ -143,7 +144,9 @@ def test_shares_are_exact_and_edges_are_cut():
 
 def test_a_model_scored_from_files(home):
     pairs = box_pairs(table(home, "file,x0,y0,x1,y1\na.png,6,4,30,20\nb,6,4,30,20\nb,1,1,9,9\nc d é.png,9,9,50,30\n"), 112)
+    assert repr(pairs) == f"3 pairs from {home}, 112×112 pixels"
     found = score_box_pairs(demo_model(), pairs, batch_size=2)
+    assert "corloc          block 3, head 2 " in repr(found) and found.heads().blocks == [3]
     assert len(found) == 3 and found.corloc.shape == (3, 3)
     assert {row["score"] for row in found.summary("best")} == {"max_box_acc_v2", "corloc"}
     with pytest.raises(ValueError, match="heads: got 'mean'"):
