@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'COLORS', 'drawn_sets', 'Shapes', 'shapes', 'Thing', 'ColoredShapes', 'colored_shapes', 'is_hidden',
-           'is_picture', 'open_picture', 'picture_size', 'pairs_in_words', 'MaskPairs', 'open_mask', 'pictures_in',
+           'is_picture', 'open_picture', 'picture_size', 'pairs_in_words', 'MaskPairs', 'open_labels', 'pictures_in',
            'check_side', 'mask_pairs']
 
 # %% ../nbs/03_data.ipynb #7b542bc2
@@ -458,7 +458,8 @@ class _Reading:
 def pairs_in_words(pairs) -> str: # pairs: with home, size and notes
     "How many pairs, where from, how large, and what was left out."
     left = [str(n).removeprefix(str(pairs.home)).partition(": ")[2] for n in pairs.notes]
-    return "; ".join([f"{len(pairs)} pairs from {pairs.home}, {pairs.size}×{pairs.size} pixels", *left])
+    said = f"{len(pairs)} pairs from {pairs.home}, {pairs.size}×{pairs.size} pixels"
+    return "; ".join([said, *left])
 
 class MaskPairs(Dataset):
     """Items (x, mask): (3, S, S) normalised, and (S, S) bool. `notes`: what was left out.
@@ -530,10 +531,10 @@ class _Files:
             return _both(*self.pairs[i], self)
 
 # %% ../nbs/03_data.ipynb #0139a83c
-def open_mask(path) -> torch.Tensor: # (S, W) bool, upright
-    "One mask of any kind, void as background. Raises OSError that names the file."
+def open_labels(path) -> torch.Tensor: # (S, W) uint8, upright: 0 background, 1 object, 2 void
+    "One mask of any kind. Raises OSError that names the file."
     mask, turn = _Files([(path, path)], None).mask(path)
-    return torch.tensor(np.asarray(_upright(mask, turn)) == 1)
+    return torch.tensor(np.asarray(_upright(mask, turn)))
 
 # %% ../nbs/03_data.ipynb #c4763684
 def _by_stem(folder):

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 # %% ../nbs/61_exploring.ipynb #b131ffa3
 from .analysis.chance import surrogate_maps
+from .analysis.evaluation import WrongSize, input_side
 from .analysis.heads import head_maps
 from .analysis.objects import energy_pointing, grid_jaccard, pixel_auc
 from .data import (
@@ -123,16 +124,6 @@ def as_state(given: dict) -> State: # names and values, as JSON holds them
     return state
 
 # %% ../nbs/61_exploring.ipynb #1a75005c
-def _side_of(model):
-    "Pixels a side that a model was made for; 224 where it does not say."
-    config = getattr(model, "config", None)
-    config = getattr(config, "vision_config", config)
-    known = [getattr(getattr(model, "patch_embed", None), "img_size", None),
-             (getattr(model, "pretrained_cfg", None) or {}).get("input_size"),
-             getattr(config, "image_size", None)]
-    first = next((k for k in known if k), 224)
-    return int(first if _is_whole(first) else first[-1])
-
 def _norm_of(model): # mean and std
     cfg = getattr(model, "pretrained_cfg", None) or {}
     return tuple(cfg.get("mean", (.5,)*3)), tuple(cfg.get("std", (.5,)*3))
@@ -157,6 +148,9 @@ class Subject:
         "The maps of one forward pass. Raises what `AttentionTap` raises, and ValueError."
         x = self.transform(image)[None]
         try: found, = head_maps(self.model, [x], block, query)
+        except WrongSize as e:
+            raise ValueError(f"{self.name}: shown {self.size}×{self.size} pixels, wants {e.side}×"
+                             f"{e.side}; img_size={e.side} mends that") from None
         except (RuntimeError, AssertionError) as e:
             raise ValueError(f"{self.name}: {one_line(e, 200)} (shown {self.size}×{self.size} "
                              "pixels; img_size changes that)") from None
@@ -167,7 +161,7 @@ def _named_model(name):
     "(model, side, norm, source) of a run's folder, the demo model or a name of timm."
     if name == "demo":
         model = demo_model()
-        return model, _side_of(model), _norm_of(model), "model = se.demo_model()"
+        return model, input_side(model) or 224, _norm_of(model), "model = se.demo_model()"
     if Path(name).exists():
         model, config, facts = load_run(name, needed=("mean", "std"))
         norm = tuple(facts["mean"]), tuple(facts["std"])
@@ -176,7 +170,7 @@ def _named_model(name):
     try: model = timm.create_model(name, pretrained=True).eval()
     except Exception as e: raise ValueError(f"{name}: no weights ({one_line(e, 150)})") from None
     source = f"model = timm.create_model({name!r}, pretrained=True).eval()"
-    return model, _side_of(model), _norm_of(model), source
+    return model, input_side(model) or 224, _norm_of(model), source
 
 # %% ../nbs/61_exploring.ipynb #cdc94544
 def subject_of(model="demo", # a model; a run's folder; a name that timm.create_model takes
@@ -189,7 +183,7 @@ def subject_of(model="demo", # a model; a run's folder; a name that timm.create_
         called = Path(model).name
         model, size, norm, source = _named_model(str(model))
     elif isinstance(model, nn.Module):
-        called, size, norm = type(model).__name__, _side_of(model), _norm_of(model)
+        called, size, norm = type(model).__name__, input_side(model) or 224, _norm_of(model)
         source = "model = ...  # the one that was handed over"
     else: raise TypeError(f"model: got {type(model).__name__}, expected a model, a run's folder or "
                           "a name that timm.create_model takes")
@@ -623,13 +617,22 @@ def _export(explorer, message):
     return dict(kind="file", name=f"view.{what}", data=b64encode(data).decode())
 
 # %% ../nbs/61_exploring.ipynb #da3d2452
+def _check_message(message):
+    "Raises TypeError for what is no question."
+    if not isinstance(message, dict):
+        raise TypeError(f"message: got {type(message).__name__}, expected a dictionary with kind")
+    state = message.get("state", {})
+    if isinstance(state, dict): return
+    raise TypeError(f"state: got {type(state).__name__}, expected a dictionary of settings")
+
 _answers = dict(view=_show, picture=_add, export=_export)
 
 def reply(explorer: Explorer, message: dict, # "kind": view, picture or export; "state": settings
          ) -> dict: # can be written as JSON; what is wrong comes as {"kind": "error", "said": …}
     "The answer to a question of a widget or a browser; `n`, its number, comes back with it."
     try:
-        answer = _answers.get(message.get("kind"))
+        _check_message(message)
+        answer = _answers.get(str(message.get("kind")))
         if answer is None:
             raise ValueError(f"kind: got {message.get('kind')!r}, expected {', '.join(_answers)}")
         with explorer.lock: said = answer(explorer, message)

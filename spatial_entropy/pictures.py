@@ -82,7 +82,7 @@ def _texts(texts, shape, name): # shape: of the panels, or their number
     raise ValueError(f"{name}: got {a.size}, expected {np.prod(shape)}, one for each")
 
 def _label_panels(axes, titles, captions):
-    "A heading above each column, and a text below each panel. Raises ValueError for another number."
+    "A heading above each column, a text below each panel. ValueError: another number of them."
     if captions is not None:
         texts = _texts(captions, axes.shape, "captions")
         for i, ax in np.ndenumerate(axes): put_caption(ax, texts[i])

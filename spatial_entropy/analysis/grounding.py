@@ -8,17 +8,16 @@ __all__ = ['WHOLE', 'SCORES', 'as_shares', 'into_frame', 'out_of_frame', 'boxes_
 
 # %% ../../nbs/49_grounding.ipynb #d561e2cf
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import box_iou
-from .masks import pointing
-from .objects import energy_pointing
+from .objects import ON_GRID
 from ..measure.operators import label_regions
-from ..measure.regions import centered, check_maps
+from ..measure.regions import centered, check_count, check_maps
 
 # %% ../../nbs/49_grounding.ipynb #ceccecd1
 _FORMS = {"xywh": "x, y, width, height", "xyxy": "x0, y0, x1, y1"}
@@ -96,10 +95,17 @@ class Truth:
     boxes: Tensor | None = None # (T, 4) shares of the picture
     mask: Tensor | None = None # (S, W) bool
     frame: tuple = WHOLE # what the grid covers
+    valid: Tensor | None = None # (S, W) bool, False where a pixel of the mask is void
 
     @property
     def inside(self): # (T', 4) shares of the grid
         return into_frame(self.boxes, self.frame)
+
+    def parts(self, grid):
+        "(h, w) float64 each: the share of each cell that is object, and background; void is none."
+        on = self.on_grid(grid)
+        void = 0 if self.valid is None else mask_on_grid(~self.valid, grid, self.frame)
+        return on, 1 - on - void
 
     def on_grid(self, grid):
         "(h, w) float64: the share of each cell that is object."
@@ -149,31 +155,32 @@ def box_around(region: Tensor # (..., h, w) bool
 # %% ../../nbs/49_grounding.ipynb #15f19ed5
 SCORES = "pointing", "energy_pointing", "iou"
 
-def _iou(maps, truth, on, level): # (H, h, w); on: (h, w)
+def _iou(maps, truth, on, off, level): # (H, h, w); on, off: (h, w)
     region = main_region(maps, level).cpu()
     if truth.mask is None:
         boxes = box_around(region).nan_to_num(0)
         return box_iou(boxes, truth.inside).amax(1)
     r = region.double()
     both = (r*on).sum((-2, -1))
-    return both/(r.sum((-2, -1)) + on.sum() - both)
+    return both/((r*(on + off)).sum((-2, -1)) + on.sum() - both)
 
 def score_grounding(maps: Tensor, # (H, h, w)
                     truth: Truth, level: float = 0., # as of `main_region`
                    ) -> dict: # {score: (H,) float64}
-    "Scores of maps; NaN where nothing of the object is in the frame, and for maps with NaN cells."
-    on = truth.on_grid(maps.shape[-2:])
+    "Scores without void; NaN where no object is in the frame, and for maps with NaN cells."
+    on, off = truth.parts(maps.shape[-2:])
     broken = ~maps.isfinite().all(-1).all(-1).cpu()
     if not on.any(): return dict.fromkeys(SCORES, broken.double()*0 + torch.nan)
-    pair = maps[None].cpu(), on[None]
-    scores = dict(pointing=pointing(*pair)[0], energy_pointing=energy_pointing(*pair)[0],
-                  iou=_iou(maps, truth, on, level))
+    cells = [t.double().cpu().flatten(-2)[None] for t in (maps, on[None], off[None])]
+    scores = {name: ON_GRID[name](*cells)[0] for name in SCORES[:2]}
+    scores["iou"] = _iou(maps, truth, on, off, level)
     return {name: v.double().masked_fill(broken, torch.nan) for name, v in scores.items()}
 
 # %% ../../nbs/49_grounding.ipynb #2dca18d7
 class Judge:
     "Scores maps with their own truth and with those of the samples before."
     def __init__(self, shifts: int = 4): # how many truths are kept
+        check_count(shifts, "shifts", 0)
         self.shifts, self.before = shifts, []
 
     def __call__(self, maps, truth, level=0.): # (H, h, w)
@@ -181,7 +188,7 @@ class Judge:
         if truth is None: return {}
         scores, n = score_grounding(maps, truth, level), len(maps)
         frame = truth.frame
-        others = [Truth(t.boxes, t.mask, frame) for t in self.before]
+        others = [replace(t, frame=frame) for t in self.before]
         found = [score_grounding(maps, t, level) for t in others]
         self.before = [truth, *self.before][:self.shifts]
         unknown = torch.full((1, n), torch.nan, dtype=torch.float64)

@@ -361,9 +361,9 @@ def _masks_of(batch, masks, n): # n pictures
 # %% ../../nbs/43_heads.ipynb #2b08e69e
 def _check_by(by, attention, masks, surrogates=0):
     "Raises ValueError for a column that is not measured."
+    check_count(surrogates, "surrogates", 0)
     known = ["entropy", "regions", "empty"]
-    if surrogates: known.append("below_chance")
-    if attention: known.append("attention")
+    known += ["below_chance"]*bool(surrogates) + ["attention"]*bool(attention)
     if masks is not None: known += ["jaccard", "pointing"]
     if by not in known: raise ValueError(f"by: got {by!r}, expected one of {', '.join(known)}")
 
@@ -404,10 +404,8 @@ def rank_heads(model: nn.Module, # any model that AttentionTap reads
     heads come last. Pictures without an object leave the scores of masks. Void pixels, where
     batches are (pictures, masks, valid), leave pointing, and are background to the Jaccard index,
     as published. In windowed layers attention counts 1 for each window. Surrogates are drawn on the
-    CPU. Raises ValueError when no picture came or `by` was not measured, and what `AttentionTap`
-    raises.
+    CPU. ValueError: no picture came, `by` was not measured; and what `AttentionTap` raises.
     """
-    check_count(surrogates, "surrogates", 0)
     _check_by(by, attention, masks, surrogates)
     kinds = [False, True] if attention else [False]
     with closing(_stream(model, loader, block, query, device, kinds)) as batches:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from .heads import Heads, Means
 from ..measure.operators import spatial_entropy
-from ..measure.regions import centered, check_maps, as_float, as_float64
+from ..measure.regions import (
+    centered, check_maps, check_number, as_float, as_float64)
 
 # %% ../../nbs/44_localization.ipynb #b91b9cce
 def _check_weights(maps):
@@ -54,8 +55,7 @@ def localization_entropy(maps: Tensor, # (..., h, w) attention after the softmax
     """
     _check_weights(maps)
     _check_variant(variant)
-    if not threshold >= 0:
-        raise ValueError(f"threshold: got {threshold}, expected at least 0; 0.001 is usual")
+    check_number(threshold, "threshold", "0.001 is usual")
     a = centered(maps).relu()
     counted = torch.where(a > threshold, a, a*0)
     E, mass, total = spatial_entropy(counted, times_mean=0), counted.sum((-2, -1)), a.sum((-2, -1))

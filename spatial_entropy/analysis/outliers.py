@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from ..measure.operators import spatial_entropy
-from ..measure.regions import check_maps, as_float, as_float64
+from ..measure.regions import check_maps, as_float, as_float64, is_number
 
 # %% ../../nbs/45_outliers.ipynb #c1a97334
 def _above_median(d, # (..., N) sorted or not
@@ -91,9 +91,11 @@ def _found_in(maps, rule, recur, softmax, of): # rule: k and most
 # %% ../../nbs/45_outliers.ipynb #104adee4
 def _check_rule(k, recur, most):
     "Raises ValueError for numbers out of their range."
-    if not k > 0: raise ValueError(f"k: got {k}, expected a number above 0")
-    if not 0 < most < .5: raise ValueError(f"most: got {most}, expected a share between 0 and 0.5")
-    if not 0 < recur <= 1: raise ValueError(f"recur: got {recur}, expected a share in (0, 1]")
+    if not (is_number(k) and k > 0): raise ValueError(f"k: got {k!r}, expected a number above 0")
+    if not (is_number(most) and 0 < most < .5):
+        raise ValueError(f"most: got {most!r}, expected a share between 0 and 0.5")
+    if not (is_number(recur) and 0 < recur <= 1):
+        raise ValueError(f"recur: got {recur!r}, expected a share in (0, 1]")
 
 def _check_of(of, heads): # the maps whose entropy is of interest, and those that are judged
     "Raises ValueError where they do not belong to the same images and cells."

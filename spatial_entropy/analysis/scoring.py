@@ -169,7 +169,7 @@ class _Viewed:
         return _per_picture(self.own[name], self.chance[name], name, heads)
 
     def by_head(self, name: str = "pixel_auc") -> Tensor: # (blocks, heads)
-        "Mean of own less chance, for each head; for E, negative is good. ValueError: no such score."
+        "Mean of own less chance, for each head; for E, negative is good. ValueError: no score."
         _check_score(name, self.own, "name")
         return (self.own[name] - self.chance[name].nanmean(1)).nanmean(0)
 
@@ -492,9 +492,26 @@ def _largest_right(maps, truths): # truths: of each picture k sets of boxes
         right.append([[box_fits(box, boxes) for box in largest] for boxes in sets])
     return torch.tensor(right, dtype=torch.float64).transpose(0, 1)
 
+# %% ../../nbs/48_scoring.ipynb #3a32080b
+class _BoxHeads:
+    "A table and a text of the heads, of what is drawn by weights (1, n)."
+    def heads(self, by: str = "max_box_acc_v2", # or "corloc"
+             ) -> Heads: # furthest above chance first
+        "A row for each head: above_chance, both scores, chance levels, images. ValueError: by."
+        drawn = self._drawn(torch.ones(1, len(self)))
+        found = {name: [v[0] for v in pair] for name, pair in drawn.items()}
+        _check_score(by, found)
+        rows = _rows_of_heads(_columns_of_boxes(found, by), [self.block])
+        return Heads([row | dict(images=len(self)) for row in rows], "above_chance")
+
+    def __repr__(self):
+        at = lambda line: line | dict(heads=f"block {self.block}, head {line['heads']}")
+        lines = (_in_words(at(line)) for line in self.summary())
+        return "\n".join([f"{len(self)} pictures", *lines])
+
 # %% ../../nbs/48_scoring.ipynb #41291f2a
 @dataclass(repr=False)
-class BoxScores:
+class BoxScores(_BoxHeads):
     """What `score_boxes` found, for each head.
 
     `right` and `right_chance`: whether the best overlap is at least δ, at each threshold.
@@ -523,19 +540,6 @@ class BoxScores:
             above = _intervals((own - chance)[0], a - b, len(self))
             rows += _box_rows(name, own[0], chance[0], above, heads)
         return rows
-
-    def heads(self, by: str = "max_box_acc_v2") -> Heads: # furthest above chance first; or "corloc"
-        "A row for each head: above_chance, both scores, chance levels, images. ValueError: no score."
-        found = {n: [v[0] for v in pair] for n, pair in self._drawn(torch.ones(1, len(self))).items()}
-        _check_score(by, found)
-        columns = _columns_of_boxes(found, by)
-        return Heads([row | dict(images=len(self)) for row in _rows_of_heads(columns, [self.block])],
-                     "above_chance")
-
-    def __repr__(self):
-        at = lambda line: line | dict(heads=f"block {self.block}, head {line['heads']}")
-        lines = (_in_words(at(line)) for line in self.summary())
-        return "\n".join([f"{len(self)} pictures", *lines])
 
 # %% ../../nbs/48_scoring.ipynb #9b1d0b1b
 def score_boxes(maps: Tensor, # (n, H, h, w): attention after the softmax, for published numbers

@@ -819,6 +819,7 @@ class _Open:
         self.single = isinstance(block, int) and not isinstance(block, bool)
         self.blocks = _chosen(block, len(self.found.layers))
         self.keep, self.checks, self._root, self._passes = 1, None, model, _Passes()
+        self.closed = False
         self.first = "run the model on a batch inside `with AttentionTap(model) as tap:` first"
         self._sites = [_Site(self, i) for i in self.blocks]
         self._hooks = _hooked(self)
@@ -829,6 +830,7 @@ class _Open:
 
     def close(self):
         "Give the model its own classes back; the last maps stay readable."
+        self.closed = True
         for site in self._sites: _release(site)
         for hook in self._hooks: hook.remove()
 
@@ -913,7 +915,7 @@ class AttentionTap(_Readable):
         """Is the map the row, are its cells the places, is its query what the output reads?
 
         Some passes in evaluation mode. Gives a `Report`, and warns of what is wrong. Raises
-        RuntimeError when no layer was recorded.
+        RuntimeError when no layer was recorded, and when the tap is closed.
         """
         return _checked(self, args, kwargs)
 
@@ -1197,6 +1199,7 @@ def _probe(report, tap, args, kwargs):
 # %% ../../nbs/12_tap.ipynb #12ee0003
 def _checked(tap, args, kwargs):
     "The `Report` of a tap; says its warnings to who called `check`."
+    if tap.closed: raise RuntimeError("the tap is closed; call check inside the with block")
     training, report = [m for m in tap.found.model.modules() if m.training], Report()
     tap.found.model.eval()
     try:

@@ -8,11 +8,14 @@ __all__ = ['query_of', 'heads_of', 'Look', 'look']
 # %% ../../nbs/79_looking.ipynb #48181ad8
 import re
 from dataclasses import dataclass
+from os import PathLike
+from PIL import Image
 from ..analysis.grounding import Truth, as_shares
 from ..analysis.heads import Heads
+from ..data import open_picture
 from .drawing import draw_answer
 from .heads import rank_seen
-from .locating import Located, locate_seen
+from .locating import Located, as_heads, locate_seen
 from .samples import Seen, frame_of, recorded, prompted
 
 # %% ../../nbs/79_looking.ipynb #c31abbe5
@@ -31,9 +34,20 @@ def heads_of(texts): # such as ["14.3", "20.11"]
     raise ValueError(f"heads: got {' '.join(texts)}, expected LAYER.HEAD, such as 14.3")
 
 # %% ../../nbs/79_looking.ipynb #20a5389e
+def _opened(picture): # PIL, or a path
+    "A PIL picture. Raises TypeError for anything else, and OSError for a file that is none."
+    if isinstance(picture, (str, PathLike)): return open_picture(picture)
+    if isinstance(picture, Image.Image): return picture
+    raise TypeError(f"picture: got {type(picture).__name__}, expected a PIL picture, or "
+                    "the path of a file")
+
+def _answer_of(processor, said):
+    return getattr(processor, "tokenizer", processor).decode(said, skip_special_tokens=True).strip()
+
 def _check_heads(heads, maps):
     "Raises ValueError for a head that is not there."
-    wrong = [f"{i}.{h}" for i, h in heads if i not in maps or h >= len(maps[i])]
+    chosen = [] if heads == "sample" else heads
+    wrong = [f"{i}.{h}" for i, h in chosen if i not in maps or h >= len(maps[i])]
     if not wrong: return
     known = ", ".join(f"{i} (of {len(m)} heads)" for i, m in list(maps.items())[:40])
     raise ValueError(f"heads: got {', '.join(wrong)}, expected heads of layers {known}")
@@ -75,7 +89,7 @@ class Look:
 # %% ../../nbs/79_looking.ipynb #b141be50
 def look(model, # a vision-language model that `TextImageTap` reads
          processor, # its own
-         picture, # PIL
+         picture, # PIL, or the path of a file
          prompt: str, # the question
          query="last", # as of `TextImageTap`: "generated", a phrase of the prompt, …
          *, heads="sample", # [(layer, head), …], a ranking, or those that this sample selects
@@ -87,15 +101,15 @@ def look(model, # a vision-language model that `TextImageTap` reads
         ) -> Look:
     """Ask a model about a picture, and see where its heads look.
 
-    Raises ValueError for heads that are not there and a box that does not fit, and what
-    `TextImageTap` raises.
+    Raises ValueError for heads that are not there and a box that does not fit, TypeError or OSError
+    for what is no picture, and as `TextImageTap`.
     """
+    heads, picture = as_heads(heads, best), _opened(picture)
     inputs, frame = prompted(processor, picture, prompt), frame_of(processor, picture.size)
     truth = None if box is None else Truth(as_shares(box, picture.size, form), None, frame)
     [maps], said = recorded(model, inputs, query, layers, processor, view, new_tokens)
-    tokens = getattr(processor, "tokenizer", processor)
-    answer = tokens.decode(said[0], skip_special_tokens=True).strip()
-    if isinstance(heads, list): _check_heads(heads, maps)
+    answer = _answer_of(processor, said[0])
+    _check_heads(heads, maps)
     seen = Seen(maps, truth, prompt, picture, frame)
     [found] = locate_seen([seen], heads, best, smooth, level)
     return Look(found, rank_seen([seen]), prompt, str(query), answer)

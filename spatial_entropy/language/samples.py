@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from ..analysis.grounding import WHOLE, Truth, as_shares, as_truth
 from ..analysis.heads import evaluating
-from ..data import open_mask, open_picture
+from ..data import open_labels, open_picture
 from .tap import TextImageTap
 
 # %% ../../nbs/74_samples.ipynb #12d7aee9
@@ -80,7 +80,9 @@ def frame_of(processor, size): # (width, height) of a picture
 # %% ../../nbs/74_samples.ipynb #37e38962
 def _truth_of(record, size, frame):
     "The truth of a record, or None. Raises as `as_shares`, or OSError for a mask."
-    if record.get("mask") is not None: return Truth(None, open_mask(record["mask"]), frame)
+    if record.get("mask") is not None:
+        labels = open_labels(record["mask"])
+        return Truth(None, labels == 1, frame, labels != 2 if (labels == 2).any() else None)
     if record.get("box") is None: return None
     return Truth(as_shares(record["box"], size, record.get("form", "xywh")), None, frame)
 
