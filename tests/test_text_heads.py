@@ -477,8 +477,10 @@ def test_tables_are_written(tmp_path):
     assert [r["name"] for r in rows] == [f"mug {i}" for i in range(5)] and len(rows[0]["heads"].split()) == 2
     assert len(list(csv.DictReader(open(tmp_path / "heads.csv", encoding="utf-8")))) == 8
     summary = {line["score"]: line for line in table.summary()}
-    assert summary["iou"]["mean"] == pytest.approx(np.mean([float(r["iou"]) for r in rows]))
-    assert summary["iou"]["accuracy"] == np.mean([float(r["iou"]) >= .5 for r in rows]) and summary["iou"]["n"] == 5
+    beside = rows[1:]                                       # the first has no other truth before it
+    assert summary["iou"]["mean"] == pytest.approx(np.mean([float(r["iou"]) for r in beside])) and summary["iou"]["n"] == 4
+    assert summary["iou"]["chance"] == pytest.approx(np.mean([float(r["iou_chance"]) for r in beside]))
+    assert summary["iou"]["accuracy"] == np.mean([float(r["iou"]) >= .5 for r in rows])
     with pytest.raises(ValueError, match="got no sample"): se.located_table([])
 
 
