@@ -133,7 +133,7 @@ class LocatedTable(Table):
     rows: list
 
     def summary(self) -> list: # of dictionaries: score, mean, chance, n, above_chance
-        "Means over samples with truth and chance, accuracy: with truth; no line for fewer than two."
+        "Means over samples with truth and chance (accuracy: truth); no line for fewer than two."
         return [line for name in SCORES if (line := _line_of(self.rows, name))]
 
 def located_table(found, # `Located` of `locate`
