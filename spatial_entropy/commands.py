@@ -534,15 +534,20 @@ def _load_into(model, args):
                          "pass --checkpoint FILE or --no-pretrained") from None
 
 # %% ../nbs/80_commands.ipynb #a023aa00
-def _check_unused(args):
-    "Raise ValueError for an option that a run, or demo, has no use for."
-    if not (Path(args.model).exists() or args.model == "demo"): return
+def _check_unused(args, names):
+    "Raise ValueError for an option that runs, or demo, have no use for."
+    if not all(name == "demo" or Path(name).exists() for name in names): return
     asked = dict(img_size=args.img_size, checkpoint=args.checkpoint,
                  no_pretrained=args.no_pretrained or None)
     for name, value in asked.items():
         if value is not None:
-            raise ValueError(f"{name}: got {value}, but {args.model} has its own size and weights; "
-                             "it goes with a name of timm")
+            raise ValueError(f"{name}: got {value}, but {' and '.join(names)} has a size and "
+                             "weights of its own; it goes with a name of timm")
+
+def _check_models(args, names):
+    "Raise ValueError or OSError for names, or options, that cannot be, before torch is loaded."
+    for name in names: _check_name(name)
+    _check_unused(args, names)
 
 # %% ../nbs/80_commands.ipynb #6b846537
 def _check_name(model):
@@ -555,7 +560,6 @@ def _check_name(model):
 def _model_to_draw(args):
     "Model, image size, mean and std of a run, a timm name or demo."
     from spatial_entropy.training.models import build_model, known_of, load_run
-    _check_unused(args)
     if Path(args.model).exists():
         model, config, facts = load_run(args.model, needed=("mean", "std"))
         return model, config.img_size, tuple(facts["mean"]), tuple(facts["std"])
@@ -603,7 +607,7 @@ def _check_drawing(args):
 # %% ../nbs/80_commands.ipynb #b7cb8b50
 def _prepare_drawing(args):
     "The command `draw`."
-    _check_name(args.model)
+    _check_models(args, [args.model])
     named, args.images = args.images, _spread(args.images)
     _check_drawing(args)
     import torch
@@ -734,12 +738,12 @@ def _serve(server, show):
 # %% ../nbs/80_commands.ipynb #5c1b0e14
 def _prepare_exploring(args):
     "The command `explore`."
+    names = [name for name in (args.model, args.against) if name]
+    _check_models(args, names)
     try: from spatial_entropy.serving import Server
     except ModuleNotFoundError as e:
         raise ImportError(f"explore needs {e.name}, which is not installed; "
                           "pip install 'spatial_entropy[explore]'") from None
-    names = [name for name in (args.model, args.against) if name]
-    for name in names: _check_name(name)
     from spatial_entropy.exploring import Explorer
     explorer = Explorer([_subject(name, args) for name in names], args.images)
     server = Server(explorer, args.host, args.port, "" if args.no_token else None)

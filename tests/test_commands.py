@@ -156,6 +156,8 @@ def test_same_seed_same_weights(trained, photos, tmp_path, monkeypatch, capsys):
     ("draw vit_tiny_patch16_224 lonely/images/a.png -o a.png --checkpoint RUN/model.safetensors", "do not fit: they have no blocks."),
     ("draw RUN empty -o a.png", "empty: no picture in it; expected files such as .png or .jpg"),
     ("draw dmeo lonely/images/a.png -o a.png", "dmeo: no run folder and no model of timm; did you mean demo?"),
+    ("draw RUN lonely/images/a.png -o a.png --img-size 100", "img_size: got 100, but RUN has a size and weights of its own"),
+    ("explore demo --checkpoint no.pth", "checkpoint: got no.pth, but demo has a size and weights of its own"),
     ("draw RUN lonely/images/a.png -o a.png --block 7", "block: got 7, expected a number from -2 to 1"),
 ])
 def test_a_mistake_is_one_sentence_and_writes_nothing(line, said, trained, tmp_path, monkeypatch, capsys):

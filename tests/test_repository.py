@@ -66,6 +66,13 @@ def test_imports_point_down_the_map():
             assert MODULES[target].name < notebook.name, f"{module} imports {target}, which is not below it"
 
 
+def test_imports_at_the_top_of_a_module_are_relative():
+    "nbdev writes them so, but not one over several lines whose last is shorter than its beginning."
+    for module in MODULES:
+        for node in ast.parse(path_of(module).read_text(encoding="utf-8")).body:
+            assert not (isinstance(node, ast.ImportFrom) and not node.level and node.module.startswith("spatial_entropy")), f"{module}: {ast.unparse(node)}"
+
+
 ROOMS = {  # room: the rooms that it may import
     "pictures": set(),
     "data": set(),

@@ -141,7 +141,7 @@ def accuracy(model: nn.Module, loader, device="cpu") -> float: # top-1 in %
 @torch.no_grad()
 def score_masks(model: nn.Module, pairs, # items (x, mask, …), as mask_pairs gives them
                 batch_size=32, mass=.6, device="cpu",
-               ) -> dict: # best head and mean head, 0–1, and the number of pairs
+               ) -> dict: # best head and mean head, 0–1, and how many pairs count
     """Mean Jaccard over pictures: of each picture's best head, and of the average head.
 
     As published: void pixels count as background. `score_objects` leaves them out. Pictures without
@@ -153,8 +153,9 @@ def score_masks(model: nn.Module, pairs, # items (x, mask, …), as mask_pairs g
         for x, mask, *_ in DataLoader(pairs, batch_size):
             with fitting(model, x): model(x.to(device))
             scores.append(mask_jaccard(tap.maps(), mask, mass).cpu()[mask.flatten(1).any(1)])
-    best, mean = torch.cat(scores).amax(1).mean(), torch.cat(scores).mean()
-    return dict(jaccard_best_head=best.item(), jaccard_mean_head=mean.item(), mask_pairs=len(pairs))
+    scores = torch.cat(scores)
+    return dict(jaccard_best_head=scores.amax(1).mean().item(),
+                jaccard_mean_head=scores.mean().item(), mask_pairs=len(scores))
 
 # %% ../../nbs/41_evaluation.ipynb #3a646d37
 def usable_device(name):

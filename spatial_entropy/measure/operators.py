@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from .entropy import FLOOR, clear_entropy
-from spatial_entropy.measure.regions import (
-    LONG, check_connectivity, check_maps, check_number, check_real, clear_labels, from_first,
-    keep_mass)
+from .regions import LONG, clear_labels, from_first, keep_mass
+from .regions import (
+    check_connectivity, check_maps, check_number, check_real)
 
 # %% ../../nbs/24_operators.ipynb #9a8a3da1
 def _say_clear(device, why):

@@ -402,14 +402,19 @@ def _fill_model(c):
     c.model = c.model or "vit_tiny_patch16_224"
 
 # %% ../../nbs/51_config.ipynb #9591456c
+def _run_of(weights):
+    "The run folder that weights are, or lie in, at most three folders down; else None."
+    path = Path(weights).absolute()
+    is_run = lambda p: (p/"config.yaml").is_file() and (p/"facts.json").is_file()
+    return next(filter(is_run, [path, *path.parents[:3]]), None) if path.exists() else None
+
 def skip_of_weights(c):
-    "Whether the weights that a run starts from were trained with the last block's skip."
+    """Whether the weights that a run starts from were trained with the last block's skip.
+
+    Raises OSError or ValueError where they are a run's whose settings cannot be read."""
     if not c.initial_checkpoint: return c.pretrained
-    given = Path(c.initial_checkpoint)
-    path = (given if given.is_dir() else given.parent)/"config.yaml"
-    try: found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError): return True       # not from a run of ours
-    return bool(found.get("keep_skip", True)) if isinstance(found, dict) else True
+    run = _run_of(c.initial_checkpoint)
+    return run is None or read_settings(run).get("keep_skip", False)
 
 # %% ../../nbs/51_config.ipynb #b1637fb2
 def _complete(c):
