@@ -8,13 +8,14 @@ import signal
 import subprocess
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
 FLAGS = ("--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update "
          "--disable-sync --disable-dev-shm-usage --remote-debugging-port=0 --remote-allow-origins=* --hide-scrollbars").split()
 KEYS = {"Tab": 9, "Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, " ": 32}
+LEAVING = ("navigated or closed", "context was destroyed", "Cannot find context", "Cannot find default execution context")
 
 # In `same` the blocks of code each of whose marks stood, in such a place, in a block before.
 OTHER_COLORS = """const seen = new Set(), same = [...document.querySelectorAll('.highlight')].filter(b => {
@@ -40,6 +41,10 @@ def axe():
     "The file of axe-core that an installed package carries, or None."
     found = importlib.util.find_spec("axe_playwright_python")
     return found and Path(found.origin).with_name("axe.min.js")
+
+
+class Leaving(Exception):
+    "The page that was asked is just being left for another."
 
 
 class Page:
@@ -68,6 +73,8 @@ class Page:
         while True:
             answer = json.loads(self.socket.recv())
             if answer.get("id") == self.n:
+                if any(said in answer.get("error", {}).get("message", "") for said in LEAVING):
+                    raise Leaving(answer["error"]["message"])
                 assert "error" not in answer, (method, params, answer["error"])
                 return answer["result"]
             if "method" in answer:
@@ -83,8 +90,9 @@ class Page:
         "Until an expression is true; gives its value."
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            if value := self.js(code):
-                return value
+            with suppress(Leaving):              # the page is just being left: the next one is asked
+                if value := self.js(code):
+                    return value
             time.sleep(.05)
         raise AssertionError(f"still not so after {seconds} s: {code}; {self.errors}")
 

@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
-from browser import axe, browser, why_not
+from browser import Leaving, axe, browser, why_not
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -195,6 +195,15 @@ def test_the_way_of_the_data_can_be_read_and_clicked(site, page):
             assert max(name, said) < wide and min(high, low) > 9, (width, link)     # inside of its box, and not tiny
     page.click(".way a:nth-of-type(6) text")
     page.wait("location.pathname.endsWith('/02_entropy.html') && document.readyState === 'complete'")
+
+
+def test_waiting_outlives_the_page_that_was_asked(site, page):
+    page.open(f"{site}/index.html")
+    leave = "(setTimeout(() => { location.href = '02_entropy.html' }), new Promise(() => null))"    # never answered
+    page.wait(f"location.pathname.endsWith('/02_entropy.html') || {leave}")
+    page.open(f"{site}/index.html")
+    with pytest.raises(Leaving, match="navigated"):
+        page.js(leave)
 
 
 def test_the_film_plays_and_stands_still(site, page):
