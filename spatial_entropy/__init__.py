@@ -68,8 +68,8 @@ def _framework(module):
     try: return import_module(f"{__name__}.{module}")
     except ModuleNotFoundError as e:
         if (e.name or "").split(".")[0] != framework: raise
-        said = (f"{__name__}.{module} needs {framework}, which is not installed; "
-                f"pip install 'spatial_entropy[{extra}]'")
+        get = import_module(f"{__name__}.training.files").to_install(extra)
+        said = f"{__name__}.{module} needs {framework}, which is not installed; {get}"
         raise ImportError(said, name=e.name) from None
 
 # %% ../nbs/89_names.ipynb #33683123

@@ -19,8 +19,8 @@ from inspect import signature
 from pathlib import Path
 from typing import get_type_hints
 from .training.config import (Names, Range, TrainConfig, recipes, configure,
-                                             load_config, plain_type)
-from .training.files import lenient_output, versions, write_whole
+                                             is_drawn, load_config, plain_type)
+from .training.files import lenient_output, to_install, versions, write_whole
 
 # %% ../nbs/80_commands.ipynb #99d4c9e4
 def pair(text):
@@ -137,7 +137,8 @@ def _add_evaluate(p):
     p.add_argument("--weights", **own, choices=("model", "best"),
                    help="those of the last epoch, or of the best (model)")
     p.add_argument("--data", **own,
-                   help="an image folder with the run's classes (the run's own data)")
+                   help="a folder with a subfolder for each of the run's classes, or with parts "
+                   "as in training (the run's own data)")
     p.add_argument("--split", **own, choices=("val", "train", "all"),
                    help="which of its pictures (of --data: all, or the validation part where there "
                         "are parts; of the run's own data: val)")
@@ -283,20 +284,24 @@ def _checked_then_done(prepare, args):
         return 0, prepare(args)
     except (ValueError, TypeError, OSError, ImportError, MemoryError) as e: return 2, _sentence(e)
 
+# %% ../nbs/80_commands.ipynb #6c0e9306
 def outcome(program, # the name that stands before what is said
             prepare, # of args: checks, and returns the work, a function that gives None or a code
             args: argparse.Namespace) -> int: # the exit code
     "Check, then work; what is wrong, an empty text above all, is one sentence on stderr."
+    at_work = False
     try:
         code, found = _checked_then_done(prepare, args)
-        if code == 0: return found() or 0
+        at_work = code == 0
+        if at_work: return found() or 0
         print(f"{program}: {found}", file=sys.stderr)
         return code
     except (FloatingPointError, OSError, MemoryError) as e:
         print(f"{program}: stopped: {_sentence(e)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"{program}: interrupted; what was saved before, if anything, stays", file=sys.stderr)
+        saved = "; what was saved before, if anything, stays" if at_work else ""
+        print(f"{program}: interrupted{saved}", file=sys.stderr)
         return 130
 
 # %% ../nbs/80_commands.ipynb #960ec768
@@ -354,7 +359,7 @@ def _print_scores(scores):
     from rich.table import Table
     from rich.text import Text                                  # a folder may be called [bold]
     title = Text(one_line(_title_of(scores), 200))
-    t = Table("measure", "value", "chance", "above chance", title=title)
+    t = Table("measure", "value", "chance", "value − chance", title=title)
     for key, (label, form) in _measures.items():
         if key == "jaccard_best_head" and "jaccard" in scores: continue    # the same, by chance too
         if key in scores: t.add_row(label, form.format(scores[key]), *_chance_of(scores, key))
@@ -422,7 +427,16 @@ def _prepare_comparison(args):
     if args.jobs < 1: raise ValueError(f"jobs: got {args.jobs}, expected at least 1")
     grid = read_grid(args.grid) if args.grid else default_grid()
     check_runs(grid, args.output)
+    _say_compiling()
     return lambda: _compare(grid, args)
+
+# %% ../nbs/80_commands.ipynb #98f58a47
+def _say_compiling():
+    "In a terminal: that the first update has to wait, where nothing compiled is kept yet."
+    from spatial_entropy.measure.cpu import is_compiled
+    if sys.stderr.isatty() and not is_compiled():
+        print("the loss is compiled for this machine first, once: some seconds, more on a busy one",
+              file=sys.stderr, flush=True)
 
 # %% ../nbs/80_commands.ipynb #a29d6b87
 def _work(job):
@@ -431,8 +445,9 @@ def _work(job):
     say = print if job.main else lambda *a, **k: None
     size = sum(p.numel() for p in job.model.parameters())/1e6
     a, pictures = job.accelerator, len(job.loaders.train.dataset)
-    say(f"run folder: {job.folder}   ({size:.2f} M parameters, {pictures} training pictures, "
-        f"{a.num_processes} × {a.device.type})", flush=True)
+    skip = "kept" if job.config.keep_skip else "dropped"
+    say(f"run folder: {job.folder}   ({size:.2f} M parameters, last skip {skip}, {pictures} "
+        f"training pictures, {a.num_processes} × {a.device.type})", flush=True)
     go_on = f"go on with: spatial-entropy train --resume {job.folder}"
     try: fit(job)
     except Stopped as e:
@@ -449,9 +464,11 @@ def _work(job):
 # %% ../nbs/80_commands.ipynb #6b49129d
 def _check_resume(args):
     "Raise ValueError or FileNotFoundError where there is nothing to go on with."
-    if args.config is not None:
-        raise ValueError("--resume and --config: got both; "
-                         "a run goes on with its own configuration")
+    asked = dict(config=args.config, recipe=args.recipe != _default_of(configure, "recipe"))
+    for name in asked:
+        if asked[name]:
+            raise ValueError(f"--resume and --{name}: got both; "
+                             "a run goes on with its own configuration")
     if not (Path(args.resume)/"checkpoints").is_dir(): load_config(args.resume)
 
 def _prepare_training(args):
@@ -459,8 +476,10 @@ def _prepare_training(args):
     ours = ("command", "resume", "recipe", "config", "allow_changes")
     settings = {k: v for k, v in vars(args).items() if k not in ours}
     if "model_kwargs" in settings: settings["model_kwargs"] = once(settings["model_kwargs"])
-    if args.resume is None: config = configure(args.recipe, args.config, **settings)
-    else: _check_resume(args)
+    if args.resume is not None: _check_resume(args)
+    elif args.allow_changes: raise ValueError("--allow-changes: goes with --resume")
+    else: config = configure(args.recipe, args.config, **settings)
+    _say_compiling()
     from spatial_entropy.training.loop import prepare, prepare_resume
     if args.resume is None: job = prepare(config)
     else: job = prepare_resume(args.resume, allow_changes=args.allow_changes, **settings)
@@ -548,15 +567,20 @@ def _check_models(args, names):
     "Raise ValueError or OSError for names, or options, that cannot be, before torch is loaded."
     for name in names: _check_name(name)
     _check_unused(args, names)
+    if args.checkpoint and args.no_pretrained:
+        raise ValueError("checkpoint and no_pretrained: got both, expected one of them")
 
 # %% ../nbs/80_commands.ipynb #6b846537
 def _check_name(model):
     "Raise FileNotFoundError or ValueError for a name that is none, before torch is loaded."
     if Path(model).exists() or model == "demo": return
     if model.startswith((".", "/", "~")): raise FileNotFoundError(f"{model}: no such run folder")
+    if "/" in model and ":" not in model and not model.startswith("timm/"):
+        raise FileNotFoundError(f"{model}: no such run folder")
     if get_close_matches(model, ["demo"], 1, .7):
         raise ValueError(f"{model}: no run folder and no model of timm; did you mean demo?")
 
+# %% ../nbs/80_commands.ipynb #12b320ac
 def _model_to_draw(args):
     "Model, image size, mean and std of a run, a timm name or demo."
     from spatial_entropy.training.models import build_model, known_of, load_run
@@ -638,7 +662,7 @@ def _language_model(name):
     try: import transformers
     except ImportError:
         raise ImportError("look needs transformers, which is not installed; "
-                          "pip install 'spatial_entropy[transformers]'") from None
+                          f"{to_install('transformers')}") from None
     if name == "demo":
         from spatial_entropy.language.demo import demo_language_model
         return demo_language_model()
@@ -736,14 +760,21 @@ def _serve(server, show):
     print("closed")
 
 # %% ../nbs/80_commands.ipynb #5c1b0e14
+def _check_exploring(args, names):
+    "Raise OSError or ValueError for what was typed, before anything is loaded."
+    _check_models(args, names)
+    if args.images and not (is_drawn(args.images) or Path(args.images).exists()):
+        raise FileNotFoundError(f"{args.images}: no such folder or picture")
+
 def _prepare_exploring(args):
     "The command `explore`."
     names = [name for name in (args.model, args.against) if name]
-    _check_models(args, names)
+    _check_exploring(args, names)
+    print(f"loading {' and '.join(map(_sentence, names))} …", flush=True)
     try: from spatial_entropy.serving import Server
     except ModuleNotFoundError as e:
         raise ImportError(f"explore needs {e.name}, which is not installed; "
-                          "pip install 'spatial_entropy[explore]'") from None
+                          f"{to_install('explore')}") from None
     from spatial_entropy.exploring import Explorer
     explorer = Explorer([_subject(name, args) for name in names], args.images)
     server = Server(explorer, args.host, args.port, "" if args.no_token else None)

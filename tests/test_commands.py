@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -265,3 +266,27 @@ def test_runs_lie_in_the_data(photos, tmp_path, monkeypatch, capsys):
         assert code == 0, err
         assert len(json.loads(Path(f"runs/r{k}/facts.json").read_text())["classes"]) == 3
         assert said.count("1 × folder of runs") >= k             # found by the second run, and by each one's evaluation
+
+
+def test_the_sequence_at_the_top_of_the_page_leaves_what_it_says(photos, tmp_path, monkeypatch, capsys):
+    "The commands of page 80, made small; under each stands what it leaves."
+    cells = json.loads((Path(__file__).parent.parent / "nbs" / "80_commands.ipynb").read_text(encoding="utf-8"))["cells"]
+    text = next(s for c in cells if "## From pictures to maps" in (s := "".join(c["source"])))
+    monkeypatch.chdir(tmp_path)
+    Path("photos").symlink_to(photos / "all")
+    Path("masked").symlink_to(photos / "pairs")
+    shutil.copy(photos / "pairs" / "images" / "0.jpg", "picture.png")
+    small = "--epochs 1 --limit 16 -b 8 -j 0 --img-size 16 --model-kwargs depth=1 embed_dim=24 num_heads=2 patch_size=8".split()
+    commands = 0
+    for line in text.split("```sh\n")[1].split("```")[0].splitlines():
+        if line.startswith("#"):
+            where, colon, names = line[1:].partition(":")
+            missing = [n for n in names.split() if not (Path(where.strip()) / n).exists()]
+            assert not missing, (line, missing)
+            continue
+        words = line.split()[1:]
+        with quick() if words[0] == "train" else nullcontext():
+            code, said, err = typed(capsys, *words, *(small if "--data" in words else ["--epochs", 2] if "--epochs" in words else []))
+        assert code == 0, err
+        commands += 1
+    assert commands == 5 and "runs/first exists (finished): this is first-2" in said

@@ -35,8 +35,8 @@ def started(*words, cwd=None):
     "The command, and the address that it printed."
     p = subprocess.Popen([str(COMMAND), "explore", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", cwd=cwd, env=ENV)
     try:
-        line = p.stdout.readline()
-        assert line.startswith("explorer: http://"), (line, p.poll(), p.stderr.read() if p.poll() is not None else "")
+        loading, line = p.stdout.readline(), p.stdout.readline()
+        assert loading.startswith("loading ") and line.startswith("explorer: http://"), (line, p.poll(), p.stderr.read() if p.poll() is not None else "")
         yield p, line.removeprefix("explorer: ").strip()
     finally:
         if p.poll() is None:
@@ -63,8 +63,8 @@ def forked(*words, cwd=None):
     os.close(write)
     try:
         with open(read, encoding="utf-8") as said:
-            line = said.readline()
-            assert line.startswith("explorer: http://"), line
+            loading, line = said.readline(), said.readline()
+            assert loading.startswith("loading ") and line.startswith("explorer: http://"), (loading, line)
             yield p, line.removeprefix("explorer: ").strip()
     finally:
         p.kill()
@@ -112,6 +112,8 @@ def test_without_a_token_if_one_says_so(tmp_path):
     ("explore resnet18 --no-pretrained", "a convolutional network: no attention"),
     ("explore demo empty", "empty: no picture in it"),
     ("explore demo nowhere", "nowhere: no such folder or picture"),
+    ("explore runs/fisrt", "runs/fisrt: no such run folder"),
+    ("explore demo --checkpoint a.pth", "checkpoint: got a.pth, but demo has a size and weights"),
     ("explore demo empty/notes.txt", "is not a picture that Pillow knows"),
     ("explore empty", "empty: not a run folder"),
     ("explore --against nothing", "got 'nothing', which timm"),
@@ -136,11 +138,11 @@ def test_without_the_extra_it_says_what_brings_it(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "starlette.applications", None)
     monkeypatch.delitem(sys.modules, "spatial_entropy.serving", raising=False)
     assert main(["explore"]) == 2
-    assert "pip install 'spatial_entropy[explore]'" in capsys.readouterr().err
+    assert "pip install -e '.[explore]'" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "anywidget", None)
     monkeypatch.delitem(sys.modules, "spatial_entropy.widgets", raising=False)
     vars(se).pop("explore", None)
-    with pytest.raises(ImportError, match=r"needs anywidget, which is not installed; pip install 'spatial_entropy\[explore\]'"):
+    with pytest.raises(ImportError, match=r"needs anywidget, which is not installed; pip install -e '.\[explore\]'"):
         _ = se.explore
 
 

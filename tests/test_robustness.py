@@ -99,7 +99,7 @@ def test_without_the_library_it_is_said_how_to_get_it():
     for modules, said in ((dict(imagecorruptions=None), "cannot be imported"), (there, "the old imagecorruptions")):
         with patch.dict(sys.modules, modules), pytest.raises(ImportError, match=said) as refused:
             corruption_scores()
-        assert "pip install 'spatial_entropy[robustness]'" in str(refused.value)
+        assert "pip install -e '.[robustness]'" in str(refused.value)
 
 
 @pytest.fixture(scope="module")

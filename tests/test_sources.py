@@ -399,7 +399,7 @@ def test_flowers(tmp_path, monkeypatch):
     assert (len(train), len(test)) == (7, 5) and test.classes[0] in ("pink primrose", "0")
     assert sorted(train.name(i) for i in range(7))[4] == "flowers102/val[0]"
     monkeypatch.setitem(sys.modules, "scipy.io", None)
-    with pytest.raises(ImportError, match=r"torch/flowers102: needs scipy; pip install 'spatial_entropy\[data\]'"):
+    with pytest.raises(ImportError, match=r"torch/flowers102: needs scipy; pip install -e '.\[data\]'"):
         sources("torch/flowers102", data_dir=tmp_path)
 
 
@@ -471,7 +471,7 @@ def test_hugging_face_is_not_there(tmp_path, hub):
 
 def test_hugging_face_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"needs the package datasets; pip install 'spatial_entropy\[data\]'"):
+    with pytest.raises(ImportError, match=r"needs the package datasets; pip install -e '.\[data\]'"):
         sources("hfds/beans")
 
 

@@ -24,7 +24,7 @@ COMMON = ("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glas
 
 def _library():
     "The function of the library. Raises ImportError that says how to get it."
-    get = "pip install 'spatial_entropy[robustness]'"
+    get = "pip install -e '.[robustness]' in the checkout of spatial_entropy"
     try:
         from imagecorruptions import corrupt
         from imagecorruptions.corruptions import glass_blur

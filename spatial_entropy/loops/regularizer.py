@@ -9,6 +9,7 @@ __all__ = ['run_settings', 'operate', 'SpatialEntropyRegularizer']
 import warnings
 from contextlib import contextmanager
 from weakref import ref
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from ..attention.families import find
@@ -115,29 +116,46 @@ def _mean_entropy(criterion, maps):
 # %% ../../nbs/31_regularizer.ipynb #ef36dc80
 def _why_left_out(new, # forward passes in training mode since the last call
                   views, # that a call stands for
-                  graded): # whether the latest maps have a gradient
+                  graded, # whether the latest maps have a gradient
+                  teaching=False): # whether they should: in training mode, with a weight above 0
     "What to tell someone whose passes do not all count; None if they do."
     if new > 0 and not graded:
         return ("an evaluation came between a training pass and the regulariser, which has no "
                 "gradient now; call it before")
+    if teaching and not graded:
+        return ("the maps have no gradient, though the model is in training mode: the term "
+                "teaches nothing; let the layers up to the tapped attention learn "
+                "(requires_grad, no torch.no_grad), or leave the regulariser out")
     if new <= views: return None
     return (f"{new} forward passes in training mode since the regulariser was called, and only "
             f"the latest {views} count; call it after each pass, put the views into one batch, "
             f"or build it with views={new} for their mean")
 
+# %% ../../nbs/31_regularizer.ipynb #bf5a6ea0
+class _Counting:
+    "The passes of a tap since the last call; warns once when some are left out."
+    trained, warned = None, False
+
+    def count(self, graded, teaching):
+        first, new = self.trained is None, self.tap.trained - (self.trained or 0)
+        if first and graded: new = 0
+        self.trained, why = self.tap.trained, _why_left_out(new, self.views, graded, teaching)
+        if why is not None and not self.warned: warnings.warn(why, stacklevel=4)
+        self.warned = self.warned or why is not None
+
 # %% ../../nbs/31_regularizer.ipynb #95543dee
-class _NewMaps:
+class _NewMaps(_Counting):
     "The maps of a tap, each pass's once."
-    def __init__(self, tap, views):
-        self.tap, self.views = tap, views
-        self.last, self.trained, self.warned = None, None, False
+    def __init__(self, tap, views, training=lambda: False):
+        self.tap, self.views, self.training, self.last = tap, views, training, None
         tap.keep, tap.first = views, "call the model on a batch before reg()"
 
-    def take(self):
+    def take(self, weight=0.):
         "The maps since the last call. Raises RuntimeError if there are none, or too few."
         passes = self.tap.take()
         maps = _maps_in(passes)
-        self.count(maps[-1].requires_grad)
+        teaching = weight > 0 and self.training() and torch.is_grad_enabled()
+        self.count(maps[-1].requires_grad, teaching)
         if self.last is not None and self.last() is maps[-1]:
             raise RuntimeError("the maps of this forward pass were used already; call the "
                                "regulariser once after each forward pass, and keep its value")
@@ -146,13 +164,6 @@ class _NewMaps:
             raise RuntimeError(f"{len(passes)} forward pass(es) since the last call, "
                                f"expected views={self.views}")
         return maps
-
-    def count(self, graded):
-        "Warn once when passes are left out."
-        new = 0 if self.trained is None else self.tap.trained - self.trained
-        self.trained, why = self.tap.trained, _why_left_out(new, self.views, graded)
-        if why is not None and not self.warned: warnings.warn(why, stacklevel=4)
-        self.warned = self.warned or why is not None
 
 # %% ../../nbs/31_regularizer.ipynb #e0084254
 class _MeanSinceReading:
@@ -177,7 +188,9 @@ class _Listening:
             raise ValueError(f"views: got {views!r}, expected how many forward passes a call "
                              "stands for, at least 1")
         self.views, self.surgery = views, None
-        self._maps = _NewMaps(AttentionTap(model, block, query), views)
+        learner = ref(model)
+        training = lambda: getattr(learner(), "training", False)
+        self._maps = _NewMaps(AttentionTap(model, block, query), views, training)
 
     def _open_maps(self):
         if self._maps is not None: return self._maps
@@ -215,7 +228,7 @@ class _EntropyTerm(_Listening, _ScheduledWeight):
     "The term of the loss, its numbers to log, and its state."
     def __call__(self): # a scalar, float32, in the graph
         "Weight times mean entropy. Raises RuntimeError without a new pass, or without `step`."
-        weight, maps = self.weight, self._open_maps().take()
+        maps = self._open_maps().take(weight := self.weight)
         entropy = _mean_entropy(self._criterion, maps if weight else [m.detach() for m in maps])
         self.entropy, self.pictures = entropy.detach(), len(maps[0])
         self._mean.add(self.entropy)
@@ -273,7 +286,7 @@ class SpatialEntropyRegularizer(_EntropyTerm):
                  warmup: float | None = None, # epochs to the peak; None: a tenth, at most 10
                  block=-1, # an attention layer's number, a list of them, or "all"
                  query="auto", # as in AttentionTap
-                 drop_skip: bool = False, # remove the last skip first; before the optimiser
+                 drop_skip: bool = False, # remove the last skip first; best before the optimiser
                  views: int = 1): # forward passes that one call stands for, by their mean
         _ScheduledWeight.__init__(self, weight, epochs, warmup)
         surgery = operate(model) if drop_skip else None

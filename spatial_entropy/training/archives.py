@@ -16,10 +16,11 @@ import torchvision
 # %% ../../nbs/53_archives.ipynb #2af026cd
 from ..data import is_hidden, is_picture
 from .config import is_drawn
-from .files import read_text
+from .files import read_text, to_install
 from .sources import (
-    VALIDATION, Notes, ShapeSource, Source, check_wishes, cut_source, ending_of,
-    find_parts, in_order, label_by_folder, list_folder, number_labels, pair_sources, span_sources)
+    TRAINING, VALIDATION, NoPart, Notes, ShapeSource, Source, check_wishes, cut_source,
+    ending_of, find_parts, in_order, label_by_folder, list_folder,
+    number_labels, pair_sources, span_sources)
 
 # %% ../../nbs/53_archives.ipynb #493c9f8b
 def _target(member, inside):
@@ -279,7 +280,8 @@ def _unwrap(listed, words):
     is_part = {t.lower() for t in tops} & {w.lower() for w in words}
     if len(tops) != 1 or is_part: return listed
     inside = [(n.partition("/")[2], s) for n, s in listed]
-    parts = any(n.lower().startswith(f"{words[0].lower()}/") for n, _ in inside)
+    learned = {words[0].lower(), *TRAINING}
+    parts = any(n.partition("/")[0].lower() in learned for n, _ in inside)
     return inside if parts else listed
 
 # %% ../../nbs/53_archives.ipynb #52c352b6
@@ -310,7 +312,7 @@ def _by_folders(root, parts, notes):
 def file_sources(path, named=(None, None), wds=False, leave_out=()):
     "[training, validation] or [not yet split] of a folder, a tar, a folder of tars, or shards."
     notes = Notes()
-    words = [w for w in (*named, "train", *VALIDATION) if w]
+    words = [w for w in (*named, *TRAINING, *VALIDATION) if w]
     root, listed, tarred = _find(path, words, wds, notes, leave_out)
     keyed = wds or tarred and any(map(_labelled, _samples(listed[:10])))
     if not keyed:
@@ -344,16 +346,16 @@ def _torch_part(name, part):
     "How a set of torchvision is asked for a part."
     if not name.startswith("cifar"): return {"split": part}
     if part in ("train", "test"): return {"train": part == "train"}
-    raise ValueError(f'torch/{name}: got part {part!r}, expected "train" or "test"')
+    raise NoPart(f'torch/{name}: got part {part!r}, expected "train" or "test"')
 
 # %% ../../nbs/53_archives.ipynb #97da5ab0
 def _torch_set(name, root, part, download):
     "A part of a set of torchvision. Raises FileNotFoundError, OSError or ImportError (scipy)."
     kind, which = getattr(torchvision.datasets, _torch_sets[name][0]), _torch_part(name, part)
     try: return kind(root, download=download, **which)
+    except ValueError as e: raise NoPart(f"torch/{name}: got part {part!r} ({e})") from None
     except ImportError:
-        raise ImportError(f"torch/{name}: needs scipy; "
-                          "pip install 'spatial_entropy[data]'") from None
+        raise ImportError(f"torch/{name}: needs scipy; {to_install('data')}") from None
     except (RuntimeError, OSError) as e:
         said = " ".join(str(e).split())
         if download:
@@ -418,7 +420,7 @@ def _datasets():
     try: import datasets
     except ImportError:
         raise ImportError("hfds/…: needs the package datasets; "
-                          "pip install 'spatial_entropy[data]'") from None
+                          f"{to_install('data')}") from None
     return datasets
 
 # %% ../../nbs/53_archives.ipynb #ca6dddc6
@@ -436,10 +438,11 @@ def _hub_errors(name):
 def _hub_parts(name, whole, named, saved):
     "Names of the training part, and of validation where there is one. Raises ValueError."
     val = named[1] or next((v for v in ("validation", "val", "valid", "test") if v in whole), None)
-    parts = [named[0] or "train"] + ([val] if val else [])
+    train = named[0] or next((t for t in TRAINING if t in whole), "train")
+    parts = [train] + ([val] if val else [])
     for part in parts:
         if saved and part not in whole:
-            raise ValueError(f"hfds/{name}: has no part {part!r}; "
+            raise NoPart(f"hfds/{name}: has no part {part!r}; "
                              f"expected one of {', '.join(whole)}")
     return parts
 

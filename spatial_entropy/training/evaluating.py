@@ -18,6 +18,7 @@ from ..data import mask_pairs
 from .config import is_drawn
 from .files import write_json
 from .models import digest_in, load_run
+from .sources import NoPart
 
 # %% ../../nbs/59_evaluating.ipynb #72f5b8c0
 def _is_own(data, config):
@@ -29,12 +30,17 @@ def _is_own(data, config):
 # %% ../../nbs/59_evaluating.ipynb #2a2a40c1
 def to_measure(data, config, split, norm):
     "Loaders whose second set holds what is to be measured."
-    split = split or ("val" if _is_own(data, config) else "auto")
-    from_ = dict(data_dir=config.data_dir, train_split=config.train_split,
-                 val_split=config.val_split, leave_out=[config.output], split=split)
-    return loaders(config.data if data is None else data, img_size=config.img_size,
-                   batch_size=config.batch_size, seed=config.seed, workers=config.workers,
-                   crop_pct=config.crop_pct, from_=from_, **norm)
+    own = _is_own(data, config)
+    def found(**names):
+        from_ = dict(data_dir=config.data_dir, leave_out=[config.output], **names,
+                     split=split or ("val" if own else "auto"))
+        return loaders(config.data if data is None else data, img_size=config.img_size,
+                       batch_size=config.batch_size, seed=config.seed, workers=config.workers,
+                       crop_pct=config.crop_pct, from_=from_, **norm)
+    try: return found(train_split=config.train_split, val_split=config.val_split)
+    except NoPart:
+        if own: raise
+    return found()
 
 # %% ../../nbs/59_evaluating.ipynb #2c9815fc
 def _check_classes(found, trained, data):

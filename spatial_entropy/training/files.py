@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['sync_folder', 'new_name', 'create', 'sweep', 'Held', 'writing', 'write_whole', 'remove', 'seal', 'Damaged',
-           'contents', 'check', 'newest_whole', 'write_rows', 'write_json', 'versions', 'read_text', 'Lenient',
-           'lenient_output', 'Hold', 'use', 'hold']
+           'contents', 'check', 'newest_whole', 'write_rows', 'write_json', 'versions', 'to_install', 'read_text',
+           'Lenient', 'lenient_output', 'Hold', 'use', 'hold']
 
 # %% ../../nbs/50_files.ipynb #b52e8b3f
 import csv, errno, hashlib, json, os, platform, re, secrets, shutil, sys, time
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import Distribution, PackageNotFoundError, version
 from pathlib import Path
 from weakref import WeakValueDictionary
 import psutil
@@ -276,6 +276,15 @@ def _version(package): # asked for with each checkpoint
 def versions(*packages) -> dict: # name: version, or "not installed"
     "What is installed, for the record of a result."
     return {p: _version(p) for p in packages}
+
+# %% ../../nbs/50_files.ipynb #18ba2bb0
+def to_install(extra: str) -> str: # a command, and where to give it
+    "What brings an extra of this package, installed as it is."
+    found = Distribution.discover(name="spatial_entropy")
+    origins = [each.read_text("direct_url.json") or "" for each in found]
+    if any("file:" in origin for origin in origins):
+        return f"pip install -e '.[{extra}]' in the checkout of spatial_entropy"
+    return f"pip install 'spatial_entropy[{extra}]'"
 
 # %% ../../nbs/50_files.ipynb #84ee4bbb
 def read_text(path) -> str:

@@ -455,12 +455,44 @@ def _facts_of(job):
         device=str(a.device), processes=a.num_processes, threads=torch.get_num_threads(),
         precision=a.mixed_precision, versions=_versions()))
 
+# %% ../../nbs/57_jobs.ipynb #eae5f3c8
+def _is_held(folder):
+    "Whether a run is at work in a folder."
+    held = Hold(folder)
+    try: held.take(0.)
+    except OSError as e: return isinstance(e, Held)
+    held.release()
+    return False
+
+def _how_far(folder):
+    "How far the run of a folder has come, in words; None where it is no run's."
+    if not (folder/"config.yaml").is_file(): return None
+    if _is_held(folder): return "still at work"
+    said = next(filter(None, map(_record_in, reversed(checkpoints(folder)))), None)
+    if said is None: return "stopped before its first checkpoint"
+    per_epoch = said["facts"].get("updates_per_epoch", 0)
+    done, total = said["updates"], said["config"]["epochs"]*per_epoch
+    return "finished" if done >= total > 0 else f"stopped at update {done} of {total or 'some'}"
+
+# %% ../../nbs/57_jobs.ipynb #c13c6fd0
+def _said_of_before(folder, wanted):
+    "Of a new folder that got a number: what lies where it would have lain; None without one."
+    number = folder.name.removeprefix(f"{wanted}-")
+    if not wanted or folder.name == wanted or not number.isdigit(): return None
+    other = folder.with_name(f"{wanted}-{int(number) - 1}" if int(number) > 2 else wanted)
+    how = _how_far(other)
+    if how is None: return f"{other} exists, and is no run: this is {folder.name}"
+    stopped = how.startswith("stopped")
+    go_on = f"; spatial-entropy train --resume {other} goes on with it" if stopped else ""
+    return f"{other} exists ({how}): this is {folder.name}{go_on}"
+
 # %% ../../nbs/57_jobs.ipynb #eef0c620
 def _make_folder(job):
     "Make the folder and write down what the run is; the other processes learn its name."
     job.facts = _facts_of(job)
     if job.main:
         job.folder = _new_folder(job.config, lambda new: save_config(new, job.config, **job.facts))
+        if said := _said_of_before(job.folder, job.config.experiment): job.say(said)
         job.hold = hold(job.folder)
     job.folder = broadcast_object_list([job.folder])[0]
 

@@ -194,11 +194,25 @@ def _looked_at(job):
         return
     with AttentionTap(job.ema.module) as tap: yield job.ema.module, tap
 
+# %% ../../nbs/58_loop.ipynb #ea59a467
+_CHANCE = 1024 # pictures
+
+def _some(n, share):
+    "Numbers of this share of n pictures, spread evenly: a folder's come class by class."
+    return torch.linspace(0, n - 1, max(1, round(share*n))).round().long()
+
+def _beside(pictures, most=_CHANCE):
+    "What stands beside E, as in `evaluate`; its chance level of about `most` pictures, if any."
+    also, share = beside_entropy(), min(1, most/max(1, pictures))
+    chance = also["entropy_chance"]
+    return also | dict(entropy_chance=lambda maps: chance(maps[_some(len(maps), share)]))
+
 def _validated(job):
-    "What `validate` says of the model that is judged; the chance level of E by 8 pictures a batch."
+    "What `validate` says of the model that is judged."
+    also = _beside(len(job.loaders.val.dataset))
     with _looked_at(job) as (model, tap), job.accelerator.autocast():
         return validate(model, tap, job.loaders.val, job.accelerator.device,
-                        job.accelerator.reduce, also=beside_entropy(1, pictures=8))
+                        job.accelerator.reduce, also=also)
 
 # %% ../../nbs/58_loop.ipynb #06a4b2f7
 def _check_finite(job):
@@ -448,6 +462,10 @@ def _run(job, progress, stop):
 def _start(job):
     "Before the first update: the first maps, and every file of a run that goes on as it should be."
     if job.main: _mend(job)
+    pictures = len(job.loaders.val.dataset)
+    if job.place.updates == 0 and pictures > _CHANCE:
+        job.say(f"the chance level of E, after each epoch, is estimated on about {_CHANCE:,} of "
+                f"the {pictures:,} validation pictures; evaluate takes all")
     if job.place.epoch not in job.film: _keep_maps(job)
     first = _read_maps(job.folder/"pictures"/"before.safetensors")
     if 0 not in job.film and len(first): job.film[0] = first    # an earlier version began this run
@@ -549,8 +567,10 @@ def prepare_resume(run, console=None, allow_changes=False, **machine) -> Job:
     "The job of a run's folder, at the place of its newest whole checkpoint."
     if wrong := sorted(set(machine) - set(machine_settings)):
         may = ", ".join(machine_settings)
-        raise ValueError(f"{wrong[0]}: a run goes on with its own configuration; "
-                         f"only {may} may change")
+        raise ValueError(
+            f"{wrong[0]}: a run goes on with its own configuration; only {may} may change. To "
+            f"change more, or to train longer, begin a new run with its weights: spatial-entropy "
+            f"train --config {run} --initial-checkpoint {run} …")
     if str(run) == "": raise ValueError("run: got an empty text, expected a run folder")
     say = _say(console)
     config = replace(load_settings(run, say)[0], **machine)
