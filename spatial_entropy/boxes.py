@@ -96,13 +96,18 @@ def _of_xml(path):
     return found
 
 # %% ../nbs/09_boxes.ipynb #2bd34f1d
+def _named(name, annotation, i=0):
+    "The picture, after the line or file of its box number i, where that is known."
+    return f"{annotation.where[i]}: {name}" if annotation.where else name
+
 def _refuse_size(annotation, size, name):
     "Raise ValueError where the boxes are of a picture of other proportions."
     if annotation.size is None: return
     w, h = annotation.size
     if min(w, h) > 0 and abs(w*size[1]/(h*size[0]) - 1) <= .02: return
-    raise ValueError(f"{name}: its boxes are of a picture of {w:g}×{h:g} pixels, the file has "
-                     f"{size[0]}×{size[1]}; was it turned or cropped after it was annotated?")
+    raise ValueError(f"{_named(name, annotation)}: its boxes are of a picture of {w:g}×{h:g} "
+                     f"pixels, the file has {size[0]}×{size[1]}; was it turned or cropped after it "
+                     "was annotated?")
 
 def as_shares_of(annotation: Annotation, size, # (width, height) of the picture as it is shown
                  name="a picture"):
@@ -113,7 +118,7 @@ def as_shares_of(annotation: Annotation, size, # (width, height) of the picture 
     kept = boxes.clamp(min=torch.zeros(4), max=whole)
     bad = ((kept - boxes).abs() > 2).any(1) | (kept[:, 2:] <= kept[:, :2]).any(1)
     if not bad.any(): return (kept/whole).float()
-    if annotation.where: name = f"{annotation.where[int(bad.int().argmax())]}: {name}"
+    name = _named(name, annotation, int(bad.int().argmax()))
     raise ValueError(f"{name}: got the box {boxes[bad][0].tolist()}, expected x0 < x1 and y0 < y1 "
                      f"within {whole[0]:g}×{whole[1]:g} pixels")
 

@@ -20,6 +20,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from timm.data import create_transform, is_img_extension
 from torch.utils.data import Dataset
+from .measure.regions import check_count, check_seed
 
 # %% ../nbs/03_data.ipynb #984c6a0d
 def _polygon(u, v, n):
@@ -183,14 +184,15 @@ def shapes(n: int = 4000, # pictures; classes take turns
           ) -> Shapes: # .images (n, S, S, 3) uint8, .masks (n, S, S) bool, .labels, .classes
     """Draw the built-in data set.
 
-    Raises ValueError for an unknown split or scene, and for n < 1 or size < 8.
+    Raises ValueError for an unknown split or scene, n < 1, size < 8 and a seed below 0.
     """
     if split not in ("train", "val"):
         raise ValueError(f'split: got {split!r}, expected "train" or "val"')
     if scene not in _scenes:
         raise ValueError(f'scene: got {scene!r}, expected "several" or "one"')
-    if n < 1 or size < 8:
-        raise ValueError(f"got n={n}, size={size}; expected n of at least 1 and size of at least 8")
+    check_count(n, "n")
+    check_count(size, "size", 8)
+    check_seed(seed)
     return Shapes(n, split, size, seed, scene)
 
 # %% ../nbs/03_data.ipynb #c0a1e002
@@ -249,7 +251,7 @@ def colored_shapes(n: int = 1000, # pictures
                   ) -> ColoredShapes:
     """Pictures with things to ask for: two or three shapes of different kinds and colours.
 
-    Raises ValueError for an unknown split, and for n < 1 or size < 8.
+    Raises ValueError for an unknown split, n < 1, size < 8 and a seed below 0.
     """
     known = shapes(n, split, size, seed) # refuses what it would refuse
     return ColoredShapes(n, known._look[0], size)

@@ -13,6 +13,7 @@ from zoo_language import IMAGE, PAD, SPECS, made
 
 import spatial_entropy as se
 from spatial_entropy.commands import main
+from spatial_entropy.language.demo import demo_language_model
 from spatial_entropy.language.looking import heads_of, query_of
 
 PROMPT = "where is the red mug ?"
@@ -184,3 +185,13 @@ def test_what_is_typed_is_read():
     assert query_of("a 1") == "a 1" and query_of("1.5") == "1.5" and heads_of(["0.0"]) == [(0, 0)]
     for wrong in (["1"], ["1.2", "a.b"], ["1.-2"]):
         with pytest.raises(ValueError, match="expected LAYER.HEAD"): heads_of(wrong)
+
+
+def test_model_and_processor_in_the_other_order_is_a_sentence():
+    model, processor = demo_language_model()
+    picture, ask = Image.new("RGB", (64, 64)), "which colour is the disc ?"
+    for given, said in (((processor, model), "processor: got LlavaForConditionalGeneration, a model; the model comes first"),
+                        ((processor, processor), "model: got LlavaProcessor, expected an nn.Module"), (("vlm", processor), "model: got str, expected")):
+        with pytest.raises(TypeError, match=said): se.look(*given, picture, ask)
+    for read in (lambda: se.TextImageTap(processor), lambda: list(se.text_maps(processor, [dict(image=picture, expression="disc")], processor))):
+        with pytest.raises(TypeError, match="model: got LlavaProcessor, expected an nn.Module"): read()

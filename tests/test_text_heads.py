@@ -396,6 +396,25 @@ def test_chance_is_the_score_with_earlier_truths():
         assert_close(found["iou_chance"], torch.stack(want).mean(0) if want else torch.full((2,), NAN).double(), equal_nan=True)
 
 
+@pytest.mark.parametrize("shifts", (0, 1, 4))
+def test_a_score_and_its_chance_are_of_the_same_samples(shifts):
+    "The first with a truth is beside that of the second; those without one are in neither."
+    boxes = [None, [0, 0, .5, .5], None, [.5, 0, 1, .5], [0, .5, .5, 1]]
+    maps = torch.rand(5, 2, 4, 4, generator=torch.Generator().manual_seed(1)) / 16
+    samples = [Seen({0: m}, None if b is None else as_truth(b)) for m, b in zip(maps, boxes)]
+    others = {1: [3], 3: [1], 4: [3, 1][:shifts]}
+    means = {name: torch.stack([torch.stack([score_grounding(maps[i], as_truth(boxes[j]))[name] for j in others[i]]).mean(0) for i in others]).mean(0)
+             if shifts else torch.full((2,), NAN) for name in grounding.SCORES}
+    for row in rank_seen(iter(samples), shifts=shifts):
+        assert row["images"] == 5
+        for name in grounding.SCORES:
+            own = np.mean([score_grounding(maps[i], as_truth(boxes[i]))[name][row["head"]] for i in others])
+            assert row[name] == pytest.approx(own)
+            assert row[f"{name}_chance"] == pytest.approx(means[name][row["head"]].item(), nan_ok=True)
+    alone = rank_seen(samples[:3])                    # there is no other truth
+    assert alone[0]["images"] == 3 and math.isnan(alone[0]["iou_chance"]) and not math.isnan(alone[0]["iou"])
+
+
 def test_smoothing_is_a_gaussian_that_is_cut_at_the_border():
     maps = torch.rand(3, 5, 8)
     want = np.zeros((5, 8))

@@ -7,12 +7,14 @@ __all__ = ['cosine_basis', 'with_values', 'surrogate_maps', 'Chance', 'entropy_a
 
 # %% ../../nbs/42_chance.ipynb #079702d2
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 import torch
 from torch import Tensor
 from ..measure.operators import label_regions, spatial_entropy
 from ..measure.regions import (
-    above_mean, as_float, check_count, check_maps, check_real)
+    above_mean, as_float, check_count, check_maps, check_real, check_seed)
 
 # %% ../../nbs/42_chance.ipynb #2c8eca43
 def cosine_basis(n: int) -> Tensor: # (n, n) float64, rows are orthonormal
@@ -37,8 +39,8 @@ def _signs(shape, n, seed): # seed: a number, or one for each of the first axis
     def drawn(seed, shape):
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(0, 2, (n, *shape), generator=generator)*2 - 1
-    if isinstance(seed, int): return drawn(seed, shape)
-    return torch.stack([drawn(s, shape[1:]) for s in seed], 1)
+    if isinstance(seed, Integral): return drawn(int(seed), shape)
+    return torch.stack([drawn(int(s), shape[1:]) for s in seed], 1)
 
 def _redrawn(x, steps, seed, n):
     "Surrogates (n, ..., h, w) of maps (..., h, w) without a NaN or infinite cell."
@@ -52,6 +54,14 @@ def _redrawn(x, steps, seed, n):
     return y
 
 # %% ../../nbs/42_chance.ipynb #c5639df6
+def _check_seeds(seed, x):
+    "Raise ValueError for what is no seed, nor one for each of the first axis."
+    if isinstance(seed, str) or not isinstance(seed, Sequence): return check_seed(seed)
+    if x.ndim < 3 or len(seed) != len(x):
+        raise ValueError(f"seed: got {len(seed)} for maps {tuple(x.shape)}, expected a number, or "
+                         "one for each of the first axis")
+    for one in seed: check_seed(one)
+
 def surrogate_maps(maps: Tensor, # (..., h, w) similarities, any real dtype, finite
                    n: int = 16, # surrogates of each map
                    seed=0, # same seed, same surrogates; or a list, one for each of the first axis
@@ -60,8 +70,8 @@ def surrogate_maps(maps: Tensor, # (..., h, w) similarities, any real dtype, fin
 
     The spectrum is off by about 14 % for smooth noise and 40 % for an object on noise. The signs
     of the spectrum are random; then spectrum and values are set in turn, as in Schreiber and
-    Schmitz (1996). Raises ValueError for a NaN or infinite cell, n below 1 and a list of seeds of
-    another length than the first axis, TypeError for what is no tensor of real numbers.
+    Schmitz (1996). Raises ValueError for a NaN or infinite cell, n below 1, a seed below 0, and as
+    many seeds as the first axis does not have; TypeError for what is no tensor of real numbers.
     """
     check_maps(maps)
     check_real(maps)
@@ -69,9 +79,7 @@ def surrogate_maps(maps: Tensor, # (..., h, w) similarities, any real dtype, fin
     x = as_float(maps.detach()).cpu()
     if not x.isfinite().all():
         raise ValueError("maps: got a NaN or infinite cell, expected finite cells only")
-    if not isinstance(seed, int) and (x.ndim < 3 or len(seed) != len(x)):
-        raise ValueError(f"seed: got {len(seed)} for maps {tuple(x.shape)}, expected a number, or "
-                         "one for each of the first axis")
+    _check_seeds(seed, x)
     return _redrawn(x, steps=4, seed=seed, n=n).to(maps.device)
 
 # %% ../../nbs/42_chance.ipynb #62ed076f

@@ -43,8 +43,12 @@ def check_pairs(model, pairs, what="(x, mask)", read="mask_pairs"): # what: an i
     raise TypeError(f"pairs: got a {type(pairs).__name__}, expected {expected}")
 
 def names_of(data) -> list: # of texts, one for each item
-    "`data.names`; of a part, such as a Subset, the names in the whole; else the items' numbers."
+    """`data.names`; of a part, such as a Subset, the names in the whole; else the items' numbers.
+
+    Of several in a row, as in a ConcatDataset, the names of each."""
     names = getattr(data, "names", None)
+    if names is None and hasattr(data, "datasets"):
+        names = [name for each in data.datasets for name in names_of(each)]
     if names is None and hasattr(data, "dataset") and hasattr(data, "indices"):
         whole = names_of(data.dataset)
         names = [whole[i] for i in data.indices]

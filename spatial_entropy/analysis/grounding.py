@@ -183,12 +183,12 @@ class Judge:
         check_count(shifts, "shifts", 0)
         self.shifts, self.before = shifts, []
 
-    def __call__(self, maps, truth, level=0.): # (H, h, w)
+    def __call__(self, maps, truth, level=0., after=()): # (H, h, w); after: truths of later samples
         "{score and score_chance: (H,)}; nothing without a truth."
         if truth is None: return {}
         scores, n = score_grounding(maps, truth, level), len(maps)
         frame = truth.frame
-        others = [replace(t, frame=frame) for t in self.before]
+        others = [replace(t, frame=frame) for t in (*self.before, *after)[:self.shifts]]
         found = [score_grounding(maps, t, level) for t in others]
         self.before = [truth, *self.before][:self.shifts]
         unknown = torch.full((1, n), torch.nan, dtype=torch.float64)

@@ -25,6 +25,7 @@ from .masks import mask_jaccard, pointing
 from ..measure.operators import label_regions, spatial_entropy
 from ..pictures import Drawing
 from ..measure.regions import as_float64, above_mean, check_count
+from ..attention.families import check_module
 from ..attention.tap import AttentionTap
 
 # %% ../../nbs/43_heads.ipynb #8647464f
@@ -65,7 +66,8 @@ def _pictures_of(batch):
 # %% ../../nbs/43_heads.ipynb #84ba1d32
 @contextmanager
 def evaluating(model):
-    "Evaluation mode; afterwards every module is in the mode that it had."
+    "Evaluation mode; afterwards every module is in the mode it had. TypeError: no module."
+    check_module(model)
     was = [(m, m.training) for m in model.modules()]
     model.eval()
     try: yield

@@ -9,6 +9,7 @@ __all__ = ['Interval', 'bootstrap', 't_quantile', 'student', 'sign_flip_test', '
 import itertools, math
 from dataclasses import dataclass
 import numpy as np
+from ..measure.regions import check_count, check_seed, is_number
 
 # %% ../../nbs/47_intervals.ipynb #fcc2dd5a
 @dataclass(frozen=True)
@@ -36,8 +37,12 @@ def _numbers(values, name):
     if len(a) < 2: raise ValueError(f"{name}: got {len(a)} number(s), expected at least 2")
     return a
 
-def _check_level(level):
-    if not 0 < level < 1: raise ValueError(f"level: got {level}, expected a share between 0 and 1")
+def _check_draws(level, seed=0, resamples=1):
+    "Raise ValueError for what no interval can be drawn with."
+    if not is_number(level) or not 0 < level < 1:
+        raise ValueError(f"level: got {level!r}, expected a share between 0 and 1")
+    check_count(resamples, "resamples")
+    check_seed(seed)
 
 # %% ../../nbs/47_intervals.ipynb #0c8f1eb8
 def bootstrap(values, # numbers, an array or a list; NaN is left out
@@ -48,10 +53,10 @@ def bootstrap(values, # numbers, an array or a list; NaN is left out
     """A mean and its percentile bootstrap interval: for many values, such as one for each picture.
 
     For fewer than about 20 values it is too narrow; use `student`. Raises ValueError for fewer than
-    two numbers, an infinite one, and a level outside (0, 1).
+    two numbers, an infinite one, a level outside (0, 1), no resample, and a seed below 0.
     """
+    _check_draws(level, seed, resamples)
     a, rng = _numbers(values, "values"), np.random.default_rng(seed)
-    _check_level(level)
     size = max(1, 2_000_000//len(a))                      # resamples at once: 16 MB
     parts = [min(size, resamples - done) for done in range(0, resamples, size)]
     means = np.concatenate([rng.choice(a, (n, len(a))).mean(1) for n in parts])
@@ -87,7 +92,7 @@ def student(values, # numbers, such as one for each seed; NaN is left out
     Raises ValueError for fewer than two numbers, an infinite one, and a level outside (0, 1).
     """
     a = _numbers(values, "values")
-    _check_level(level)
+    _check_draws(level)
     half = t_quantile((1 + level)/2, len(a) - 1)*a.std(ddof=1)/math.sqrt(len(a))
     return Interval(float(a.mean()), float(a.mean() - half), float(a.mean() + half), len(a))
 
@@ -105,6 +110,7 @@ def sign_flip_test(differences, # paired differences, one for each seed or pictu
 
     Raises ValueError for fewer than two numbers or an infinite one.
     """
+    check_seed(seed)
     d = _numbers(differences, "differences")
     far = np.abs(_flips(len(d), seed)@d) >= abs(d.sum())*(1 - 1e-12)
     return float(far.mean())
@@ -133,7 +139,7 @@ def bootstrap_both(values, # (seeds, pictures) numbers; the same pictures for ea
     Raises ValueError for what is not (seeds, pictures) and for fewer than two of either.
     """
     a = np.asarray(values, np.float64)
-    _check_level(level)
+    _check_draws(level, seed, resamples)
     if a.ndim != 2 or min(a.shape) < 2:
         raise ValueError(f"values: got shape {a.shape}, "
                          "expected (seeds, pictures), two of each or more")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ON_GRID', 'DELTAS', 'pixel_auc', 'pixel_ap', 'PooledPrecision', 'energy_pointing', 'grid_jaccard', 'boxes_of',
-           'max_box_accuracy', 'overlaps_with', 'best_overlaps', 'largest_box', 'box_fits', 'corloc', 'against_others',
-           'center_gaussian']
+           'max_box_accuracy', 'as_thresholds', 'overlaps_with', 'best_overlaps', 'largest_box', 'box_fits', 'corloc',
+           'against_others', 'center_gaussian']
 
 # %% ../../nbs/46_objects.ipynb #b8d76894
 import torch
@@ -172,6 +172,14 @@ def max_box_accuracy(overlaps: Tensor, # (pictures, thresholds)
     right = torch.stack([(overlaps >= d).double().mean(0) for d in DELTAS])   # (3, thresholds)
     return dict(max_box_acc_v2=right.amax(1).mean().item(), threshold=int(right[1].argmax()))
 
+# %% ../../nbs/46_objects.ipynb #518a038a
+def as_thresholds(given) -> Tensor: # (T,)
+    "A list of numbers in 0–1 as a tensor. Raises ValueError for what is none."
+    try: found = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError): found = torch.tensor(torch.nan)
+    if found.ndim == 1 and len(found) and ((found >= 0) & (found <= 1)).all(): return found
+    raise ValueError(f"thresholds: got {given!r}, expected a list of numbers in 0–1")
+
 # %% ../../nbs/46_objects.ipynb #a658f4d5
 def _cuts(map_, thresholds):
     "The sets of cells (J, h, w) that thresholds select, and which of them each does; J: none."
@@ -201,8 +209,10 @@ def overlaps_with(map_: Tensor, # (h, w)
                  ) -> Tensor: # (len(truths), len(thresholds)) float64, IoU in 0–1
     """For each set of true boxes, at each threshold, the best overlap of any of the map's boxes.
 
-    0 for a map with NaN or infinite cells, and for an empty set.
+    0 for a map with NaN or infinite cells, and for an empty set. Raises ValueError for thresholds
+    that are none.
     """
+    thresholds = as_thresholds(thresholds)
     found = torch.zeros(len(truths), len(thresholds), dtype=torch.float64)
     if not map_.isfinite().all(): return found
     sets, which = _cuts(map_, thresholds)

@@ -7,6 +7,7 @@ __all__ = ['COMMON', 'ORDERS', 'corrupted', 'Corruptions', 'corruption_accuracy'
            'corruption_scores', 'occlusion_scores']
 
 # %% ../../nbs/64_robustness.ipynb #bfe64c65
+from collections.abc import Collection
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from inspect import signature
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from .intervals import bootstrap
 from ..attention.tap import AttentionTap
+from ..measure.regions import check_seed
 
 # %% ../../nbs/64_robustness.ipynb #8871e92e
 COMMON = ("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur",
@@ -50,6 +52,14 @@ def _check_corruption(name, severity):
     if severity not in (1, 2, 3, 4, 5):
         raise ValueError(f"severity: got {severity!r}, expected 1, 2, 3, 4 or 5")
 
+def _check_corruptions(names, severities):
+    "Raise ValueError for what is no list of names, or of severities, of which there are some."
+    for what, given in (("names", names), ("severities", severities)):
+        if isinstance(given, str) or not isinstance(given, Collection) or len(given) == 0:
+            raise ValueError(f"{what}: got {given!r}, expected a list of one or more")
+    for name in names: _check_corruption(name, 1)
+    for severity in severities: _check_corruption(COMMON[0], severity)
+
 # %% ../../nbs/64_robustness.ipynb #9c321391
 def corrupted(picture, # (H, W, 3) uint8 array, 32 pixels a side at least
               name: str, # one of COMMON
@@ -58,10 +68,11 @@ def corrupted(picture, # (H, W, 3) uint8 array, 32 pixels a side at least
              ): # (H, W, 3) uint8 array
     """A picture with one of the 15 common corruptions (arXiv 1903.12261).
 
-    Raises ImportError without the library, ValueError for an unknown name or severity, and for
-    pictures of another kind or below 32 pixels.
+    Raises ImportError without the library, ValueError for an unknown name or severity, a seed
+    below 0, and pictures of another kind or below 32 pixels.
     """
     _check_corruption(name, severity)
+    check_seed(seed)
     a = np.asarray(picture)
     if a.dtype != np.uint8 or a.ndim != 3 or a.shape[-1] != 3 or min(a.shape[:2]) < 32:
         raise ValueError(f"picture: got {a.shape} of {a.dtype}, expected (H, W, 3) of uint8, "
@@ -176,11 +187,11 @@ def corruption_accuracy(model, # a classifier of normalised pictures
                        ) -> Corruptions:
     """Whether a model is right under the common corruptions (arXiv 1903.12261), picture by picture.
 
-    Raises ImportError without the library, ValueError for unknown names and severities.
-    """
+    Raises ImportError without the library, ValueError for unknown names and severities."""
     _check_pictures(pictures)
+    _check_corruptions(names, severities)
+    check_seed(seed)
     wanted = [(name, severity) for name in names for severity in severities]
-    for name, severity in wanted: _check_corruption(name, severity)
     _library()
     clean, right, norm = [], {kind: [] for kind in wanted}, dict(mean=tuple(mean), std=tuple(std))
     steps = ((b, kind) for b in _some(loader, pictures) for kind in (None, *wanted))
@@ -325,6 +336,7 @@ def occlusion_curves(model, # any classifier that AttentionTap reads
     """
     shares = _check_shares(shares)
     _check_pictures(pictures)
+    check_seed(seed)
     with _judged(model, device):
         first = _first_pass(model, loader, block, query, head, pictures, device, progress)
         fine, (maps, grid, numbers) = _fine(first[0]), first
@@ -340,9 +352,9 @@ def corruption_scores(names=COMMON, severities=(1, 2, 3, 4, 5), **options):
 
     Raises what that raises for names and severities, and without the library, at once.
     """
-    for name in names: _check_corruption(name, 1)
-    for severity in severities: _check_corruption(COMMON[0], severity)
+    _check_corruptions(names, severities)
     _check_pictures(options.get("pictures"))
+    check_seed(options.get("seed", 0))
     _library()
     def measure(model, loader, norm, device):
         return corruption_accuracy(model, loader, **norm, names=names, severities=severities,
@@ -352,6 +364,7 @@ def corruption_scores(names=COMMON, severities=(1, 2, 3, 4, 5), **options):
 def occlusion_scores(**options):
     "A function for `evaluate(run, more=[…])`: `occlusion_curves` with these options."
     _check_pictures(options.get("pictures"))
+    check_seed(options.get("seed", 0))
     def measure(model, loader, norm, device):
         return occlusion_curves(model, loader, device=device, **options).scores()
     return measure

@@ -17,9 +17,11 @@ from .evaluation import check_pairs, names_of
 from .heads import Heads, head_maps, written
 from .intervals import Interval, bootstrap
 from .masks import paired_on_grid, pixels_on_grid
-from .objects import DELTAS, ON_GRID, box_fits, largest_box, overlaps_with
+from .objects import (
+    DELTAS, ON_GRID, as_thresholds, box_fits, largest_box, overlaps_with)
 from .outliers import are_weights
-from ..measure.regions import as_float, check_count, check_maps, check_tensor
+from ..measure.regions import (
+    as_float, check_count, check_maps, check_seed, check_tensor)
 from ..pictures import one_line, panels, put_caption
 
 # %% ../../nbs/48_scoring.ipynb #b24ff4bd
@@ -264,11 +266,12 @@ def _check_pairs(model, pairs):
         raise ValueError(f"pairs: got {len(pairs)} picture(s), expected at least 2: "
                          "chance needs the masks of others")
 
-def _check_counts(shifts, batch_size, workers=0, surrogates=0):
+def _check_counts(shifts, batch_size=1, workers=0, surrogates=0, seed=0):
     check_count(shifts, "shifts")
     check_count(batch_size, "batch_size")
     check_count(workers, "workers", 0)
     check_count(surrogates, "surrogates", 0)
+    check_seed(seed)
 
 # %% ../../nbs/48_scoring.ipynb #b3760b0e
 def _in_order(parts, order): # parts: of each batch {score: (own, chance)}
@@ -294,7 +297,7 @@ def score_objects(model, # any model that AttentionTap reads
     of another size than the model's, or grids that differ.
     """
     _check_pairs(model, pairs)
-    _check_counts(shifts, batch_size, workers, surrogates)
+    _check_counts(shifts, batch_size, workers, surrogates, seed)
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
     kept, parts, before = [], [], MasksBefore(shifts)
     batches = _batches_of(pairs, max(2, batch_size), workers, order, kept)
@@ -424,7 +427,7 @@ def score_maps(maps: Tensor, # (n, H, h, w) or (n, blocks, H, h, w)
     and masks that do not belong together.
     """
     _check_own(maps, masks, names, valid)
-    _check_counts(shifts, batch_size, surrogates=surrogates)
+    _check_counts(shifts, batch_size, 0, surrogates, seed)
     by_block, parts, before = maps if maps.ndim == 5 else maps[:, None], [], MasksBefore(shifts)
     if softmax is None: softmax = are_weights(maps)
     order = torch.randperm(len(maps), generator=torch.Generator().manual_seed(seed))
@@ -454,6 +457,8 @@ def _best_at(right, weights): # (n, ..., 3, T) bool, (R, n): how often each pict
 
 # %% ../../nbs/48_scoring.ipynb #4e704c34
 def _draws(n, resamples, seed): # (resamples, n): how often each picture is drawn
+    check_count(resamples, "resamples")
+    check_seed(seed)
     picked = torch.randint(n, (resamples, n), generator=torch.Generator().manual_seed(seed))
     return torch.zeros(resamples, n).scatter_add(1, picked, torch.ones(resamples, n))
 
@@ -557,8 +562,8 @@ def score_boxes(maps: Tensor, # (n, H, h, w): attention after the softmax, for p
     if maps.ndim != 4 or len(maps) < 2:
         raise ValueError(f"got maps {tuple(maps.shape)}, expected (n, H, h, w), n at least 2")
     _check_boxes(boxes, len(maps))
-    check_count(shifts, "shifts")
-    thresholds = torch.arange(101)/100 if thresholds is None else torch.as_tensor(thresholds)
+    _check_counts(shifts, seed=seed)
+    thresholds = as_thresholds(torch.arange(101)/100 if thresholds is None else thresholds)
     order = torch.randperm(len(maps), generator=torch.Generator().manual_seed(seed)).tolist()
     place = {i: p for p, i in enumerate(order)}
     around = range(min(shifts, len(maps) - 1) + 1)                    # 0: its own
@@ -604,7 +609,7 @@ def score_box_pairs(model, # any model that AttentionTap reads
     in shares.
     """
     check_pairs(model, pairs, "(x, boxes)", "box_pairs")
-    _check_counts(shifts, batch_size, workers)
+    _check_counts(shifts, batch_size, workers, seed=seed)
     if len(pairs) < 2: raise ValueError(f"pairs: got {len(pairs)} with boxes, expected 2 or more: "
                                         "chance needs the boxes of others")
     batches = DataLoader(pairs, batch_size, num_workers=workers, collate_fn=_with_boxes)

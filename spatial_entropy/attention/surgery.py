@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from .families import SeveralModels, UnsupportedModel, find
+from .families import SeveralModels, UnsupportedModel, check_module, find
 
 # %% ../../nbs/13_surgery.ipynb #a27dfe8c
 def _parts(names):
@@ -560,8 +560,7 @@ def _check_untouched(block):
 # %% ../../nbs/13_surgery.ipynb #f001de45
 def _wrapped(model):
     "A model and what it wraps: DistributedDataParallel, torch.compile, … down to the model itself."
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
+    check_module(model)
     inner = model._modules.get("module", model._modules.get("_orig_mod"))
     return [model] if inner is None else [model, *_wrapped(inner)]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cache
 import torch
 from torch import nn
-from ..attention.families import UnsupportedModel
+from ..attention.families import UnsupportedModel, check_module
 from ..attention.rasters import Raster
 
 # %% ../../nbs/70_geometry.ipynb #9c4b28b1
@@ -215,8 +215,10 @@ def _entry_of(cls):
 def find_language(model):
     """(path, module, entry) of the first module that joins words and pictures.
 
-    Raises UnsupportedModel, with what an entry needs, for a model that the table does not hold.
+    Raises UnsupportedModel, with what an entry needs, for a model that the table does not hold;
+    TypeError for what is no model.
     """
+    check_module(model)
     for path, module in model.named_modules():
         entry = _entry_of(type(module))
         if entry is None: continue

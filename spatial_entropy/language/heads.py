@@ -77,10 +77,10 @@ class _Counted:
         self.how, self.means, self.judge = how, Means(), Judge(shifts)
         self.places, self.n = {}, 0
 
-    def add(self, seen):
+    def add(self, seen, after=()): # truths of later samples
         columns = measured(seen, **self.how, seed=self.n)
         place, sizes = columns.pop("place"), [len(m) for m in seen.maps.values()]
-        columns |= self.judge(seen.stacked, seen.truth)
+        columns |= self.judge(seen.stacked, seen.truth, after=after)
         parts = {name: v.split(sizes) for name, v in columns.items()}
         for i, (layer, at) in enumerate(zip(seen.maps, place.split(sizes))):
             self.means.add(layer, {name: v[i][None] for name, v in parts.items()})
@@ -94,6 +94,23 @@ class _Counted:
         return [_in_order(row, same[row["block"]][row["head"]]/row["images"]
                           if row["images"] > 1 else torch.nan) for row in self.means.rows("passed")]
 
+# %% ../../nbs/75_text_heads.ipynb #f4b2f48a
+def _with_another(samples): # an iterable of `Seen`
+    "(sample, truths of later ones): the first with a truth waits for another; the rest need none."
+    first, samples = None, iter(samples)
+    for seen in samples:
+        if first is None and seen.truth is not None:
+            first = seen
+            continue
+        if first is not None and seen.truth is not None:
+            yield first, [seen.truth]
+            yield seen, ()
+            break
+        yield seen, ()
+    else:
+        if first is not None: yield first, ()
+    for seen in samples: yield seen, ()
+
 # %% ../../nbs/75_text_heads.ipynb #218297eb
 def rank_seen(samples, # an iterable of `Seen`
               variant: str = "paper", # or "as_released", as of `localization_heads`
@@ -106,7 +123,7 @@ def rank_seen(samples, # an iterable of `Seen`
     "Rank heads by maps that are there. Raises ValueError where no map could be read."
     counted = _Counted(dict(variant=variant, top=top, threshold=threshold, surrogates=surrogates),
                        shifts)
-    for seen in samples: counted.add(seen)
+    for seen, after in _with_another(samples): counted.add(seen, after)
     if not counted.n: raise ValueError("samples: got none, expected one or more")
     rows = counted.rows()
     if not any(row["images"] for row in rows):

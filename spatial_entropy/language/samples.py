@@ -39,7 +39,10 @@ def _of_inputs(inputs, truths, number):
 
 # %% ../../nbs/74_samples.ipynb #0af29f00
 def prompted(processor, picture, text): # a PIL picture
-    "The inputs of a model for a picture and a text. Raises ValueError where there is no way."
+    "The inputs of a model for a picture and a text. TypeError, ValueError: there is no way."
+    if isinstance(processor, nn.Module):
+        raise TypeError(f"processor: got {type(processor).__name__}, a model; "
+                        "the model comes first, then its own processor")
     if getattr(processor, "chat_template", None):
         content = [{"type": "image", "image": picture}, {"type": "text", "text": text}]
         return processor.apply_chat_template(

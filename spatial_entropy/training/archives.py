@@ -561,7 +561,7 @@ def sources(data: str = "shapes", # "shapes", "shapes/one"; a folder, a .tar; to
     Raises FileNotFoundError or ValueError that name the place or the setting, ImportError where a
     set needs a package that is not installed.
     """
-    check_wishes(limit, fraction, val_fraction)
+    check_wishes(limit, fraction, val_fraction, seed)
     named, drawn = (train_split, val_split), is_drawn(data)
     if drawn: found, limit = _shape_sources(data, img_size, limit), None
     else: found = _open_sources(data, data_dir, named, download, leave_out)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from timm.utils.misc import natural_key
+from ..measure.regions import check_seed
 
 # %% ../../nbs/52_sources.ipynb #2af026cd
 from ..data import drawn_sets, is_hidden, is_picture, open_picture, shapes
@@ -432,8 +433,9 @@ def cut_source(source, seed, limit=None, fraction=None):
     return source.take(_by_share(source.labels, seed)[:kept])
 
 # %% ../../nbs/52_sources.ipynb #70daed63
-def check_wishes(limit, fraction, val_fraction):
+def check_wishes(limit, fraction, val_fraction, seed=0):
     "Raises ValueError for numbers of which there is no part."
+    check_seed(seed)
     if limit is not None and limit < 1:
         raise ValueError(f"limit: got {limit}, expected at least 1 picture")
     if fraction is not None and not 0 < fraction <= 1:
