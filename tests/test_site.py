@@ -121,6 +121,9 @@ def test_a_page_has_no_error_asks_nobody_else_and_does_not_scroll_sideways(site,
         page.size(width, 900, dark)
         wide = page.js("new Promise(done => requestAnimationFrame(() => done(document.documentElement.scrollWidth - window.innerWidth)))")
         assert wide <= 0, f"{width} px: {wide} px too wide"
+        if width == 1280:                            # a laptop's: the 100 columns of a cell are all in sight
+            cut = page.js("[...document.querySelectorAll('.cell_input pre')].filter(e => e.scrollWidth > e.clientWidth).map(e => e.textContent.slice(0, 60))")
+            assert cut == []
     page.wait("[...document.images].every(i => i.complete || i.loading === 'lazy')")
     assert page.js("[...document.images].filter(i => i.complete && !i.naturalWidth && i.src).map(i => i.src)") == []
     assert page.js("[...document.images].filter(i => !i.closest('.sidebar-drawer') && !i.hasAttribute('alt')).length") == 0

@@ -257,7 +257,11 @@ def picture_of_maps(pixels: torch.Tensor, # (B, 3, S, S) in 0–1
                     names=None): # a text under each image
     "Figure: image, then map and regions of each head, with its entropy and number of regions."
     labels = label_regions(above_mean(maps))
-    return show_heads(pixels, maps, labels, _captions(maps, labels), names)
+    fig = show_heads(pixels, maps, labels, _captions(maps, labels), names)
+    fig.set_figheight(fig.get_figheight() + .5)          # inches, for two lines
+    fig.suptitle("maps: yellow is high\nbeside them their connected regions above the mean",
+                 fontsize=7)
+    return fig
 
 # %% ../../nbs/58_loop.ipynb #5e5955dc
 def one_of_each(data, most: int) -> list: # of tensors (3, S, S), 0–255
