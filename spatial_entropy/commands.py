@@ -433,8 +433,9 @@ def _prepare_comparison(args):
 # %% ../nbs/80_commands.ipynb #98f58a47
 def _say_compiling():
     "In a terminal: that the first update has to wait, where nothing compiled is kept yet."
+    if not sys.stderr.isatty(): return
     from spatial_entropy.measure.cpu import is_compiled
-    if sys.stderr.isatty() and not is_compiled():
+    if is_compiled() is False:                       # None: it is compiled anew each time, or not
         print("the loss is compiled for this machine first, once: some seconds, more on a busy one",
               file=sys.stderr, flush=True)
 
@@ -576,7 +577,8 @@ def _check_name(model):
     if Path(model).exists() or model == "demo": return
     if model.startswith((".", "/", "~")): raise FileNotFoundError(f"{model}: no such run folder")
     if "/" in model and ":" not in model and not model.startswith("timm/"):
-        raise FileNotFoundError(f"{model}: no such run folder")
+        hub = f"; a model of the hub is hf-hub:{model}" if model.count("/") == 1 else ""
+        raise FileNotFoundError(f"{model}: no such run folder{hub}")
     if get_close_matches(model, ["demo"], 1, .7):
         raise ValueError(f"{model}: no run folder and no model of timm; did you mean demo?")
 
@@ -770,7 +772,7 @@ def _prepare_exploring(args):
     "The command `explore`."
     names = [name for name in (args.model, args.against) if name]
     _check_exploring(args, names)
-    print(f"loading {' and '.join(map(_sentence, names))} …", flush=True)
+    if sys.stderr.isatty(): print(f"loading {' and '.join(names)} …", file=sys.stderr)
     try: from spatial_entropy.serving import Server
     except ModuleNotFoundError as e:
         raise ImportError(f"explore needs {e.name}, which is not installed; "

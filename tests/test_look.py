@@ -15,6 +15,7 @@ import spatial_entropy as se
 from spatial_entropy.commands import main
 from spatial_entropy.language.demo import demo_language_model
 from spatial_entropy.language.looking import heads_of, query_of
+from spatial_entropy.training.files import to_install
 
 PROMPT = "where is the red mug ?"
 
@@ -133,7 +134,7 @@ def test_a_name_that_is_not_there_does_not_wait_for_torch(folder, line):
 def test_without_transformers(typed, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     code, _, err = typed("look", "vlm", "mug.png", "-p", "where")
-    assert code == 2 and "look needs transformers, which is not installed; pip install -e '.[transformers]'" in err and err.count("\n") == 1
+    assert code == 2 and f"look needs transformers, which is not installed; {to_install('transformers')}" in err and err.count("\n") == 1
 
 
 def test_look_is_what_text_maps_hears():

@@ -37,7 +37,7 @@ def given(model):
     }
 
 
-ELSEWHERE = {"TrainConfig", "draw_extremes"}         # its own ranges; pictures of a page
+ELSEWHERE = {"TrainConfig", "draw_extremes"}         # its own ranges; wants scores
 
 
 def test_no_public_function_is_missing(model):
@@ -50,7 +50,7 @@ def test_no_public_function_is_missing(model):
         assert name in known or not {*NAMES} & {*parameters}, name
 
 
-@pytest.mark.parametrize("name,wrong", [("seed", w) for w in ("a", -1, 1.5, None, True, 2**32)] + [("resamples", w) for w in (0, "many", 2.5)]
+@pytest.mark.parametrize("name,wrong", [("seed", w) for w in ("a", -1, 1.5, None, True, 2**64)] + [("resamples", w) for w in (0, "many", 2.5)]
                          + [("thresholds", w) for w in ("half", [], [2.], [float("nan")], .5)] + [("n", w) for w in (0, "a", 1.5)])
 def test_what_is_none_is_a_sentence(name, wrong, model):
     asked = 0
@@ -80,5 +80,16 @@ def test_numpy_numbers_are_numbers():
         assert torch.equal(se.surrogate_maps(maps, 2, seed), se.surrogate_maps(maps, 2, 3))
         assert se.bootstrap([1, 2, 3.], seed=seed) == se.bootstrap([1, 2, 3.], seed=3)
         assert np.array_equal(se.shapes(2, seed=seed).images, se.shapes(2, seed=3).images)
-    by_each = se.surrogate_maps(maps, 2, np.arange(6).tolist())
-    assert torch.equal(by_each, se.surrogate_maps(maps, 2, tuple(range(6))))
+    for each in (np.arange(6), torch.arange(6), tuple(range(6))):
+        assert torch.equal(se.surrogate_maps(maps, 2, each), se.surrogate_maps(maps, 2, list(range(6))))
+    large = corrupted(se.shapes(1).images[0], "glass_blur", 1, seed=2**40 + 3)
+    assert np.array_equal(large, corrupted(se.shapes(1).images[0], "glass_blur", 1, seed=3))
+
+
+@pytest.mark.parametrize("wrong", ("runs/r", few, None))
+def test_what_is_no_model_is_told(wrong):
+    "Also with model and loader in the other order."
+    for measured in (lambda: se.corruption_accuracy(wrong, few, **norm), lambda: se.occlusion_curves(wrong, few),
+                     lambda: se.SpatialEntropyRegularizer(wrong), lambda: se.rank_heads(wrong, few), lambda: se.accuracy(wrong, few),
+                     lambda: se.AttentionTap(wrong), lambda: se.TextImageTap(wrong)):
+        with pytest.raises(TypeError, match="model: got .*, expected an nn.Module"): measured()

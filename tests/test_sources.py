@@ -3,6 +3,7 @@ import io
 import json
 import multiprocessing
 import pickle
+import re
 import sys
 import tarfile
 
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from spatial_entropy.data import drawn_sets, mask_pairs
 from spatial_entropy.training.archives import RowSource, sources
 from spatial_entropy.training.config import is_drawn
+from spatial_entropy.training.files import to_install
 from spatial_entropy.training.sources import Source, _by_share, _take_turns
 
 
@@ -252,7 +254,7 @@ def test_folder_mistakes(tmp_path, classes, error, said):
 
 
 @pytest.mark.parametrize("wish,said", [
-    (dict(limit=0), "limit: got 0, expected at least 1 picture"), (dict(fraction=0.), "fraction: got 0.0, expected a number above 0 and at most 1"),
+    (dict(limit=0), "limit: got 0, expected a whole number of at least 1"), (dict(fraction=0.), "fraction: got 0.0, expected a number above 0 and at most 1"),
     (dict(fraction=1.5), "fraction: got 1.5"), (dict(fraction=float("nan")), "fraction: got nan"),
     (dict(limit=3, fraction=.1), "limit and fraction: got 3 and 0.1"), (dict(val_fraction=1.), "val_fraction: got 1.0, expected a number between 0 and 1")])
 def test_wishes_out_of_range(wish, said):
@@ -399,7 +401,7 @@ def test_flowers(tmp_path, monkeypatch):
     assert (len(train), len(test)) == (7, 5) and test.classes[0] in ("pink primrose", "0")
     assert sorted(train.name(i) for i in range(7))[4] == "flowers102/val[0]"
     monkeypatch.setitem(sys.modules, "scipy.io", None)
-    with pytest.raises(ImportError, match=r"torch/flowers102: needs scipy; pip install -e '.\[data\]'"):
+    with pytest.raises(ImportError, match=re.escape(f"torch/flowers102: needs scipy; {to_install('data')}")):
         sources("torch/flowers102", data_dir=tmp_path)
 
 
@@ -471,7 +473,7 @@ def test_hugging_face_is_not_there(tmp_path, hub):
 
 def test_hugging_face_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"needs the package datasets; pip install -e '.\[data\]'"):
+    with pytest.raises(ImportError, match=re.escape(f"needs the package datasets; {to_install('data')}")):
         sources("hfds/beans")
 
 

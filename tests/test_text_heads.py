@@ -411,6 +411,11 @@ def test_a_score_and_its_chance_are_of_the_same_samples(shifts):
             own = np.mean([score_grounding(maps[i], as_truth(boxes[i]))[name][row["head"]] for i in others])
             assert row[name] == pytest.approx(own)
             assert row[f"{name}_chance"] == pytest.approx(means[name][row["head"]].item(), nan_ok=True)
+    nowhere = grounding.Truth(torch.tensor([[0, 0, .1, 1]]), None, (.25, 0, .75, 1))       # no object is in the frame
+    with_empty = [samples[0], Seen({0: maps[0]}, nowhere), samples[1], Seen({0: maps[2]}, nowhere), *samples[2:]]
+    names = [n for name in grounding.SCORES for n in (name, f"{name}_chance")]
+    a, b = ({r["head"]: [r[n] for n in names] for r in rank_seen(s, shifts=shifts)} for s in (samples, with_empty))
+    assert str(a) == str(b)
     alone = rank_seen(samples[:3])                    # there is no other truth
     assert alone[0]["images"] == 3 and math.isnan(alone[0]["iou_chance"]) and not math.isnan(alone[0]["iou"])
 

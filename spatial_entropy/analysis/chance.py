@@ -7,7 +7,7 @@ __all__ = ['cosine_basis', 'with_values', 'surrogate_maps', 'Chance', 'entropy_a
 
 # %% ../../nbs/42_chance.ipynb #079702d2
 import math
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from numbers import Integral
 import torch
@@ -56,12 +56,13 @@ def _redrawn(x, steps, seed, n):
 # %% ../../nbs/42_chance.ipynb #c5639df6
 def _check_seeds(seed, x):
     "Raise ValueError for what is no seed, nor one for each of the first axis."
-    if isinstance(seed, str) or not isinstance(seed, Sequence): return check_seed(seed)
+    if isinstance(seed, str) or not isinstance(seed, Collection): return check_seed(seed)
     if x.ndim < 3 or len(seed) != len(x):
         raise ValueError(f"seed: got {len(seed)} for maps {tuple(x.shape)}, expected a number, or "
                          "one for each of the first axis")
     for one in seed: check_seed(one)
 
+# %% ../../nbs/42_chance.ipynb #7d8c6dc6
 def surrogate_maps(maps: Tensor, # (..., h, w) similarities, any real dtype, finite
                    n: int = 16, # surrogates of each map
                    seed=0, # same seed, same surrogates; or a list, one for each of the first axis
@@ -76,6 +77,7 @@ def surrogate_maps(maps: Tensor, # (..., h, w) similarities, any real dtype, fin
     check_maps(maps)
     check_real(maps)
     check_count(n, "n")
+    if hasattr(seed, "tolist"): seed = seed.tolist()                  # an array, or a tensor
     x = as_float(maps.detach()).cpu()
     if not x.isfinite().all():
         raise ValueError("maps: got a NaN or infinite cell, expected finite cells only")

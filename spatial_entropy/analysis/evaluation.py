@@ -12,7 +12,7 @@ from os import PathLike
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader
 from .masks import mask_jaccard
 from ..measure.operators import label_regions, spatial_entropy
 from ..measure.regions import above_mean
@@ -42,14 +42,25 @@ def check_pairs(model, pairs, what="(x, mask)", read="mask_pairs"): # what: an i
     if hasattr(pairs, "dataset"): expected = "the data set inside it (loader.dataset)"
     raise TypeError(f"pairs: got a {type(pairs).__name__}, expected {expected}")
 
-def names_of(data) -> list: # of texts, one for each item
-    """`data.names`; of a part, such as a Subset, the names in the whole; else the items' numbers.
-
-    Of several in a row, as in a ConcatDataset, the names of each."""
+# %% ../../nbs/41_evaluation.ipynb #94b2c161
+def _given_names(data):
+    "The names that a data set, or what a part is of, has; None without."
     names = getattr(data, "names", None)
-    if names is None and hasattr(data, "datasets"):
-        names = [name for each in data.datasets for name in names_of(each)]
-    if names is None and hasattr(data, "dataset") and hasattr(data, "indices"):
+    if names is not None: return list(names)
+    if isinstance(data, ConcatDataset):
+        each = [_given_names(d) for d in data.datasets]
+        return None if any(e is None for e in each) else [name for e in each for name in e]
+    if not _is_part(data) or (whole := _given_names(data.dataset)) is None: return None
+    return [whole[i] for i in data.indices]
+
+def _is_part(data): return hasattr(data, "dataset") and hasattr(data, "indices")
+
+def names_of(data) -> list: # of texts, one for each item
+    """`data.names`; of a part, such as a Subset, those in the whole, of a ConcatDataset all parts'.
+
+    Without names the items' numbers, of a part those in the whole."""
+    names = _given_names(data)
+    if names is None and _is_part(data):
         whole = names_of(data.dataset)
         names = [whole[i] for i in data.indices]
     return [str(n) for n in (range(len(data)) if names is None else names)]

@@ -112,6 +112,10 @@ class Truth:
         if self.mask is not None: return mask_on_grid(self.mask, grid, self.frame)
         return boxes_on_grid(self.inside, grid)
 
+    def is_in(self, grid) -> bool:
+        "Whether any of it lies in what the grid covers."
+        return bool(self.on_grid(grid).any())
+
 # %% ../../nbs/49_grounding.ipynb #cf651e37
 def as_truth(found, # None, a Truth, boxes (4,) or (T, 4) in shares, or a mask (S, W) bool
              frame=WHOLE):
@@ -187,14 +191,14 @@ class Judge:
         "{score and score_chance: (H,)}; nothing without a truth."
         if truth is None: return {}
         scores, n = score_grounding(maps, truth, level), len(maps)
-        frame = truth.frame
-        others = [replace(t, frame=frame) for t in (*self.before, *after)[:self.shifts]]
+        others = [replace(t, frame=truth.frame) for t in (*self.before, *after)[:self.shifts]]
         found = [score_grounding(maps, t, level) for t in others]
-        self.before = [truth, *self.before][:self.shifts]
+        if truth.is_in(maps.shape[-2:]): self.before = [truth, *self.before][:self.shifts]
         unknown = torch.full((1, n), torch.nan, dtype=torch.float64)
-        chance = {f"{name}_chance": torch.stack([f[name] for f in found] or [*unknown]).nanmean(0)
+        chance = {name: torch.stack([f[name] for f in found] or [*unknown]).nanmean(0)
                   for name in SCORES}
-        return scores | chance
+        of_none = lambda name: chance[name].masked_fill(scores[name].isnan(), torch.nan)
+        return scores | {f"{name}_chance": of_none(name) for name in SCORES}
 
 # %% ../../nbs/49_grounding.ipynb #653b47dd
 _KEYS = dict(image=("image", "file_name", "image_path", "img_path", "img"),

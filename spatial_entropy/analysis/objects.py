@@ -15,6 +15,7 @@ from .masks import paired_on_grid, pointing_on_grid
 from .masks import pixels_on_grid, pointing  # noqa: F401, also found here
 from ..measure.operators import label_regions
 from ..measure.regions import check_count, check_tensor, keep_mass
+from ..pictures import one_line
 
 # %% ../../nbs/46_objects.ipynb #39e2790e
 def _by_value(maps, *weights):
@@ -178,7 +179,8 @@ def as_thresholds(given) -> Tensor: # (T,)
     try: found = torch.as_tensor(given)
     except (TypeError, ValueError, RuntimeError): found = torch.tensor(torch.nan)
     if found.ndim == 1 and len(found) and ((found >= 0) & (found <= 1)).all(): return found
-    raise ValueError(f"thresholds: got {given!r}, expected a list of numbers in 0–1")
+    said = one_line(" ".join(repr(given).split()), 80)
+    raise ValueError(f"thresholds: got {said}, expected a list of numbers in 0–1")
 
 # %% ../../nbs/46_objects.ipynb #a658f4d5
 def _cuts(map_, thresholds):

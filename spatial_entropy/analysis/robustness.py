@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from .intervals import bootstrap
+from .evaluation import check_given
 from ..attention.tap import AttentionTap
-from ..measure.regions import check_seed
+from ..measure.regions import check_count, check_seed
 
 # %% ../../nbs/64_robustness.ipynb #8871e92e
 COMMON = ("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur",
@@ -26,7 +27,8 @@ COMMON = ("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glas
 
 def _library():
     "The function of the library. Raises ImportError that says how to get it."
-    get = "pip install -e '.[robustness]' in the checkout of spatial_entropy"
+    get = ("pip install 'spatial_entropy[robustness]', or in a checkout of it "
+           "pip install -e '.[robustness]'")
     try:
         from imagecorruptions import corrupt
         from imagecorruptions.corruptions import glass_blur
@@ -52,13 +54,15 @@ def _check_corruption(name, severity):
     if severity not in (1, 2, 3, 4, 5):
         raise ValueError(f"severity: got {severity!r}, expected 1, 2, 3, 4 or 5")
 
-def _check_corruptions(names, severities):
-    "Raise ValueError for what is no list of names, or of severities, of which there are some."
+def _check_corruptions(names, severities, pictures=None, seed=0):
+    "Raise ValueError for what is no list of names, or of severities, or no number of pictures."
     for what, given in (("names", names), ("severities", severities)):
         if isinstance(given, str) or not isinstance(given, Collection) or len(given) == 0:
             raise ValueError(f"{what}: got {given!r}, expected a list of one or more")
     for name in names: _check_corruption(name, 1)
     for severity in severities: _check_corruption(COMMON[0], severity)
+    if pictures is not None: check_count(pictures, "pictures")
+    check_seed(seed)
 
 # %% ../../nbs/64_robustness.ipynb #9c321391
 def corrupted(picture, # (H, W, 3) uint8 array, 32 pixels a side at least
@@ -77,6 +81,7 @@ def corrupted(picture, # (H, W, 3) uint8 array, 32 pixels a side at least
     if a.dtype != np.uint8 or a.ndim != 3 or a.shape[-1] != 3 or min(a.shape[:2]) < 32:
         raise ValueError(f"picture: got {a.shape} of {a.dtype}, expected (H, W, 3) of uint8, "
                          "H and W at least 32")
+    seed = seed % 2**32                                   # as many as NumPy's old generator takes
     more = dict(seed=seed) if name in ("glass_blur", "impulse_noise") else {}
     with _seeded(seed): return _library()(a, severity=severity, corruption_name=name, **more)
 
@@ -110,8 +115,8 @@ def _some(loader, pictures):
         if len(numbers): yield numbers, x[chosen], label[chosen]
 
 def _check_pictures(pictures):
-    if pictures is None or type(pictures) is int and pictures > 0: return
-    raise ValueError(f"pictures: got {pictures!r}, expected a number from 1, or None for all")
+    "Raise ValueError for what is no number of pictures; None: all."
+    if pictures is not None: check_count(pictures, "pictures")
 
 def _batches(loader, pictures): # at most
     return len(loader) if pictures is None else min(len(loader), pictures)
@@ -188,9 +193,8 @@ def corruption_accuracy(model, # a classifier of normalised pictures
     """Whether a model is right under the common corruptions (arXiv 1903.12261), picture by picture.
 
     Raises ImportError without the library, ValueError for unknown names and severities."""
-    _check_pictures(pictures)
-    _check_corruptions(names, severities)
-    check_seed(seed)
+    check_given(model, loader)
+    _check_corruptions(names, severities, pictures, seed)
     wanted = [(name, severity) for name in names for severity in severities]
     _library()
     clean, right, norm = [], {kind: [] for kind in wanted}, dict(mean=tuple(mean), std=tuple(std))
@@ -334,6 +338,7 @@ def occlusion_curves(model, # any classifier that AttentionTap reads
     Chance is the map of another picture. Pictures whose map has NaN or infinite cells are left out
     and counted. Raises ValueError for fewer than two pictures and for shares that do not rise.
     """
+    check_given(model, loader)
     shares = _check_shares(shares)
     _check_pictures(pictures)
     check_seed(seed)
@@ -352,9 +357,7 @@ def corruption_scores(names=COMMON, severities=(1, 2, 3, 4, 5), **options):
 
     Raises what that raises for names and severities, and without the library, at once.
     """
-    _check_corruptions(names, severities)
-    _check_pictures(options.get("pictures"))
-    check_seed(options.get("seed", 0))
+    _check_corruptions(names, severities, options.get("pictures"), options.get("seed", 0))
     _library()
     def measure(model, loader, norm, device):
         return corruption_accuracy(model, loader, **norm, names=names, severities=severities,

@@ -333,7 +333,7 @@ def _check_drawn(model, pairs, scores, n, name):
     if len(scores) != len(pairs):
         raise ValueError(f"scores: got those of {len(scores)} pictures, expected those of the "
                          f"{len(pairs)} pairs that are given")
-    if n < 1: raise ValueError(f"n: got {n}, expected at least one picture a row")
+    check_count(n, "n")
     if not extremes(scores, n, name)[0]:
         raise ValueError(f"scores: no picture has {name} beside chance, expected objects in some")
 

@@ -9,10 +9,11 @@ __all__ = ['looks', 'measured', 'rank_seen', 'rank_text_heads']
 import torch
 from torch import Tensor, nn
 from ..analysis.chance import surrogate_maps
-from ..analysis.grounding import Judge
+from ..analysis.grounding import SCORES, Judge
 from ..analysis.heads import Heads, Means
 from ..analysis.localization import localization_entropy, selection
 from ..analysis.outliers import outliers
+from ..measure.regions import check_count
 from .samples import Seen, text_maps
 
 # %% ../../nbs/75_text_heads.ipynb #6dbd43fc
@@ -70,6 +71,15 @@ def _in_order(row, same): # same: share of the samples in which one and the same
         k: v for k, v in row.items() if k not in first}
     return row | dict(looks_at=_looks_at(row))
 
+# %% ../../nbs/75_text_heads.ipynb #345fc211
+def _scores(judge, seen, after): # after: truths of later samples
+    "Own and chance; neither where one of them is unknown, unless no other truth is there at all."
+    several = judge.shifts and (judge.before or after)
+    found = judge(seen.stacked, seen.truth, after=after)
+    for name in SCORES if several and found else ():
+        found[name].masked_fill_(found[f"{name}_chance"].isnan(), torch.nan)
+    return found
+
 # %% ../../nbs/75_text_heads.ipynb #31c638eb
 class _Counted:
     "Running means over samples, and how often each head's cell was the same."
@@ -80,7 +90,7 @@ class _Counted:
     def add(self, seen, after=()): # truths of later samples
         columns = measured(seen, **self.how, seed=self.n)
         place, sizes = columns.pop("place"), [len(m) for m in seen.maps.values()]
-        columns |= self.judge(seen.stacked, seen.truth, after=after)
+        columns |= _scores(self.judge, seen, after)
         parts = {name: v.split(sizes) for name, v in columns.items()}
         for i, (layer, at) in enumerate(zip(seen.maps, place.split(sizes))):
             self.means.add(layer, {name: v[i][None] for name, v in parts.items()})
@@ -95,21 +105,21 @@ class _Counted:
                           if row["images"] > 1 else torch.nan) for row in self.means.rows("passed")]
 
 # %% ../../nbs/75_text_heads.ipynb #f4b2f48a
+def _has_object(seen): return seen.truth is not None and seen.truth.is_in(seen.stacked.shape[-2:])
+
 def _with_another(samples): # an iterable of `Seen`
-    "(sample, truths of later ones): the first with a truth waits for another; the rest need none."
+    "(sample, truths of later ones): the first with an object waits for another one."
     first, samples = None, iter(samples)
     for seen in samples:
-        if first is None and seen.truth is not None:
-            first = seen
-            continue
-        if first is not None and seen.truth is not None:
+        if not _has_object(seen): yield seen, ()
+        elif first is None: first = seen
+        else:
             yield first, [seen.truth]
             yield seen, ()
+            first = None
             break
-        yield seen, ()
-    else:
-        if first is not None: yield first, ()
     for seen in samples: yield seen, ()
+    if first is not None: yield first, ()
 
 # %% ../../nbs/75_text_heads.ipynb #218297eb
 def rank_seen(samples, # an iterable of `Seen`
@@ -121,6 +131,9 @@ def rank_seen(samples, # an iterable of `Seen`
               by: str = "selected", # any column of numbers
              ) -> Heads:
     "Rank heads by maps that are there. Raises ValueError where no map could be read."
+    check_count(top, "top")
+    check_count(surrogates, "surrogates", 0)
+    check_count(shifts, "shifts", 0)
     counted = _Counted(dict(variant=variant, top=top, threshold=threshold, surrogates=surrogates),
                        shifts)
     for seen, after in _with_another(samples): counted.add(seen, after)

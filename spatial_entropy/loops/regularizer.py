@@ -8,6 +8,7 @@ __all__ = ['run_settings', 'operate', 'SpatialEntropyRegularizer']
 # %% ../../nbs/31_regularizer.ipynb #056c5d66
 import warnings
 from contextlib import contextmanager
+from numbers import Integral
 from weakref import ref
 import torch
 from torch import nn
@@ -138,7 +139,7 @@ class _Counting:
 
     def count(self, graded, teaching):
         first, new = self.trained is None, self.tap.trained - (self.trained or 0)
-        if first and graded: new = 0
+        if first and (graded or not teaching): new = 0
         self.trained, why = self.tap.trained, _why_left_out(new, self.views, graded, teaching)
         if why is not None and not self.warned: warnings.warn(why, stacklevel=4)
         self.warned = self.warned or why is not None
@@ -184,13 +185,13 @@ class _MeanSinceReading:
 class _Listening:
     "Holds a tap until it is closed; copies and pickles are closed."
     def __init__(self, model, block, query, views):
-        if not isinstance(views, int) or views < 1:
+        if not isinstance(views, Integral) or isinstance(views, bool) or views < 1:
             raise ValueError(f"views: got {views!r}, expected how many forward passes a call "
                              "stands for, at least 1")
-        self.views, self.surgery = views, None
-        learner = ref(model)
+        self.views, self.surgery = int(views), None
+        tap, learner = AttentionTap(model, block, query), ref(model)
         training = lambda: getattr(learner(), "training", False)
-        self._maps = _NewMaps(AttentionTap(model, block, query), views, training)
+        self._maps = _NewMaps(tap, self.views, training)
 
     def _open_maps(self):
         if self._maps is not None: return self._maps

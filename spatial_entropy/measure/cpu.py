@@ -87,9 +87,9 @@ def _differences(s, first, unit, d):
 
 # %% ../../nbs/20_cpu.ipynb #474c8f3c
 def _kept_in(folder): # of numba's cache, or None
-    return bool(folder) and any(Path(folder).glob("cpu._differences-*.nbi"))
+    return any(Path(folder).glob("cpu._differences-*.nbi")) if folder else None
 
-def is_compiled() -> bool:
+def is_compiled() -> bool | None: # None where nothing can be kept
     "Whether compiled code is kept on disk; without it the first map waits for some seconds."
     return _kept_in(getattr(_differences._cache, "cache_path", None))
 

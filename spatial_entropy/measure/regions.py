@@ -95,8 +95,8 @@ def check_count(value, name, least=1):
 
 def check_seed(seed, name="seed"):
     "Raise ValueError for what no generator of random numbers takes."
-    if isinstance(seed, Integral) and not isinstance(seed, bool) and 0 <= seed < 2**32: return
-    raise ValueError(f"{name}: got {seed!r}, expected a whole number from 0 to 4,294,967,295")
+    if isinstance(seed, Integral) and not isinstance(seed, bool) and 0 <= seed < 2**64: return
+    raise ValueError(f"{name}: got {seed!r}, expected a whole number from 0 to 2**64 - 1")
 
 def is_number(value): return hasattr(value, "__float__") # of Python, NumPy or torch
 

@@ -441,9 +441,9 @@ def _hub_parts(name, whole, named, saved):
     train = named[0] or next((t for t in TRAINING if t in whole), "train")
     parts = [train] + ([val] if val else [])
     for part in parts:
-        if saved and part not in whole:
-            raise NoPart(f"hfds/{name}: has no part {part!r}; "
-                             f"expected one of {', '.join(whole)}")
+        base = part if saved else re.split(r"[\[+]", part)[0]      # of a slice, or of a sum
+        if base not in whole and (saved or base != "all"):
+            raise NoPart(f"hfds/{name}: has no part {part!r}; expected one of {', '.join(whole)}")
     return parts
 
 # %% ../../nbs/53_archives.ipynb #527b4dd0

@@ -554,13 +554,21 @@ def read_tree(path) -> dict:
     return _read(path, _tree_of)
 
 # %% ../../nbs/51_config.ipynb #19919a10
+def _instead_of(given, settings):
+    "Settings, and what they end of a file: weights come from one place."
+    if settings.get("initial_checkpoint") and given.get("pretrained"):
+        return dict(pretrained=False) | settings
+    if settings.get("pretrained") and given.get("initial_checkpoint"):
+        return dict(initial_checkpoint=None) | settings
+    return settings
+
 def configure(recipe: str = "small", # or "paper"
               config: str | None = None, # a file of settings, or a run folder; wins over the recipe
               **settings, # and these over both
              ) -> TrainConfig:
     "A configuration from a recipe, a file and single settings. Raises ValueError or OSError."
     given = read_settings(config) if config is not None else {}
-    given |= checked_settings(settings, "settings")
+    given |= _instead_of(given, checked_settings(settings, "settings"))
     return TrainConfig(**{**_recipe(recipe, given), **given})
 
 # %% ../../nbs/51_config.ipynb #5ed0d34f

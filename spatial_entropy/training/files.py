@@ -282,7 +282,7 @@ def to_install(extra: str) -> str: # a command, and where to give it
     "What brings an extra of this package, installed as it is."
     found = Distribution.discover(name="spatial_entropy")
     origins = [each.read_text("direct_url.json") or "" for each in found]
-    if any("file:" in origin for origin in origins):
+    if any("dir_info" in origin for origin in origins):
         return f"pip install -e '.[{extra}]' in the checkout of spatial_entropy"
     return f"pip install 'spatial_entropy[{extra}]'"
 

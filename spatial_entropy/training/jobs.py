@@ -469,9 +469,11 @@ def _how_far(folder):
     if not (folder/"config.yaml").is_file(): return None
     if _is_held(folder): return "still at work"
     said = next(filter(None, map(_record_in, reversed(checkpoints(folder)))), None)
+    if said is None and ((folder/"model.safetensors").is_file() or checkpoints(folder)):
+        return "without a whole checkpoint"
     if said is None: return "stopped before its first checkpoint"
-    per_epoch = said["facts"].get("updates_per_epoch", 0)
-    done, total = said["updates"], said["config"]["epochs"]*per_epoch
+    per_epoch = said.get("facts", {}).get("updates_per_epoch", 0)
+    done, total = said.get("updates", 0), said.get("config", {}).get("epochs", 0)*per_epoch
     return "finished" if done >= total > 0 else f"stopped at update {done} of {total or 'some'}"
 
 # %% ../../nbs/57_jobs.ipynb #c13c6fd0

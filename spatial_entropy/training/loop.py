@@ -9,6 +9,7 @@ __all__ = ['Stopped', 'train_epoch', 'picture_of_maps', 'one_of_each', 'fit', 'T
 import hashlib, json, math, multiprocessing, signal, threading, time
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 import torch
 from matplotlib import pyplot as plt
@@ -197,15 +198,22 @@ def _looked_at(job):
 # %% ../../nbs/58_loop.ipynb #ea59a467
 _CHANCE = 1024 # pictures
 
-def _some(n, share):
-    "Numbers of this share of n pictures, spread evenly: a folder's come class by class."
-    return torch.linspace(0, n - 1, max(1, round(share*n))).round().long()
+def _some(first, n, most, pictures):
+    "Which of n pictures from number `first` on count, (n,) bool: `most` of all, evenly spread."
+    at = torch.arange(first, first + n)
+    return (at + 1)*most//pictures > at*most//pictures
 
 def _beside(pictures, most=_CHANCE):
-    "What stands beside E, as in `evaluate`; its chance level of about `most` pictures, if any."
-    also, share = beside_entropy(), min(1, most/max(1, pictures))
-    chance = also["entropy_chance"]
-    return also | dict(entropy_chance=lambda maps: chance(maps[_some(len(maps), share)]))
+    "What stands beside E, as in `evaluate`; its chance level of `most` pictures at most."
+    also, seen = beside_entropy(), count()
+    chance, most = also["entropy_chance"], min(most, pictures)
+    def of_some(maps):
+        first = [next(seen) for _ in maps][0]
+        chosen = _some(first, len(maps), most, pictures)
+        found = maps.new_full(maps.shape[:2], torch.nan, dtype=torch.float64)
+        if chosen.any(): found[chosen] = chance(maps[chosen]).to(found)
+        return found
+    return also | dict(entropy_chance=of_some)
 
 def _validated(job):
     "What `validate` says of the model that is judged."
@@ -468,7 +476,7 @@ def _start(job):
     if job.main: _mend(job)
     pictures = len(job.loaders.val.dataset)
     if job.place.updates == 0 and pictures > _CHANCE:
-        job.say(f"the chance level of E, after each epoch, is estimated on about {_CHANCE:,} of "
+        job.say(f"the chance level of E, after each epoch, is estimated on {_CHANCE:,} of "
                 f"the {pictures:,} validation pictures; evaluate takes all")
     if job.place.epoch not in job.film: _keep_maps(job)
     first = _read_maps(job.folder/"pictures"/"before.safetensors")

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from timm.utils.misc import natural_key
-from ..measure.regions import check_seed
+from ..measure.regions import check_count, check_seed, is_number
 
 # %% ../../nbs/52_sources.ipynb #2af026cd
 from ..data import drawn_sets, is_hidden, is_picture, open_picture, shapes
@@ -317,29 +317,30 @@ def _tops(path, listed):
 def _is_divided(may, classes):
     "Whether some folders are parts, and not classes of that name."
     both = _called(TRAINING, classes) and _called(VALIDATION, classes)
-    return bool(both or _called(TRAINING, may) or _called(VALIDATION, may))
+    return bool(both or _called(["train"], may) or _called(VALIDATION, may))
 
 # %% ../../nbs/52_sources.ipynb #28b8508a
 class NoPart(ValueError):
     "A part that was looked for is not there."
 
-def _there(name, flag, there):
+def _there(name, name_of, there): # name_of: the setting that says otherwise
     "What is there instead of a part, for an error; empty where nothing is."
     if not there: return ""
     near, found = get_close_matches(name, there, 1), ", ".join(f"{t}/" for t in sorted(there)[:6])
     more = ", …" if len(there) > 6 else ""
-    return f" (found: {found}{more}; {flag} {near[0] if near else 'NAME'} takes one of them)"
+    such = f", such as {near[0]}" if near else ""
+    return f" (found: {found}{more}; the setting {name_of} takes one of them{such})"
 
 def _refuse_train(path, val, named, there=()):
     beside, name = "" if any(named) else f"{val}/ but ", named[0] or "train"
-    others = _there(name, "--train-split", set(there) - {val})
+    others = _there(name, "train_split", set(there) - {val})
     raise NoPart(f"{path}: has {beside}no {name}/{others}; "
                  "expected a folder of that name, or tars with it in theirs")
 
 def _refuse_val(path, train, named, there=()):
     alone = path/train if (path/train).is_dir() else "the training pictures alone"
     name = named[1] or VALIDATION[0]
-    others = _there(name, "--val-split", set(there) - {train})
+    others = _there(name, "val_split", set(there) - {train})
     raise NoPart(f"{path}: has {train}/ but no {name}/{others}; add it, "
                  f"or pass {alone} to split it by seed")
 
@@ -436,14 +437,13 @@ def cut_source(source, seed, limit=None, fraction=None):
 def check_wishes(limit, fraction, val_fraction, seed=0):
     "Raises ValueError for numbers of which there is no part."
     check_seed(seed)
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit: got {limit}, expected at least 1 picture")
-    if fraction is not None and not 0 < fraction <= 1:
-        raise ValueError(f"fraction: got {fraction}, expected a number above 0 and at most 1")
+    if limit is not None: check_count(limit, "limit")
+    if fraction is not None and not (is_number(fraction) and 0 < fraction <= 1):
+        raise ValueError(f"fraction: got {fraction!r}, expected a number above 0 and at most 1")
     if limit is not None and fraction is not None:
         raise ValueError(f"limit and fraction: got {limit} and {fraction}, expected one of the two")
-    if not 0 < val_fraction < 1:
-        raise ValueError(f"val_fraction: got {val_fraction}, expected a number between 0 and 1")
+    if not (is_number(val_fraction) and 0 < val_fraction < 1):
+        raise ValueError(f"val_fraction: got {val_fraction!r}, expected a number between 0 and 1")
 
 # %% ../../nbs/52_sources.ipynb #46611afb
 class JoinedSource(Source):
