@@ -281,7 +281,8 @@ def test_the_sequence_at_the_top_of_the_page_leaves_what_it_says(photos, tmp_pat
     for line in text.split("```sh\n")[1].split("```")[0].splitlines():
         if line.startswith("#"):
             where, colon, names = line[1:].partition(":")
-            missing = [n for n in names.split() if not (Path(where.strip()) / n).exists()]
+            folder = Path(where.strip().replace("here", "."))
+            missing = [n for n in names.split() if not (folder / n).exists()]
             assert not missing, (line, missing)
             continue
         words = line.split()[1:]
