@@ -14,7 +14,6 @@ from difflib import get_close_matches
 from numbers import Integral, Real
 from pathlib import Path
 from typing import get_args, get_type_hints
-import numpy as np
 import yaml
 
 # %% ../../nbs/51_config.ipynb #021d081d
@@ -66,6 +65,7 @@ def _interpolation(v):
 # %% ../../nbs/51_config.ipynb #7b07b5c8
 def _augmentation(v):
     "None for an automatic augmentation of timm, or what was expected. Draws no random number."
+    import numpy as np
     from PIL import Image
     from timm.data import create_transform
     if re.search(r"\d{4}", v): return "numbers below 1,000 in timm's automatic augmentation"

@@ -12,10 +12,8 @@ import csv, errno, hashlib, json, os, platform, re, secrets, shutil, sys, time
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import cache
-from importlib.metadata import Distribution, PackageNotFoundError, version
 from pathlib import Path
 from weakref import WeakValueDictionary
-import psutil
 try: import fcntl
 except ImportError: fcntl = None                            # Windows
 
@@ -79,6 +77,7 @@ _left = re.compile(r"\..*\.([0-9a-f]{6})-(\d+)-([0-9a-f]{16})\.tmp(\.[^.]*)?", r
 
 def _dead(path, host, pid, token):
     "Whether the writer of such a name is gone. On another machine: if it is a day old."
+    import psutil                                    # not needed for help: 25 ms
     if host != _host: return time.time() - path.lstat().st_mtime > 86400
     return token not in _live if int(pid) == os.getpid() else not psutil.pid_exists(int(pid))
 
@@ -270,6 +269,7 @@ def write_json(path, value):
 # %% ../../nbs/50_files.ipynb #f2df6663
 @cache
 def _version(package): # asked for with each checkpoint
+    from importlib.metadata import PackageNotFoundError, version
     try: return version(package)
     except PackageNotFoundError: return "not installed"
 
@@ -280,6 +280,7 @@ def versions(*packages) -> dict: # name: version, or "not installed"
 # %% ../../nbs/50_files.ipynb #18ba2bb0
 def to_install(extra: str) -> str: # a command, and where to give it
     "What brings an extra of this package, installed as it is."
+    from importlib.metadata import Distribution
     found = Distribution.discover(name="spatial_entropy")
     origins = [each.read_text("direct_url.json") or "" for each in found]
     if any("dir_info" in origin for origin in origins):
@@ -346,6 +347,7 @@ def lenient_output():
 # %% ../../nbs/50_files.ipynb #deb73cd0
 def _record():
     "Who this process is."
+    import psutil
     me = psutil.Process()
     since = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
     return dict(host=platform.node(), pid=me.pid, began=me.create_time(), since=since)
@@ -363,6 +365,7 @@ def _lives(path, record):
     "Whether a recorded process lives. What is being written counts, and so does another machine."
     if record is None: return time.time() - path.stat().st_mtime < 10
     if record["host"] != platform.node(): return True
+    import psutil
     try:
         process = psutil.Process(record["pid"])
         alive = process.status() != psutil.STATUS_ZOMBIE
