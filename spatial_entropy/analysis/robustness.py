@@ -61,7 +61,7 @@ def _check_corruptions(names, severities, pictures=None, seed=0):
             raise ValueError(f"{what}: got {given!r}, expected a list of one or more")
     for name in names: _check_corruption(name, 1)
     for severity in severities: _check_corruption(COMMON[0], severity)
-    if pictures is not None: check_count(pictures, "pictures")
+    _check_pictures(pictures)
     check_seed(seed)
 
 # %% ../../nbs/64_robustness.ipynb #9c321391

@@ -9,7 +9,6 @@ __all__ = ['Stopped', 'train_epoch', 'picture_of_maps', 'one_of_each', 'fit', 'T
 import hashlib, json, math, multiprocessing, signal, threading, time
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
-from itertools import count
 from pathlib import Path
 import torch
 from matplotlib import pyplot as plt
@@ -205,11 +204,11 @@ def _some(first, n, most, pictures):
 
 def _beside(pictures, most=_CHANCE):
     "What stands beside E, as in `evaluate`; its chance level of `most` pictures at most."
-    also, seen = beside_entropy(), count()
-    chance, most = also["entropy_chance"], min(most, pictures)
+    also, first, most = beside_entropy(), 0, min(most, pictures)
+    chance = also["entropy_chance"]
     def of_some(maps):
-        first = [next(seen) for _ in maps][0]
-        chosen = _some(first, len(maps), most, pictures)
+        nonlocal first
+        chosen, first = _some(first, len(maps), most, pictures), first + len(maps)
         found = maps.new_full(maps.shape[:2], torch.nan, dtype=torch.float64)
         if chosen.any(): found[chosen] = chance(maps[chosen]).to(found)
         return found
