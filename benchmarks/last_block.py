@@ -43,7 +43,33 @@ def apart(maps):
     return SpatialEntropyLoss()(maps) + head_disagreement(maps)
 
 
-TERMS = {"apart": apart}                # of this study alone, beside those of regularizer_names
+def softmaxed(maps):
+    "The attention over the patches, (..., h, w): positive, so that a multiple of the mean is a threshold."
+    return maps.flatten(-2).softmax(-1).view_as(maps)
+
+
+def less_shuffled(maps):
+    "Spatial entropy less that of the same maps with their cells in random order: what the values alone give is no gain."
+    flat = maps.flatten(-2)
+    with torch.random.fork_rng(devices=()):                 # so that the order of the pictures is that of the other runs
+        order = torch.rand_like(flat).argsort(-1)
+    shuffled = flat.gather(-1, order).view_as(maps)
+    return SpatialEntropyLoss()(maps) - SpatialEntropyLoss()(shuffled)
+
+
+def spread(maps):
+    "Spatial entropy less Shannon's of the attention, from 0 to 1: connected, and no sparser than it need be."
+    p = softmaxed(maps).flatten(-2)
+    return SpatialEntropyLoss()(maps) - torch.special.entr(p).sum(-1).mean() / math.log(p.shape[-1])
+
+
+TERMS = {                               # of this study alone, beside those of regularizer_names
+    "apart": apart,
+    "softmax": lambda maps: SpatialEntropyLoss()(softmaxed(maps)),
+    "softmax-1.5": lambda maps: SpatialEntropyLoss(times_mean=1.5)(softmaxed(maps)),
+    "less-shuffled": less_shuffled,
+    "spread": spread,
+}
 
 
 @dataclass(frozen=True)
