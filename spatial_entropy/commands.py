@@ -458,7 +458,7 @@ def _work(job):
     except (FloatingPointError, OSError) as e:
         raise type(e)(f"{e}; what was saved stays; {go_on}") from None
     if job.main:
-        _measure(job.folder)
+        _measure(job.folder, device=str(job.accelerator.device))
         print(f"pictures: {job.folder/'before_after.png'}, curves.png, attention.gif")
     return 0
 

@@ -449,6 +449,7 @@ class _Reading:
         many = len(kinds) > 16 or full > between
         self.grades = bool(flat < between/4 and many)
         self.void = not self.grades and bool(small > tops/2)
+        self.labels_alone = bool(between) and not (self.grades or full) and min(kinds) < 32
 
     def labels(self, a, top, lossy=False): # (H, W) uint8
         "0 for background, 1 for an object, 2 for void."
@@ -490,6 +491,12 @@ def _is_colored(path):
         a = np.asarray(_decode(path).convert("RGB")).astype(int)
         return bool((a != a[..., :1]).any())
 
+def _reading_of(some, every, stored):
+    "How masks are to be read: found from some; from every one, where the others may hold void."
+    found = _Reading(stored(m)[:2] for m in some)
+    alone = found.labels_alone and len(some) < len(every)
+    return _Reading(stored(m)[:2] for m in every) if alone else found
+
 # %% ../nbs/03_data.ipynb #ea3565ad
 def _both(image_file, mask_file, files):
     "The picture, upright, the mask at the size of `files`, and what is valid if any is not."
@@ -508,7 +515,7 @@ class _Files:
     def __init__(self, pairs, size):
         self.pairs, self.size, step = pairs, size, -(-len(pairs)//64)
         some = [mask for _, mask in pairs[::step]]
-        self.reading = _Reading(self.stored(m)[:2] for m in some)
+        self.reading = _reading_of(some, [mask for _, mask in pairs], self.stored)
         self.void = self._holds_void(some)
 
     def _holds_void(self, some):

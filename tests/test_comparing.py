@@ -21,9 +21,9 @@ import spatial_entropy as se
 from spatial_entropy.commands import main
 from spatial_entropy.data import shapes
 from spatial_entropy.loops import alternatives
-from spatial_entropy.training import comparing
+from spatial_entropy.training import comparing, loop
 from spatial_entropy.training.comparing import Grid, compare, default_grid, planned, read_grid, summary, table
-from spatial_entropy.training.files import hold
+from spatial_entropy.training.files import Held, hold, use
 
 DRAWN = comparing.draw_curves, comparing.draw_arms
 
@@ -177,6 +177,75 @@ def test_more_seeds_go_on_with_what_is_there(photos, undisturbed, tmp_path):
     grid = grid_of(photos)
     grid.seeds = [1, 2, 3]
     assert [comparing._scores(run, None) is not None for run in planned(grid, folder)] == [True] * 4 + [False] * 2
+
+
+def test_only_the_evaluation_of_the_grid_counts(photos, undisturbed):
+    "Of the validation pictures, of this data, with these masks, after the last epoch: another one is no line of the table."
+    folder, rows = undisturbed
+    run = planned(grid_of(photos), folder)[0]
+    for name, changed in (("split", "train"), ("data", "others"), ("masks", "others"), ("weights_sha256", "0")):
+        path = run.folder / "evaluation.json"
+        whole = path.read_text(encoding="utf-8")
+        path.write_text(json.dumps({**json.loads(whole), name: changed}), encoding="utf-8")
+        assert table(planned(grid_of(photos), folder)) == rows[1:], name
+        path.write_text(whole, encoding="utf-8")
+    metrics = run.folder / "metrics.csv"
+    whole = metrics.read_text(encoding="utf-8")
+    metrics.write_text("".join(whole.splitlines(keepends=True)[:-1]), encoding="utf-8")
+    assert table(planned(grid_of(photos), folder)) == rows[1:]
+    metrics.write_text(whole, encoding="utf-8")
+    assert table(planned(grid_of(photos), folder)) == rows
+
+
+def test_a_run_that_was_looked_at_too_early_is_trained_to_its_end(photos, undisturbed, tmp_path):
+    grid = grid_of(photos)
+    grid.seeds = [1]
+    with patch.object(loop.RunProgress, "finish", side_effect=KeyboardInterrupt), pytest.raises(comparing.Interrupted):
+        compare(grid, tmp_path / "c", console=quiet())           # after the first epoch
+    comparing.keep_scores(tmp_path / "c" / "plain-seed1")
+    assert compare(grid, tmp_path / "c", console=quiet()) == (undisturbed[1][:2], [])
+
+
+def test_a_size_of_updates_that_changed_is_noticed(photos, undisturbed):
+    with pytest.raises(ValueError, match="was begun with grad_accum_steps = 1, the grid says 2"):
+        compare(grid_of(photos, grad_accum_steps=2), undisturbed[0], console=quiet())
+
+
+def test_two_comparisons_in_one_folder(photos, undisturbed):
+    folder, rows = undisturbed
+    with use(hold(folder)), pytest.raises(Held, match="in use"):
+        compare(grid_of(photos), folder, console=quiet())
+    assert compare(grid_of(photos), folder, console=quiet())[0] == rows
+
+
+def test_a_report_that_cannot_be_written_stops_no_run(photos, undisturbed, tmp_path):
+    folder, rows = undisturbed
+    grid, said, tried, write = grid_of(photos), quiet(), [], comparing.write_report
+    grid.seeds = [1]
+    def twice_not(*given):
+        tried.append(given)
+        if len(tried) <= 2:
+            raise OSError("table.csv: open in another program")
+        return write(*given)
+    with patch.object(comparing, "write_report", twice_not):
+        assert compare(grid, tmp_path / "c", console=said) == (rows[:2], [])
+    assert said.file.getvalue().count("no report yet: table.csv: open in another program") == 2 and len(tried) == 3
+
+
+def test_without_the_first_arm_nothing_is_compared_with_another(photos):
+    rows = [dict(arm=arm, part="all", seed=s, top1=float(s)) for arm in "bc" for s in (1, 2)]
+    assert all("less" not in line for line in summary(rows, ["a", "b", "c"]))
+
+
+def test_a_run_is_measured_where_it_was_trained(photos, undisturbed):
+    run = undisturbed[0] / "plain-seed1"
+    assert comparing.trained_on(run) == "cpu"
+    facts = (run / "facts.json").read_text(encoding="utf-8")
+    (run / "facts.json").write_text(facts.replace('"device": "cpu"', '"device": "a GPU that is gone"'), encoding="utf-8")
+    assert comparing.trained_on(run) == "cpu"
+    with patch("spatial_entropy.training.evaluating.usable_device", lambda name: name):
+        assert comparing.trained_on(run) == "a GPU that is gone"
+    (run / "facts.json").write_text(facts, encoding="utf-8")
 
 
 def test_a_run_that_fails_does_not_stop_the_others(photos, tmp_path, capfd):

@@ -263,6 +263,16 @@ def test_void_in_one_coloured_mask_of_many_is_found(kind, tmp_path):
     assert not mask_pairs(tmp_path, 64).void and len(mask_pairs(tmp_path, 64)[0]) == 2
 
 
+def test_void_in_one_grey_mask_of_many_is_found(tmp_path):
+    "The same with labels 0 and 1 in grey, where colours cannot tell: all are asked, since those that were hold labels alone."
+    plain, rimmed = (Image.fromarray(a.astype(np.uint8)) for a in (SHAPE * 1, np.where(RIM, 255, SHAPE * 1)))
+    pairs = mask_pairs(pairs_of(tmp_path, [rimmed if i == 70 else plain for i in range(150)]), 64)
+    at = pairs.names.index("70")
+    assert at % 3 and pairs.void
+    assert np.array_equal(pairs[at][2], ~small(RIM, 64)) and pairs[at - 1][2].all()
+    assert np.array_equal(pairs[at][1], small(SHAPE & ~RIM, 64)) and np.array_equal(pairs[at - 1][1], small(SHAPE, 64))
+
+
 def test_void_turns_with_its_mask(tmp_path):
     note = Image.Exif()
     note[0x0112] = 6

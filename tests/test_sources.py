@@ -19,7 +19,7 @@ from spatial_entropy.data import drawn_sets, mask_pairs
 from spatial_entropy.training.archives import RowSource, sources
 from spatial_entropy.training.config import is_drawn
 from spatial_entropy.training.files import to_install
-from spatial_entropy.training.sources import Source, _by_share, _take_turns
+from spatial_entropy.training.sources import Source, _by_share, _take_turns, check_drawn, names_digest
 
 
 def picture(i):
@@ -701,6 +701,30 @@ def test_names_of_nothing(name, said):
 
 
 # what is measured
+
+def test_what_was_drawn_by_seed_is_known_again(tmp_path):
+    root = folder(tmp_path / "p", a=10, b=10)
+    learned, drawn = sources(root, seed=1)
+    kept, names = names_digest(drawn), set(contents(learned))
+    assert names_digest(sources(root, seed=1, limit=4)[1]) == kept != names_digest(sources(root, seed=2)[1])
+    check_drawn(drawn, kept, "p")
+    check_drawn(drawn, None, "p")                                       # of a run of an earlier version
+    picture = next((root / "a").iterdir())
+    picture.with_name("0" + picture.name).write_bytes(picture.read_bytes()[:-1] + b"x")
+    again = sources(root, seed=1)[1]
+    assert set(contents(again)) & names                                 # the leak
+    with pytest.raises(ValueError, match="^p: its pictures are not those of the training"):
+        check_drawn(again, kept, "p")
+    assert names_digest(sources(folder(tmp_path / "w", **{"train/a": 3, "train/b": 3, "val/a": 2}))[1]) is None
+    assert names_digest(sources("shapes", img_size=8)[1]) is None
+
+
+@pytest.mark.parametrize("wish,n", [(dict(limit=6), 6), (dict(fraction=.5), 8), ({}, 16)])
+def test_training_pictures_are_measured_as_they_are_trained_on(tmp_path, wish, n):
+    train, second = sources(folder(tmp_path / "w", a=10, b=10), split="train", seed=3, **wish)
+    assert len(train) == len(second) == n and second.part == "train"
+    assert [train.name(i) for i in range(n)] == [second.name(i) for i in range(n)]
+
 
 @pytest.mark.parametrize("split,parted,whole", [("val", 2, 4), ("train", 6, 16), ("all", 8, 20), ("auto", 2, 20)])
 def test_what_is_named_is_measured(tmp_path, split, parted, whole):

@@ -2,18 +2,20 @@
 import json
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import timm
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from PIL import Image
 from probes import entropies
 from runs import quick
 
 import spatial_entropy as se
 from spatial_entropy.commands import main
-from spatial_entropy.training import jobs
+from spatial_entropy.training import jobs, loop
 from spatial_entropy.training.models import load_weights
 from spatial_entropy.training.progress import RunProgress
 
@@ -46,6 +48,24 @@ def test_limit_is_balanced_and_the_split_depends_on_the_seed_alone(tmp_path):
     assert not set(names(one.train)) & set(names(one.val))
 
 
+def test_pictures_that_were_learned_from_are_never_measured_as_validation(tmp_path, capsys, quick_runs):
+    "A picture more in a folder without parts, and the seed draws others: neither evaluate nor resume takes them."
+    photos, tiny = folder(tmp_path / "photos", cat=12, dog=12), "--img-size 16 --model-kwargs patch_size=8 embed_dim=12 depth=1 num_heads=2"
+    train = f"train --data {photos} --output {tmp_path / 'runs'} --epochs 1 --batch-size 8 --workers 0 --device cpu {tiny}"
+    assert main([*train.split(), "--experiment", "first"]) == 0
+    run = tmp_path / "runs/first"
+    capsys.readouterr()
+    assert main(["evaluate", str(run)]) == 0 and main(["evaluate", str(run), "--split", "train"]) == 0
+    assert main([*train.split(), "--seed", "43", "--initial-checkpoint", str(run), "--keep-skip"]) == 0
+    assert "it has learned from some of what is validation here" in capsys.readouterr().out.replace("\n", " ")
+    Image.new("RGB", (40, 30), (1, 2, 3)).save(photos / "cat/0a.jpg")
+    for line in (["evaluate", str(run)], ["train", "--resume", str(run)]):
+        assert main(line) == 2
+        said = capsys.readouterr().err
+        assert "its pictures are not those of the training" in said and "Traceback" not in said
+    assert main(["evaluate", str(run), "--split", "all"]) == 0                 # asked for by name
+
+
 @pytest.mark.parametrize("classes,said", [
     ({"train/a": 3, "train/b": 3}, "has train/ but no val/"),
     ({"train/a": 3, "train/b": 3, "val/x": 2}, "has classes that train/ has not: x"),
@@ -76,6 +96,26 @@ def test_the_regulariser_lowers_entropy_when_it_is_all_there_is():
     x = torch.tensor(se.shapes(32).images).permute(0, 3, 1, 2) / 255
     values = entropies(model, model.parameters(), x, 1e-3)
     assert values[-1] < .5 * values[0]
+
+
+def test_a_nan_under_a_gradient_scaler_is_left_out_and_the_next_update_is_made(tmp_path, monkeypatch):
+    "As in float16 on a GPU; the scaler is that of a CPU, which scales as well."
+    model = dict(model="vit_tiny_patch16_224", model_kwargs=dict(patch_size=8, embed_dim=12, depth=1, num_heads=2))
+    job = jobs.prepare(jobs.TrainConfig(img_size=16, batch_size=8, limit=16, workers=0, device="cpu", output=str(tmp_path), **model))
+    job.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.)
+    job.optimizer = AcceleratedOptimizer(job.optimizer.optimizer, device_placement=False, scaler=job.accelerator.scaler)
+    weights, said = list(job.model.parameters()), []
+    monkeypatch.setattr(type(job.accelerator), "mixed_precision", "fp16")
+    job.accelerator.native_amp = True
+    for value, changed in ((float("nan"), False), (1., True), (float("nan"), False), (1., True)):
+        before = [w.detach().clone() for w in weights]
+        loss = value * sum(w.square().sum() for w in weights if w.requires_grad)
+        job.accelerator.backward(loss)
+        loop._apply(job, [(loss.detach(), torch.ones(5))], SimpleNamespace(note=said.append))
+        assert changed == any((a != b).any() for a, b in zip(before, weights))
+        job.place.update += 1
+    assert len(said) == 2 and "this update was left out (1 in a row" in said[1]
+    assert job.accelerator.scaler.get_scale() == 1.                     # halved by each
 
 
 def test_a_loss_that_is_no_number_ends_in_a_sentence(tmp_path, quick_runs, capsys):

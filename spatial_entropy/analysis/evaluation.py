@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import ConcatDataset, DataLoader
 from .masks import mask_jaccard
 from ..measure.operators import label_regions, spatial_entropy
-from ..measure.regions import above_mean
+from ..measure.regions import above_mean, as_float64
 from ..attention.tap import AttentionTap
 from ..pictures import one_line
 
@@ -104,7 +104,7 @@ def _sums_of(logits, # (B, classes)
     loss = F.cross_entropy(logits, label, reduction="sum")
     hits = (logits.argmax(-1) == label).sum()
     sums = [pictures, loss, hits, E.nansum(), regions.sum(), with_entropy.sum()]
-    return torch.stack(sums).double()
+    return as_float64(torch.stack(sums))
 
 def _scores_of(sums): # the six, over all batches
     "Means. Raises ValueError when there was not one picture."
@@ -117,9 +117,9 @@ def _scores_of(sums): # the six, over all batches
 # %% ../../nbs/41_evaluation.ipynb #f8f8bb99
 def _more_sums(maps, also): # also: {name: function of maps (B, H, h, w) that gives (B, H)}
     "For each function the sum of its values, and how many are not NaN: (2·len(also),)"
-    found = [f(maps).double() for f in also.values()]
+    found = [as_float64(f(maps)) for f in also.values()]
     pairs = [torch.stack([v.nansum(), (~v.isnan()).sum()]) for v in found]
-    return torch.cat(pairs) if pairs else torch.zeros(0, device=maps.device).double()
+    return torch.cat(pairs) if pairs else as_float64(torch.zeros(0, device=maps.device))
 
 def _more_scores(sums, also):
     "The means, by name; NaN where no map has a value."
@@ -134,7 +134,7 @@ def validate(model: nn.Module, tap: AttentionTap, loader, # batches (x, label)
             ) -> dict: # loss, top1 in %, entropy in nats, regions per map, pictures; those of also
     "One pass in evaluation mode. Raises ValueError when there was not one picture."
     also = also or {}
-    was, sums = model.training, torch.zeros(6 + 2*len(also), device=device, dtype=torch.float64)
+    was, sums = model.training, as_float64(torch.zeros(6 + 2*len(also), device=device))
     model.eval()
     for x, label in loader:
         with fitting(model, x): logits = model(x.to(device)).float()

@@ -9,7 +9,8 @@ __all__ = ['attended', 'mask_jaccard', 'pixels_on_grid', 'paired_on_grid', 'poin
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from ..measure.regions import as_float, check_maps, check_tensor, keep_mass
+from ..measure.regions import (as_float, as_float64, check_maps, check_tensor,
+                                             keep_mass)
 
 # %% ../../nbs/40_masks.ipynb #6ac25ad7
 def attended(maps: torch.Tensor, # (..., h, w) similarities before the softmax
@@ -55,7 +56,7 @@ def mask_jaccard(maps: torch.Tensor, # (B, H, h, w) similarities before the soft
 def _membership(size: int, n: int, like) -> Tensor: # (n, size) of 0 and 1
     "Which of `n` cells each of `size` pixels falls into, as nearest neighbours have it."
     cell = torch.arange(size, device=like.device)*n//size
-    return (cell == torch.arange(n, device=like.device)[:, None]).double()
+    return as_float64(cell == torch.arange(n, device=like.device)[:, None])
 
 def pixels_on_grid(masks: Tensor, # (B, S, T) bool, or shares in 0–1; True on the object
                    grid: tuple[int, int], # (h, w) of the maps
@@ -63,8 +64,8 @@ def pixels_on_grid(masks: Tensor, # (B, S, T) bool, or shares in 0–1; True on 
                   ) -> tuple[Tensor, Tensor]: # pixels on and off the object, (B, h, w) float64 each
     "How many pixels of each cell are object, and how many background. Void pixels are neither."
     down, across = (_membership(s, n, masks) for s, n in zip(masks.shape[-2:], grid))
-    counted = torch.ones_like(masks, dtype=torch.float64) if valid is None else valid.double()
-    on = down@(masks.double()*counted)@across.T
+    counted = as_float64(torch.ones_like(masks) if valid is None else valid)
+    on = down@(as_float64(masks)*counted)@across.T
     return on, down@counted@across.T - on
 
 # %% ../../nbs/40_masks.ipynb #6f1e277c
@@ -94,7 +95,7 @@ def paired_on_grid(maps: Tensor, # (B, H, h, w)
     _check_pairs(maps, masks, valid)
     valid = None if valid is None else valid.to(maps.device)
     on, off = pixels_on_grid(masks.to(maps.device), maps.shape[-2:], valid)
-    return as_float(maps).double().flatten(-2), on.flatten(-2)[:, None], off.flatten(-2)[:, None]
+    return as_float64(as_float(maps)).flatten(-2), on.flatten(-2)[:, None], off.flatten(-2)[:, None]
 
 # %% ../../nbs/40_masks.ipynb #9853b3fa
 def pointing_on_grid(s, # (B, H, N) maps by cell

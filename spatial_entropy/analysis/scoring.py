@@ -64,7 +64,7 @@ def _counts_of(maps, masks, valid):
     "Maps by cell, and the pixels of each cell: on, off, and off with the void where there is some."
     s, *counts = paired_on_grid(maps, masks, valid)
     if valid is not None:
-        counted = torch.ones_like(masks, dtype=torch.float64, device=maps.device)
+        counted = torch.ones_like(masks, dtype=torch.float32, device=maps.device)
         whole, _ = pixels_on_grid(counted, maps.shape[-2:])
         counts.append(whole.flatten(-2)[:, None] - counts[0])
     return s, torch.stack(counts, 1)

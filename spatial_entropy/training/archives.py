@@ -18,7 +18,7 @@ from ..data import is_hidden, is_picture
 from .config import is_drawn
 from .files import read_text, to_install
 from .sources import (
-    TRAINING, VALIDATION, NoPart, Notes, ShapeSource, Source, check_wishes, cut_source,
+    TRAINING, VALIDATION, NoPart, Notes, ShapeSource, Source, check_wishes, cut_both,
     ending_of, find_parts, in_order, label_by_folder, list_folder,
     number_labels, pair_sources, span_sources)
 
@@ -555,7 +555,7 @@ def sources(data: str = "shapes", # "shapes", "shapes/one"; a folder, a .tar; to
             split: str = "val", # what the second holds: "val", "train", "all", "auto"
             leave_out=(), # folders that are not data, such as that of the runs
            ) -> tuple[Source, Source]: # training, and what is measured
-    """Where the pictures come from. Validation is never cut by `limit` or `fraction`.
+    """Where the pictures come from; `limit` and `fraction` cut those to train on alone.
 
     "auto" is "val" where there are parts, and "all" otherwise. Names are timm's.
     Raises FileNotFoundError or ValueError that name the place or the setting, ImportError where a
@@ -567,4 +567,4 @@ def sources(data: str = "shapes", # "shapes", "shapes/one"; a folder, a .tar; to
     else: found = _open_sources(data, data_dir, named, download, leave_out)
     train, val = pair_sources(found, split, data, seed, val_fraction)
     if drawn and fraction is None: return train, val
-    return cut_source(train, seed, limit, fraction), val
+    return cut_both(train, val, seed, limit, fraction)

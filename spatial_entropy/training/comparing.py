@@ -23,9 +23,9 @@ from rich.table import Table
 from ..analysis.intervals import paired, student
 from ..attention.tap import AttentionTap
 from ..pictures import one_line, overlay, panels, put_caption
-from .config import TrainConfig, checked_settings, read_tree, shown
-from .evaluating import keep_scores, to_measure
-from .files import write_json, write_rows, write_whole
+from .config import TrainConfig, checked_settings, is_drawn, read_tree, shown
+from .evaluating import keep_scores, to_measure, trained_on
+from .files import hold, use, write_json, write_rows, write_whole
 from .jobs import load_settings, machine_settings
 from .loop import one_of_each, resume, train
 from .models import digest_in, load_run
@@ -140,7 +140,7 @@ def planned(grid: Grid, output) -> list: # of Planned
 # %% ../../nbs/60_comparing.ipynb #08c730f4
 def _differing(kept, wanted):
     "Names of settings in which two configurations differ, machine and place left aside."
-    aside = {*machine_settings, "output", "experiment"}
+    aside = {*machine_settings, "output", "experiment"} - {"grad_accum_steps"} # an update's size
     a, b = (json.loads(json.dumps(asdict(c))) for c in (kept, wanted))
     return [k for k in a if k not in aside and a[k] != b[k]]
 
@@ -154,13 +154,25 @@ def _check_same(run):
             f"{shown(getattr(run.config, name))}; give another --output, or move the folder away")
 
 # %% ../../nbs/60_comparing.ipynb #360ee369
+def _epochs_done(folder):
+    "How many epochs are in a run's metrics.csv."
+    with (folder/"metrics.csv").open(encoding="utf-8") as file:
+        return max((int(row["epoch"]) for row in csv.DictReader(file)), default=0)
+
+def _wanted(run, masks):
+    "What an evaluation has to say of what was measured, to be that of a comparison."
+    config = run.config
+    own = str(config.data) if is_drawn(config.data) else None
+    return dict(data=str(config.data), split="val", masks=str(masks) if masks else own)
+
 def _scores(run, masks):
-    "What was measured of a run; None where that is still to do."
+    "What was measured of a run at its end; None where that is still to do."
     try: found = json.loads((run.folder/"evaluation.json").read_text(encoding="utf-8"))
     except (OSError, ValueError): return None
-    same = masks is None or found.get("masks") == str(masks)
     digest = digest_in(run.folder/"model.safetensors")
-    return found if same and digest and found.get("weights_sha256") == digest else None
+    if not digest or found.get("weights_sha256") != digest: return None
+    if any(found.get(k) != v for k, v in _wanted(run, masks).items()): return None
+    return found if _epochs_done(run.folder) >= run.config.epochs else None
 
 # %% ../../nbs/60_comparing.ipynb #e46d87e2
 class Interrupted(Exception):
@@ -176,7 +188,7 @@ def _do(run, masks, console=None, plot=False):
     if begun: done = resume(str(run.folder), console, plot, **machine)
     else: done = train(run.config, console, plot)
     if done.stopped: raise Interrupted(done.stopped)
-    return keep_scores(run.folder, masks=masks)
+    return keep_scores(run.folder, masks=masks, device=trained_on(run.folder))
 
 # %% ../../nbs/60_comparing.ipynb #6a9e6eb2
 def _tried(run, masks, console):
@@ -263,7 +275,7 @@ MEASURES = { # column: (what it is called, digits)
     "pixel_auc_above": ("AUC above chance", 3), "pointing_above": ("pointing above chance", 3),
     "energy_pointing": ("mass on the object", 3),
     "energy_pointing_above": ("mass on the object above chance", 3),
-    "jaccard_best_head": ("Jaccard", 3), "jaccard_above": ("Jaccard above chance", 3)}
+    "jaccard": ("Jaccard", 3), "jaccard_above": ("Jaccard above chance", 3)}
 
 def _row(run, scores):
     "A line of the table."
@@ -310,7 +322,8 @@ def summary(rows: list, # of `table`
         theirs = _by_seed(rows, arms[0], part, measure)
         if not ours: continue
         line = dict(part=part, arm=arm, measure=measure, seeds=len(ours), **_mean_of(ours.values()))
-        found.append(line | (dict(less=_difference(ours, theirs)) if arm != arms[0] else {}))
+        if theirs and arm != arms[0]: line |= dict(less=_difference(ours, theirs))
+        found.append(line)
     return found
 
 # %% ../../nbs/60_comparing.ipynb #aa605211
@@ -467,7 +480,7 @@ def write_report(grid: Grid, output, failed=()) -> list: # the rows of table.csv
     rows = table(runs, grid.masks)
     if not rows: return rows
     done = [run for run in runs if run.folder.name in {row["run"] for row in rows}]
-    lines = summary(rows, [arm for arm in grid.arms if any(r["arm"] == arm for r in rows)])
+    lines = summary(rows, [*grid.arms])
     write_rows(output/"table.csv", rows)
     plain = json.loads(json.dumps(lines), parse_constant=lambda nan: None)      # JSON has no NaN
     write_json(output/"summary.json", {"summary": plain, "runs": len(rows), "of": len(runs)})
@@ -496,7 +509,11 @@ class _Told:
         if error: self.failed.append(error)
         self.console.print(f"{self.ended}/{self.of} {error or run.folder.name + ': done'}",
                            markup=False, highlight=False)
-        self.rows = write_report(self.grid, self.output, self.failed)
+        self.rows = None
+        try: self.rows = write_report(self.grid, self.output, self.failed)
+        except Interrupted: raise
+        except Exception as e:              # a table that is open elsewhere; the runs go on
+            self.console.print(f"no report yet: {' '.join(str(e).split())}", markup=False)
 
 # %% ../../nbs/60_comparing.ipynb #746634de
 def _asked_to_stop(number, frame): raise Interrupted(signal.Signals(number).name)
@@ -519,9 +536,10 @@ def compare(grid: Grid, output="comparison", # the folder of the runs and of the
            ) -> tuple[list, list]: # the rows of table.csv, and a sentence on each run that failed
     """Train and measure what is not done yet of a grid, and write its report.
 
-    Raises Interrupted when it was asked to stop (all runs have saved; call it again to go on), and
-    ValueError where a folder holds a run with other settings. A term of `register_regularizer` is
-    known in this process alone, so with it `jobs` has to stay 1.
+    Raises Interrupted when it was asked to stop (all runs have saved; call it again to go on),
+    ValueError where a folder holds a run with other settings, OSError where another comparison is
+    at work in `output`. A term of `register_regularizer` is known in this process alone, so with it
+    `jobs` has to stay 1.
     """
     if jobs < 1: raise ValueError(f"jobs: got {jobs}, expected at least 1")
     console, output = console or Console(), Path(output)
@@ -530,10 +548,10 @@ def compare(grid: Grid, output="comparison", # the folder of the runs and of the
     output.mkdir(parents=True, exist_ok=True)
     console.print(f"{len(runs) - len(left)} of {len(runs)} runs are done", highlight=False)
     told = _Told(grid, output, console, len(left))
-    with _interruptible():
+    with use(hold(output)), _interruptible():
         if jobs == 1: _in_turn(left, grid.masks, console, told)
         else: _at_once(left, grid.masks, jobs, told)
-    rows = write_report(grid, output) if told.rows is None else told.rows
+    rows = write_report(grid, output, told.failed) if told.rows is None else told.rows
     return rows, told.failed
 
 # %% ../../nbs/60_comparing.ipynb #194d2027

@@ -595,6 +595,7 @@ _facts = { # name: (whether a value can be one, what was expected)
     "classes": (_several, "a list of names"),
     "mean": (_three, "three numbers"),
     "std": (_three_above_0, "three numbers above 0"),
+    "validation": (lambda v: v is None or type(v) is str, "a digest, or null"),
     **dict.fromkeys(("pictures", "update", "processes"), (_counted, "a count"))}
 
 def _check_facts(path, found, needed):

@@ -37,9 +37,11 @@ from .files import (Damaged, Held, Hold, check, contents, hold, new_name,
                                             newest_whole, remove, seal, sweep, sync_folder,
                                             versions, writing)
 from .models import (build_model, build_teacher, change_last_block,
-                                             change_pooling, check_name, in_short, known_of,
-                                             start_model)
+                                             change_pooling, check_name, in_short,
+                                             interpolation_of, known_of, start_model)
+from .sources import check_drawn, names_digest
 from ..measure.operators import SpatialEntropyLoss
+from ..measure.regions import as_float64
 from ..loops.alternatives import regularizer_term
 from ..attention.tap import AttentionTap
 
@@ -127,7 +129,7 @@ def _data(c, accelerator):
     data = loaders(c.data, img_size=c.img_size, batch_size=c.batch_size, seed=c.seed,
                    limit=c.limit, workers=c.workers, mean=known["mean"], std=known["std"],
                    update=update, crop_pct=c.crop_pct,
-                   interpolation=c.interpolation or known["interpolation"],
+                   interpolation=interpolation_of(c),
                    repeats=c.aug_repeats, from_=_where_from(c), mixing=_mixing(c),
                    **_augmentation_of(c))
     if not len(data.train):
@@ -424,18 +426,37 @@ def _assemble(c, accelerator, model, teacher, per_epoch, update):
     return dict(task=task, tap=tap, criterion=criterion, term=term, optimizer=optimizer,
                 scheduler=scheduler, ema=ema)
 
+# %% ../../nbs/57_jobs.ipynb #d4766e10
+def _same_data(a, b):
+    "Whether two configurations name the same data."
+    place = lambda c: os.path.realpath(Path(c.data_dir or "")/c.data)
+    return a.data == b.data or os.path.exists(place(a)) and place(a) == place(b)
+
+def _said_of_weights(c, data):
+    "A sentence where the weights have learned from what is validation here; None where not."
+    mine = names_digest(data.val.dataset.source)
+    if mine is None or c.initial_checkpoint is None: return None
+    run = Path(c.initial_checkpoint)
+    try: other, facts = load_config(str(run if run.is_dir() else run.parent))
+    except (OSError, ValueError): return None                               # no run's
+    if not _same_data(c, other) or facts.get("validation") in (None, mine): return None
+    return (f"initial_checkpoint: {run} learned from {c.data} with seed {other.seed}, here it is "
+            f"{c.seed}: it has learned from some of what is validation here; take the same seed, "
+            "or data with parts")
+
 # %% ../../nbs/57_jobs.ipynb #77faa0a5
 def _built(c, accelerator, folder, found, say):
     "A job at its start, from its settings; the weights of one that goes on come later."
     data, update = _data(c, accelerator)
     for said in data.notes(): say(said)
+    if not found and (said := _said_of_weights(c, data)): say(said)
     n, per_epoch = len(data.classes), len(data.train.order)//update
     model = build_model(c, n) if found else start_model(c, data.classes, say)
     find(model)                                         # refuses, with the reason, what has no maps
     teacher = build_teacher(c, n)
     _changed_and_tried(c, model, n, accelerator, teacher)
     parts = _assemble(c, accelerator, model, teacher, per_epoch, update)
-    sums = torch.zeros(5, dtype=torch.float64, device=accelerator.device)
+    sums = as_float64(torch.zeros(5, device=accelerator.device))
     return Job(c, data, model, **parts, accelerator=accelerator, folder=folder,
                place=Place(per_epoch=per_epoch), update=update, sums=sums, say=say)
 
@@ -450,6 +471,7 @@ def _facts_of(job):
     a, data = job.accelerator, job.loaders
     return _through_json(dict(
         classes=list(data.classes), mean=data.mean, std=data.std, pictures=len(data.train.dataset),
+        validation=names_digest(data.val.dataset.source),
         update=job.update, updates_per_epoch=job.updates,
         parameters=sum(p.numel() for p in job.model.parameters()),
         device=str(a.device), processes=a.num_processes, threads=torch.get_num_threads(),
@@ -604,6 +626,7 @@ def _check_data(job):
         raise ValueError(f"{folder} makes an update from {facts['update']} pictures; here it would "
                          f"be {job.update} ({processes} process(es)): start as many as before "
                          f"({facts['processes']}), or change --grad-accum-steps to match")
+    check_drawn(job.loaders.val.dataset.source, facts.get("validation"), folder)
     if facts["pictures"] != n:
         job.say(f"{folder} began with {facts['pictures']} training pictures, now there are {n}: "
                 "it goes on, but not as it would have")

@@ -29,7 +29,7 @@ from .models import digest_in, load_weights, save_weights, weights_digest
 from ..measure.operators import label_regions, spatial_entropy
 from ..pictures import show_heads
 from .progress import RunProgress, film, plot_metrics, teller
-from ..measure.regions import above_mean
+from ..measure.regions import above_mean, as_float64
 from ..attention.tap import AttentionTap
 
 # %% ../../nbs/58_loop.ipynb #9815ae16
@@ -111,9 +111,11 @@ def _apply(job, losses, progress):
     if norm.isfinite() or (job.accelerator.scaler and not _broken(job, losses)):
         job.optimizer.step()
         if job.ema: job.ema.update(job.model, step=p.updates)
-        job.sums += sum(s for _, s in losses).double()
+        job.sums += as_float64(sum(s for _, s in losses))
         p.skips = 0
-    else: _skip(job, losses, norm, progress)
+    else:
+        _skip(job, losses, norm, progress)
+        if job.accelerator.scaler: job.accelerator.scaler.update() # else it unscales no other time
     job.optimizer.zero_grad()
 
 # %% ../../nbs/58_loop.ipynb #43613474
@@ -209,7 +211,7 @@ def _beside(pictures, most=_CHANCE):
     def of_some(maps):
         nonlocal first
         chosen, first = _some(first, len(maps), most, pictures), first + len(maps)
-        found = maps.new_full(maps.shape[:2], torch.nan, dtype=torch.float64)
+        found = as_float64(maps.new_full(maps.shape[:2], torch.nan, dtype=torch.float32))
         if chosen.any(): found[chosen] = chance(maps[chosen]).to(found)
         return found
     return also | dict(entropy_chance=of_some)

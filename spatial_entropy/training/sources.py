@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['TRAINING', 'VALIDATION', 'Source', 'ShapeSource', 'SpanSource', 'Notes', 'in_order', 'ending_of', 'list_folder',
            'label_by_folder', 'number_labels', 'span_sources', 'NoPart', 'find_parts', 'cut_source', 'check_wishes',
-           'JoinedSource', 'pair_sources']
+           'JoinedSource', 'pair_sources', 'cut_both', 'names_digest', 'check_drawn']
 
 # %% ../../nbs/52_sources.ipynb #bd169ab2
-import copy, os, posixpath
+import copy, hashlib, os, posixpath
 from collections import Counter
 from difflib import get_close_matches
 from pathlib import Path
@@ -36,7 +36,7 @@ class Source:
     is (`_open`: a path, bytes or a PIL picture) and what it is called (`_name`). Sources hold no
     open files: they can be pickled and read by several processes at once.
     """
-    notes = ()
+    notes, by_seed = (), False # whether it was drawn by seed from what has no parts
 
     def __init__(self, items, labels, classes):
         self.items, self.classes = list(items), tuple(classes)
@@ -475,5 +475,29 @@ def pair_sources(found, split, place, seed, val_fraction):
     whole = len(found) == 2 or split == "all"
     parts = found if whole else _split(place, found[0], seed, val_fraction)
     second = _second(parts, split)
-    second.part, second.notes = split, parts[0].notes
+    second.part, second.notes, second.by_seed = split, parts[0].notes, not whole and split == "val"
     return parts[0], second
+
+# %% ../../nbs/52_sources.ipynb #10c08bef
+def cut_both(train, second, seed, limit, fraction):
+    "The training pictures, cut; and what is measured, cut with them where it is the same."
+    kept = cut_source(train, seed, limit, fraction)
+    if second.part != "train": return kept, second
+    again = kept.take(range(len(kept)))
+    again.part, again.notes = second.part, second.notes
+    return kept, again
+
+# %% ../../nbs/52_sources.ipynb #1e5ab358
+def names_digest(source) -> str | None: # None where it was not drawn by seed
+    "Of what the pictures of a validation part are called, in their order."
+    if not source.by_seed: return None
+    names = "\n".join(source.name(i) for i in range(len(source)))
+    return hashlib.sha256(names.encode("utf-8", "surrogatepass")).hexdigest()
+
+def check_drawn(source, kept, place):
+    "Raises ValueError where pictures drawn by seed are not those whose digest was kept."
+    if kept in (None, names_digest(source)): return
+    raise ValueError(
+        f"{place}: its pictures are not those of the training. Validation pictures were drawn from "
+        "all of them by seed, so that some would be ones that the run has learned from: put the "
+        "pictures back as they were; new ones belong into other folders")
