@@ -23,7 +23,8 @@ from rich.table import Table
 from ..analysis.intervals import paired, student
 from ..attention.tap import AttentionTap
 from ..pictures import one_line, overlay, panels, put_caption
-from .config import TrainConfig, checked_settings, is_drawn, read_tree, shown
+from .config import (TrainConfig, checked_settings, is_drawn,
+                                             read_tree, shown)
 from .evaluating import keep_scores, to_measure, trained_on
 from .files import hold, use, write_json, write_rows, write_whole
 from .jobs import load_settings, machine_settings
