@@ -1,9 +1,11 @@
 """The tap against unfused attention, and under what training does to a model."""
 import io
+import pickle
 import re
 import sys
 import tempfile
 import warnings
+import weakref
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -1120,3 +1122,134 @@ def test_fsdp2_with_a_loss_of_maps_alone(tmp_path):
                 assert_close(p.grad.full_tensor(), r.grad, msg=lambda m, n=n: f"{n}: {m}")
     finally:
         dist.destroy_process_group()
+
+
+# what a reader of the code found
+
+def _gradients(model, sizes, give):
+    model.zero_grad()
+    with se.SpatialEntropyRegularizer(model, 1., block="all") as reg:
+        loss = 0
+        for i, size in enumerate(sizes):
+            loss = loss + 0 * give(model, size, i).square().mean() + reg()
+        loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def test_two_passes_with_as_many_patches_in_other_places_are_repeated_as_they_were():
+    "The grid comes as a tuple, and the parts of its shifted windows with it."
+    from transformers import SwinConfig, SwinModel
+    torch.manual_seed(0)
+    stock = SwinModel(SwinConfig(image_size=32, patch_size=4, embed_dim=12, depths=[2], num_heads=[2], window_size=4, drop_path_rate=0.)).train()
+    saving = deepcopy(stock)
+    saving.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
+    give = lambda model, size, i: model(torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(i))).last_hidden_state
+    for sizes in ([(32, 32)], [(32, 48), (48, 32)]):
+        assert_close(_gradients(saving, sizes, give), _gradients(stock, sizes, give))
+
+
+def test_two_passes_of_packed_pictures_that_cannot_be_told_apart_are_refused():
+    from transformers import PixtralVisionConfig, PixtralVisionModel
+    torch.manual_seed(0)
+    config = PixtralVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=64, patch_size=8)
+    stock = PixtralVisionModel(config).train()
+    saving = deepcopy(stock)
+    saving.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
+    give = lambda model, sizes, i: model(torch.rand(len(sizes), 3, 64, 64), image_sizes=torch.tensor(sizes)).last_hidden_state
+    _gradients(saving, [[(64, 32), (32, 32)]] * 2, give)                 # the same places: either raster will do
+    with pytest.raises(RuntimeError, match="repeats one of several passes with as many patches in other places"):
+        _gradients(saving, [[(64, 32), (32, 32)], [(32, 32), (64, 32)]], give)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+def test_a_mask_counts_also_after_a_pass_without_one(kind, fused):
+    model, x = make(), torch.rand(1, 3, 32, 32)
+    for block in model.blocks:
+        block.attn.fused_attn = fused
+    seen = torch.ones(1, 1, 17, 17, dtype=torch.bool)
+    causal = torch.ones(1, 1, 17, 17, dtype=torch.bool).tril()
+    seen[..., 12:] = False
+    mask = seen if kind == torch.bool else torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(kind).min)
+    with torch.no_grad(), se.AttentionTap(model) as tap:
+        model.forward_features(x, attn_mask=mask)
+        expected = tap.maps()
+        model.forward_features(x)
+        plain = tap.maps()
+        model.forward_features(x, attn_mask=torch.ones_like(seen) if kind == torch.bool else mask * 0)
+        assert_close(tap.maps(), plain)
+        model.forward_features(x, attn_mask=mask)
+        assert_close(tap.maps(), expected)
+        assert expected.isfinite().all() and expected.abs().max() < 1e3
+        for _ in range(2):                                              # refused each time
+            with pytest.raises(se.UnsupportedModel, match="causal attention"):
+                model.forward_features(x, attn_mask=causal if kind == torch.bool else (mask * 0).masked_fill(~causal, torch.finfo(kind).min))
+
+
+def test_check_leaves_the_whole_model_as_it_was():
+    net = torch.nn.Sequential(make(), torch.nn.BatchNorm1d(5)).train()
+    net[0].head.eval()
+    with se.AttentionTap(net) as tap:
+        tap.check(torch.rand(2, 3, 32, 32))
+    assert net[1].num_batches_tracked == 0 and net[1].training and not net[0].head.training
+
+
+@pytest.mark.parametrize("copied", [deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copied", "pickled"])
+def test_a_module_that_holds_a_tap_can_be_copied(copied):
+    net = torch.nn.Module()
+    net.vit = make()
+    net.tap = se.AttentionTap(net.vit)
+    net.vit(torch.rand(1, 3, 32, 32))
+    other = copied(net)
+    assert other.tap.closed and not net.tap.closed and net.tap.maps().shape == (1, 3, 4, 4)
+    with pytest.raises(RuntimeError, match="a copy of a tap, which listens nowhere"):
+        other.tap.maps()
+    other.tap.close()
+    with torch.no_grad(), se.AttentionTap(other.vit) as tap:
+        other.vit(torch.rand(1, 3, 32, 32))
+        assert tap.maps().shape == (1, 3, 4, 4)
+
+
+def test_what_goes_into_a_layer_does_not_live_on():
+    model, alive = make(), []
+    for block in model.blocks:
+        block.norm1.register_forward_hook(lambda module, args, out: alive.append(weakref.ref(out)))
+    with torch.no_grad(), se.AttentionTap(model, block="all") as tap:
+        model(torch.rand(1, 3, 32, 32))
+        assert len(alive) == 2 and not [ref for ref in alive if ref() is not None]
+        assert tap.maps()[0].shape == (1, 3, 4, 4)
+
+
+def test_a_tapped_block_without_its_skip_can_be_pickled():
+    model = timm.create_model("swin_tiny_patch4_window7_224", img_size=32, window_size=4, embed_dim=12, depths=(2,), num_heads=(2,), num_classes=5)
+    surgery, x = se.drop_last_skip(model.eval()), torch.rand(1, 3, 32, 32)
+    untapped = pickle.loads(pickle.dumps(model))
+    with se.AttentionTap(model):
+        other = pickle.loads(pickle.dumps(model))
+    with torch.no_grad():
+        assert_close(other(x), untapped(x))
+        assert_close(other(x), model(x))
+
+
+def test_a_relative_bias_is_averaged_in_full_precision():
+    model = timm.create_model("beit_base_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3, num_classes=5).bfloat16().eval()
+    torch.nn.init.normal_(model.blocks[0].attn.relative_position_bias_table, 4.)
+    with torch.no_grad(), se.AttentionTap(model, query="mean") as tap:
+        report = tap.check(torch.rand(2, 3, 32, 32).bfloat16())
+    assert max(found["map_error"] for found in report.values() if "map_error" in found) < 1e-5
+
+
+def test_after_an_interrupted_pass_the_next_one_is_read():
+    model, x = make(), torch.rand(1, 3, 32, 32)
+    def stop(*_):
+        raise KeyboardInterrupt
+    with torch.no_grad(), se.AttentionTap(model) as tap:
+        model(x)
+        expected = tap.maps()
+        handle = model.blocks[0].register_forward_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            model(x * 0)
+        handle.remove()
+        for _ in range(3):
+            model.forward_features(x)
+            assert_close(tap.maps(), expected)

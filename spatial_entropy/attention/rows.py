@@ -85,7 +85,7 @@ def query_row(q, k, scale, mask, rows):
         rows = without_padding(rows, mask)
         s = (rows.of(q) @ k.mT)[..., 0, :]*scale
         if mask.dtype == torch.bool: return s, _keys_seen(rows, mask)
-        bias = torch.where(masked_out(mask), 0., mask)
+        bias = as_float(torch.where(masked_out(mask), 0., mask))
         if bias.shape[-2] > 1: bias = rows.of(bias)
         return s + bias[..., 0, :], _keys_seen(rows, mask)
 

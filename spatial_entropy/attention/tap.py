@@ -125,8 +125,11 @@ class _Passes:
         return ran[0] if ran else self.first
 
 # %% ../../nbs/12_tap.ipynb #dacc26d9
+def _is_size(a): return type(a) is int or type(a) is tuple and all(type(v) is int for v in a)
+
 def _key_of(args): # what distinguishes a run, beside its layer
-    return tuple(tuple(a.shape) if isinstance(a, torch.Tensor) else None for a in args)
+    of = lambda a: tuple(a.shape) if isinstance(a, torch.Tensor) else a if _is_size(a) else None
+    return tuple(map(of, args))
 
 # %% ../../nbs/12_tap.ipynb #3f5b5823
 class _Site:
@@ -274,15 +277,20 @@ def _has_values(t): # not on the meta device, nor traced, nor inside a transform
     return not torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 # %% ../../nbs/12_tap.ipynb #12aa0107
+def _is_given(r, mask):
+    "Whether the layer was given a mask, which may be another one each time."
+    tensors = (a for a in (r.args or ())[1:] if isinstance(a, torch.Tensor))
+    return any(a.ndim > 1 and a.shape[-1] == mask.shape[-1] for a in tensors)
+
 def _hides_some(r, mask): # (..., n, m): boolean, or added, or logits
-    "Whether a mask of a new shape hides anything. Raises UnsupportedModel for a causal one."
-    if not r.kept or mask.shape[-2] == 1 or mask.shape in r.site.looked: return False
-    if not _has_values(mask): return False
-    r.site.looked.add(mask.shape)
+    "Whether a mask hides anything, if it is new. Raises UnsupportedModel for a causal one."
+    if not r.kept or mask.shape[-2] == 1 or not _has_values(mask): return False
+    if mask.shape in r.site.looked and not _is_given(r, mask): return False
     hidden = masked_out(mask)
     first, last = hidden[..., 0, 1:].all(-1), hidden[..., -1, :].any(-1)
     square = mask.shape[-2] == mask.shape[-1]
     if square and bool((first & ~last).any()): raise UnsupportedModel(f"{r.site.name}: {_CAUSAL}")
+    r.site.looked.add(mask.shape)
     return bool(hidden.any())
 
 # %% ../../nbs/12_tap.ipynb #12bb0002
@@ -489,14 +497,19 @@ def _refuse_tracing(values):
                            "close the tap first")
 
 # %% ../../nbs/12_tap.ipynb #12bb0106
+def _lie_elsewhere(a, b, query):
+    "Whether the row of a query would be another one, read by one raster or the other."
+    if isinstance(query, tuple): return a.grid != b.grid or a.cells is not b.cells
+    pairs = (a.region, b.region), (a.asked, b.asked)
+    return not all(u is v or u is not None and v is not None and torch.equal(u, v) for u, v in pairs)
+
 def _again(site, args):
     "The record of a second run; None where the first was not recorded."
     site.alive = [a for a in site.alive if a[0]() is not None]
     same = [a for a in site.alive if a[1] == _key_of(args)]
     if not same: return None
     (_, _, raster, masks), others = same[-1], same[:-1]
-    elsewhere = any(r.grid != raster.grid or r.cells is not raster.cells for _, _, r, _ in others)
-    if isinstance(site.tap.query, tuple) and elsewhere:
+    if any(_lie_elsewhere(r, raster, site.tap.query) for _, _, r, _ in others):
         raise RuntimeError(
             f"{site.name}: checkpointing repeats one of several passes with as many patches in "
             f"other places, and query={site.tap.query!r} cannot tell which; "
@@ -544,6 +557,7 @@ def _returned(r, out):
     "The layer has returned. Raises RuntimeError where none of its tables has the raster's size."
     if r.alive is not None: _tie(r, next(_graded(out), None))
     _refuse_other_sizes(r)
+    r.args = None                       # the layer's input need not live as long as its row
 
 # %% ../../nbs/12_tap.ipynb #12bb0107
 def _record_call(module, forward, args, kwargs):
@@ -595,12 +609,13 @@ def _copy_untapped(self, memo): # a copy (an EMA, a pickle) is the stock model a
     new.__dict__.update(deepcopy(_untapped_state(self), memo))
     return new
 
-def _rebuild(cls, state):
-    new = cls.__new__(cls)
-    new.__dict__.update(state)
-    return new
+def _made(make, args): return make(*args) # not __newobj__, which asks for the class as it is
 
-def _reduce_untapped(self, protocol): return _rebuild, (self._stock, _untapped_state(self))
+def _reduce_untapped(self, protocol): # as an object of its own class is pickled
+    bare = self._stock.__new__(self._stock)
+    bare.__dict__.update(_untapped_state(self))
+    make, args, *rest = bare.__reduce_ex__(protocol)
+    return _made, (make, args), *rest
 
 # %% ../../nbs/12_tap.ipynb #12cc0003
 @cache
@@ -668,7 +683,7 @@ class _PassHooks:
         _refuse_tracing(args)
         if _recomputing(): return
         now = self.tap._passes.now()
-        if not now.inside: now.begin(self.tap.keep)
+        if now.used or not now.inside: now.begin(self.tap.keep) # inside for good, after Ctrl-C
 
 # %% ../../nbs/12_tap.ipynb #1fd4af15
 class _GridHooks(_PassHooks):
@@ -811,8 +826,17 @@ def _refuse_wrapped(model):
         raise UnsupportedModel(_REPLICAS)
 
 # %% ../../nbs/12_tap.ipynb #63b526e8
+def _copied(cls):
+    "What a copy or a pickle of a tap is: closed, and without maps."
+    new = cls.__new__(cls)
+    new.closed, new.single, new.checks, new.keep = True, True, None, 1
+    new.blocks, new._sites, new._hooks, new._passes = [], [], [], _Passes()
+    new.query, new.softmax, new.found, new._root = "cls", False, None, None
+    new.first = "this is a copy of a tap, which listens nowhere; open one on the model at hand"
+    return new
+
 class _Open:
-    "Listens in attention layers of a model until it is closed."
+    "Listens in attention layers of a model until it is closed; a copy is closed."
     def __init__(self, model, block, query, softmax):
         _refuse_wrapped(model)
         self.found, self.query, self.softmax = find(model), _checked_query(query), softmax
@@ -838,9 +862,12 @@ class _Open:
 
     def __exit__(self, *error): self.close()
 
+    def __reduce_ex__(self, protocol): return _copied, (type(self),)
+
 # %% ../../nbs/12_tap.ipynb #d069254d
 def _maps_of(tap, run=None):
     "The maps of the latest pass, by layer if there are several."
+    if not tap._sites: raise RuntimeError(f"no map was recorded: {tap.first}")
     now = tap._passes.read()
     records = _of_pass(tap, now.recorded, run, now)
     maps = {r.site.number: _map_of(r, now.anchor) for r in records}
@@ -1200,8 +1227,8 @@ def _probe(report, tap, args, kwargs):
 def _checked(tap, args, kwargs):
     "The `Report` of a tap; says its warnings to who called `check`."
     if tap.closed: raise RuntimeError("the tap is closed; call check inside the with block")
-    training, report = [m for m in tap.found.model.modules() if m.training], Report()
-    tap.found.model.eval()
+    training, report = [m for m in tap._root.modules() if m.training], Report()
+    tap._root.eval()
     try:
         with torch.no_grad():
             _probe(report, tap, args, kwargs)
