@@ -1222,8 +1222,8 @@ def test_what_goes_into_a_layer_does_not_live_on():
 
 def test_a_tapped_block_without_its_skip_can_be_pickled():
     model = timm.create_model("swin_tiny_patch4_window7_224", img_size=32, window_size=4, embed_dim=12, depths=(2,), num_heads=(2,), num_classes=5)
-    surgery, x = se.drop_last_skip(model.eval()), torch.rand(1, 3, 32, 32)
-    untapped = pickle.loads(pickle.dumps(model))
+    se.drop_last_skip(model.eval())
+    x, untapped = torch.rand(1, 3, 32, 32), pickle.loads(pickle.dumps(model))
     with se.AttentionTap(model):
         other = pickle.loads(pickle.dumps(model))
     with torch.no_grad():

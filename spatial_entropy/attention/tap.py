@@ -500,8 +500,8 @@ def _refuse_tracing(values):
 def _lie_elsewhere(a, b, query):
     "Whether the row of a query would be another one, read by one raster or the other."
     if isinstance(query, tuple): return a.grid != b.grid or a.cells is not b.cells
-    pairs = (a.region, b.region), (a.asked, b.asked)
-    return not all(u is v or u is not None and v is not None and torch.equal(u, v) for u, v in pairs)
+    def differ(u, v): return u is not v and (u is None or v is None or not torch.equal(u, v))
+    return differ(a.region, b.region) or differ(a.asked, b.asked)
 
 def _again(site, args):
     "The record of a second run; None where the first was not recorded."
@@ -825,7 +825,7 @@ def _refuse_wrapped(model):
     if any(isinstance(m, nn.DataParallel) and len(m.device_ids) > 1 for m in modules):
         raise UnsupportedModel(_REPLICAS)
 
-# %% ../../nbs/12_tap.ipynb #63b526e8
+# %% ../../nbs/12_tap.ipynb #7fd0c423
 def _copied(cls):
     "What a copy or a pickle of a tap is: closed, and without maps."
     new = cls.__new__(cls)
@@ -835,6 +835,7 @@ def _copied(cls):
     new.first = "this is a copy of a tap, which listens nowhere; open one on the model at hand"
     return new
 
+# %% ../../nbs/12_tap.ipynb #63b526e8
 class _Open:
     "Listens in attention layers of a model until it is closed; a copy is closed."
     def __init__(self, model, block, query, softmax):
