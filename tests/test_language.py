@@ -340,6 +340,29 @@ def test_without_a_cache_the_steps_are_the_same():
     for i, m in found[0].items(): assert_close(found[1][i], m, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("query", ["last", [-3, -2]])
+def test_without_a_cache_the_prompt_stays_the_one_that_was_given(query):
+    model, inputs = made(LLAVA), LLAVA.given()
+    want = read(model, inputs, query).maps()
+    with se.TextImageTap(model, query) as tap: said = model.generate(**inputs, max_new_tokens=3, do_sample=False, use_cache=False, suppress_tokens=[IMAGE])
+    for i, m in tap.maps().items(): assert_close(m, want[i], atol=1e-5, rtol=0)
+    longer = inputs | dict(input_ids=said[:, :-1], attention_mask=torch.ones_like(said[:, :-1]))
+    with torch.no_grad(), se.TextImageTap(model, query) as tap:
+        model(**inputs)
+        model(**longer)                                                                # called by hand, it is another prompt
+    assert tap.prompt.ids.shape == longer["input_ids"].shape
+
+
+@pytest.mark.filterwarnings("ignore")                                                # how the cache is named
+def test_a_cache_is_given_back():
+    from transformers import DynamicCache
+    model, inputs, cache = made(LLAVA), LLAVA.given(), DynamicCache()
+    with torch.no_grad(), se.TextImageTap(model):
+        model(**inputs, past_key_values=cache)
+        with pytest.raises(RuntimeError, match="num_beams=1"): cache.reorder_cache(torch.tensor([0]))
+    cache.reorder_cache(torch.tensor([0]))
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_flex_attention_is_read_through_its_mask(monkeypatch):
     import transformers.integrations.flex_attention as flex

@@ -18,6 +18,7 @@ import spatial_entropy as se
 from spatial_entropy.analysis import grounding
 from spatial_entropy.analysis.grounding import as_shares, as_truth, box_around, main_region, read_records, score_grounding
 from spatial_entropy.analysis.heads import Heads
+from spatial_entropy.language.demo import demo_language_model, inputs_of, questions
 from spatial_entropy.language.heads import looks, rank_seen
 from spatial_entropy.language.locating import best_heads, combined, locate_seen, located_table
 from spatial_entropy.language.samples import Seen, frame_of
@@ -141,6 +142,15 @@ def test_generated_tokens_ask_together():
     finally: model.generation_config.suppress_tokens = None
     for layer, m in seen.maps.items():
         assert_close(m.double().numpy(), np.mean([w[layer] for w in want], 0), atol=1e-5, rtol=0)
+
+
+def test_what_comes_after_the_end_of_a_prompt_is_not_averaged():
+    model, processor = demo_language_model()
+    asked, model.generation_config.eos_token_id = questions(2), [2, 17]                # 17: the first answer, a token before the second ends
+    both = list(se.text_maps(model, [inputs_of(processor, asked)], query="generated", layers=2))
+    for one, seen in zip(asked, both, strict=True):
+        [alone] = se.text_maps(model, [inputs_of(processor, [one])], query="generated", layers=2)
+        assert_close(seen.maps[2], alone.maps[2], atol=1e-5, rtol=0)
 
 
 # ---- samples --------------------------------------------------------------------------------------------------------------------

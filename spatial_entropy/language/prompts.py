@@ -7,6 +7,7 @@ __all__ = ['Prompt', 'Pass', 'the_only', 'Follower']
 
 # %% ../../nbs/72_prompts.ipynb #8a9a997b
 import inspect
+from weakref import WeakSet
 import torch
 from . import layouts # noqa: F401 (it fills the table)
 from .geometry import Given, find_language, laid_out
@@ -79,11 +80,12 @@ def _refuse_gap(name, tokens, past, seen):
 
 # %% ../../nbs/72_prompts.ipynb #a190ccd3
 def _whole(follower, ids, named):
-    "A pass that reads a prompt from its start."
-    (B, n), before = ids.shape, follower.prompt
-    if follower.query == "generated" and before is not None and before.follows(ids):
+    "A pass that reads a prompt from its start; None where it owes no row."
+    (B, n), before, every = ids.shape, follower.prompt, follower.query == "generated"
+    steps = every or named.get("use_cache") is False      # as `generate` says of each step
+    if steps and before is not None and before.follows(ids):
         before.ids = ids
-        return Pass(before, n, 0, the_only(n - 1, B))
+        return Pass(before, n, 0, the_only(n - 1, B)) if every else None
     follower.prompt = Prompt(follower, ids, _real_of(named.get("attention_mask"), ids))
     follower.renewed()
     return Pass(follower.prompt, n, 0, follower.prompt.asked)
@@ -96,27 +98,31 @@ def _step(follower, name, ids, past):
     prompt.length += 1
     return Pass(prompt, 1, past, the_only(0, len(ids))) if follower.query == "generated" else None
 
+# %% ../../nbs/72_prompts.ipynb #7c41e0d9
 def _begun(follower, named): # arguments of the model by name
     "The `Pass` that a call begins, or None where it owes no row. Raises as `Prompt`."
     ids, (past, cache), name = named.get("input_ids"), _past_of(named), type(follower.host).__name__
     if ids is None:
         raise ValueError(f"{name}: got no input_ids, which say where the image tokens are; pass "
                          "what the processor returns")
-    if cache is not None: cache.reorder_cache = _no_beams
+    if cache is not None:
+        follower.caches.add(cache)
+        cache.reorder_cache = _no_beams
     if past: return _step(follower, name, ids, past)
     return _whole(follower, ids.detach().cpu(), named)
 
-# %% ../../nbs/72_prompts.ipynb #416bc49c
+# %% ../../nbs/72_prompts.ipynb #6f0b92ad
 def _light(value): # pixels become a shape
     pixels = isinstance(value, torch.Tensor) and value.is_floating_point()
     return value.detach().to("meta") if pixels else value
 
+# %% ../../nbs/72_prompts.ipynb #416bc49c
 class Follower:
     "Follows the prompts that a model reads."
     def __init__(self, model, query, tokenizer):
         self.model, (self.path, self.host, self.entry) = model, find_language(model)
         self.query, self.tokenizer = checked_query(query, tokenizer), tokenizer
-        self.inputs, self.prompt, self.now = {}, None, None # of the pictures; what is followed
+        self.inputs, self.caches, self.prompt, self.now = {}, WeakSet(), None, None # of pictures
 
     def renewed(self): "A new prompt begins."
 
@@ -137,3 +143,7 @@ class Follower:
     def left(self, module, args, out):
         "It is done."
         self.now = None
+
+    def released(self):
+        "No more is followed: the caches are as they were."
+        for cache in self.caches: vars(cache).pop("reorder_cache", None)

@@ -130,6 +130,14 @@ def on_model(inputs, model):
     return {k: (v.to(device, dtype) if v.is_floating_point() else v.to(device))
             if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
+# %% ../../nbs/74_samples.ipynb #3b86d5c2
+def _own_steps(model, said): # (B, n) new tokens
+    "How many steps are of each prompt: up to the one that gave the token that ends it."
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = torch.as_tensor([] if ends is None else ends, device=said.device)
+    ended = torch.isin(said, ends).long()
+    return (ended.cumsum(1) == ended).sum(1).tolist()
+
 # %% ../../nbs/74_samples.ipynb #5338f492
 def _run(model, inputs, new_tokens):
     "One pass; or so many new tokens, which are given back, (B, n)."
@@ -147,8 +155,9 @@ def recorded(model, inputs, query="last", layers="all", processor=None, view=Non
           TextImageTap(model, query, layers, processor) as tap):
         said = _run(model, on_model(inputs, model), new_tokens)
         each = [tap.maps(view, prompt=b) for b in range(len(inputs["input_ids"]))]
-    of = lambda m: m[0].mean(0) if query == "generated" else m[0]
-    return [{i: of(m) for i, m in maps.items()} for maps in each], said
+    if query != "generated": return [{i: m[0] for i, m in maps.items()} for maps in each], said
+    steps = [1]*len(each) if said is None else _own_steps(model, said)
+    return [{i: m[0, :n].mean(0) for i, m in maps.items()} for maps, n in zip(each, steps)], said
 
 # %% ../../nbs/74_samples.ipynb #a09dfcfb
 @dataclass

@@ -127,6 +127,7 @@ class _Recording(Follower):
         "Give the model back as it was; the maps stay readable."
         for end in self.ends: end()
         self.ends = []
+        self.released()
 
     def __enter__(self): return self
 
