@@ -1,4 +1,5 @@
 """Maps from words to pictures, of small random copies of transformers' vision-language models: against eager attention, by moved patches, in generation."""
+import copy
 from pathlib import Path
 
 import pytest
@@ -361,6 +362,14 @@ def test_a_cache_is_given_back():
         model(**inputs, past_key_values=cache)
         with pytest.raises(RuntimeError, match="num_beams=1"): cache.reorder_cache(torch.tensor([0]))
     cache.reorder_cache(torch.tensor([0]))
+
+
+def test_a_copy_of_a_model_in_which_a_tap_is_open_is_the_stock_model():
+    model, text = made(LLAVA), torch.tensor([[1, 5, 6, 7]])
+    with torch.no_grad(), se.TextImageTap(model):
+        copied = copy.deepcopy(model)
+    with torch.no_grad():
+        assert torch.equal(copied(input_ids=text).logits, model(input_ids=text).logits)
 
 
 @pytest.mark.filterwarnings("ignore")

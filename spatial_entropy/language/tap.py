@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from ..measure.operators import spatial_entropy
 from ..attention.families import UnsupportedModel
+from ..attention.tap import Hook
 from .geometry import laid
 from ..attention.text_rows import asked_weights, first_key
 from ..attention.observing import (
@@ -100,8 +101,8 @@ class _Site:
 def _opened(tap):
     "Begin to record; gives what ends it."
     host, kinds = tap.host, ("image", "video")
-    hooks = [host.register_forward_pre_hook(tap.entered, with_kwargs=True),
-             host.register_forward_hook(tap.left, always_call=True)]
+    hooks = [host.register_forward_pre_hook(Hook(tap.entered), with_kwargs=True),
+             host.register_forward_hook(Hook(tap.left), always_call=True)]
     return [*(observe_method(host, f"get_{kind}_features", tap.given) for kind in kinds),
             *(h.remove for h in hooks), *(observe(site.module, site) for site in tap.sites)]
 
