@@ -31,6 +31,8 @@ from .analysis.chance import surrogate_maps
 from .analysis.evaluation import WrongSize, input_side
 from .analysis.heads import head_maps
 from .analysis.objects import energy_pointing, grid_jaccard, pixel_auc
+from .attention.families import UnsupportedModel, find
+from .attention.tap import AttentionTap
 from .data import (
     MaskPairs, Shapes, drawn_sets, mask_pairs, open_picture, pictures_in)
 from .demo import demo_model
@@ -354,7 +356,9 @@ def side_of(name, maps, # {block: (H, h, w)}
     block, head = state.of("block", i), state.of("head", i)
     n = max(maps) + 1
     if not -n <= block < n or block % n not in maps:
-        raise ValueError(f"block: got {block}, expected a number from {-n} to {n - 1}")
+        known = f"one of {list(maps)} for this query"
+        if len(maps) == n: known = f"a number from {-n} to {n - 1}"
+        raise ValueError(f"block: got {block}, expected {known}")
     block, s = block % n, maps[block % n]
     _check_head(head, s, block)
     columns = _by_head(s, others(block), state) | scores(block)
@@ -481,6 +485,25 @@ def _data_url(image):
     image.save(file, format="JPEG", quality=92)
     return "data:image/jpeg;base64," + b64encode(file.getvalue()).decode()
 
+# %% ../nbs/61_exploring.ipynb #9b47d0e5
+def _has(model, block, query): # block: a number
+    try: AttentionTap(model, block, query).close()
+    except UnsupportedModel: return False
+    return True
+
+def _blocks_with(query, model, block): # block: "all" or a tuple of numbers
+    "Numbers of the layers that have this query."
+    asked = range(len(find(model).layers)) if block == "all" else block
+    return [b for b in asked if _has(model, b, query)]
+
+def _maps_with(query, subject, image, block):
+    "{block: (H, h, w)} of those that have the query. Raises UnsupportedModel where none has."
+    try: return subject.maps(image, block, query)
+    except UnsupportedModel:
+        fits = _blocks_with(query, subject.model, block)
+        if not fits: raise
+        return subject.maps(image, fits, query)
+
 # %% ../nbs/61_exploring.ipynb #df3f99c9
 class _Kept:
     "Maps and surrogates, computed when they are first asked for; the latest are kept."
@@ -493,10 +516,10 @@ class _Kept:
         self.eyes = lru_cache(32)(lambda picture: _for_eyes(*self.opened(picture)[1:3]))
 
     def _maps(self, i, picture, query, block): # block: "all" or a tuple of numbers
-        return self.subjects[i].maps(self.opened(picture)[0], block, query)
+        return _maps_with(query, self.subjects[i], self.opened(picture)[0], block)
 
     def maps_of(self, i, picture, query):
-        "{block: (H, h, w)}; of a patch, for all blocks whose grid has it."
+        "{block: (H, h, w)}, for all blocks that have the query; of a patch, whose grid has it."
         named = self.maps(i, picture, "auto" if isinstance(query, tuple) else query, "all")
         if isinstance(query, str): return named
         fits = [b for b, m in named.items() if query[0] < m.shape[-2] and query[1] < m.shape[-1]]

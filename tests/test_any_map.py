@@ -284,6 +284,17 @@ def test_a_default_device_without_numbers():
     assert loss.left_out.is_cpu and loss.left_out == 0
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_first_call_in_inference_mode_on_another_device(compiled):
+    loss, x = se.SpatialEntropyLoss().to("meta"), torch.randn(1, 3, 5, 6)      # the count is not where the maps are
+    torch._dynamo.reset()
+    run = torch.compile(loss, backend="eager", fullgraph=True) if compiled else loss
+    with torch.inference_mode():
+        run(x)
+    run(x.requires_grad_()).backward()
+    assert loss.left_out == 0 and loss.left_out.is_cpu and not loss.left_out.is_inference()
+
+
 @pytest.mark.filterwarnings("ignore:.*jit.script")
 def test_transforms_of_functions():
     torch.manual_seed(0)

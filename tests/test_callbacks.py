@@ -340,6 +340,23 @@ def test_two_processes_equal_one():
     assert difference(found, gradient(model)) < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["compiled", "part"])
+def test_the_skip_is_dropped_in_a_ddp_inside(kind):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        ddp, x = DistributedDataParallel(make()), pictures(2)
+        whole = torch.compile(ddp, backend="eager") if kind == "compiled" else nn.Sequential(ddp, nn.Identity())
+        with SpatialEntropyRegularizer(whole, weight=1., drop_skip=True) as reg:
+            for _ in range(3):                                          # a count from before stops the second
+                (ddp(x).square().mean() + reg()).backward()
+        reg.surgery.undo()
+        for _ in range(2):
+            ddp(x).square().mean().backward()
+        assert all(p.grad is not None for p in ddp.parameters())
+    finally:
+        dist.destroy_process_group()
+
+
 # ---- Lightning ----
 
 
@@ -462,6 +479,28 @@ def test_lightning_resumes(pl, tmp_path):
     assert same(whole, rest) and not same(whole, half)
     state = torch.load(tmp_path / "half.ckpt", weights_only=True)["callbacks"]["SpatialEntropyLightning"]
     assert state["epoch"] == pytest.approx(3 / 8)
+
+
+@lightning_warnings
+def test_copies_of_a_module_in_the_middle_of_a_fit_have_its_own_step(pl, monkeypatch):
+    module, callback, copies = lit(pl), se.SpatialEntropyLightning(.5, schedule=False), []
+    monkeypatch.setattr(sys.modules[__name__], "Lit", type(module), raising=False)       # so that pickle finds it
+    type(module).__qualname__ = "Lit"
+
+    class Best(pl.Callback):
+        def on_train_batch_end(self, trainer, now, *args):
+            copies[:] = copy.deepcopy(now), pickle.loads(pickle.dumps(now))
+            for twin in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
+                twin.teardown(trainer, now, "fit")                                       # takes nothing off the original
+
+    fit(pl, module, callback, Best())
+    close(module.vit, by_hand(.5))
+    for twin in copies:
+        assert twin.training_step.__self__ is twin and same(twin, module)
+        fit(pl, twin)
+        assert not same(twin, module) and is_stock(twin)
+        fit(pl, twin, se.SpatialEntropyLightning(.5))
+    close(module.vit, by_hand(.5))
 
 
 # ---- Hugging Face ----
@@ -762,7 +801,9 @@ def test_metric_equals_a_direct_computation(size):
     assert {k: got[k] for k in directly(maps)} == pytest.approx(directly(maps), rel=1e-5)
     for h in range(3):
         assert {k: got[f"{k}_head{h}"] for k in directly(maps)} == pytest.approx(directly(maps[:, h:h + 1]), rel=1e-5)
-    metric.reset()
+    with torch.inference_mode():                                        # as after a validation
+        metric.update(maps)
+        metric.reset()
     metric.update(maps[:2])
     assert {k: v.item() for k, v in metric.compute().items() if "head" not in k} == pytest.approx(directly(maps[:2]), rel=1e-5)
 

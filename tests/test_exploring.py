@@ -158,6 +158,24 @@ def test_models_of_several_stages_and_without_cls(two):
         assert answer["kind"] == "view" or "query" in answer["said"], answer
 
 
+def test_layers_with_a_query_of_their_own_are_left_out_where_others_have_it():
+    torch.manual_seed(0)
+    small = dict(img_size=32, patch_size=8, depth=2, embed_dim=24, num_heads=2)
+    pool = timm.create_model("vit_tiny_patch16_224", global_pool="map", class_token=False, **small)
+    cait = timm.create_model("cait_xxs24_224", **small)
+    for model, last in ((pool, 2), (cait, 3)):
+        explorer = Explorer(model, [np.zeros((32, 32, 3), np.uint8)], img_size=32)
+        assert explorer.view().sides[0].block == last
+        for query in ((1, 1), "mean"):
+            assert [explorer.view(query=query, block=b).sides[0].block for b in (0, -1)] == [0, 1], query
+            with pytest.raises(ValueError, match=f"block: got {last}"):
+                explorer.view(query=query, block=last)
+        with pytest.raises(ValueError, match=f"block: got 0, expected one of .*{last}. for this query"):
+            explorer.view(query="cls", block=0)                      # only the last has one
+        with pytest.raises(ValueError, match="patch of the 4×4 grid"):
+            explorer.view(query=(9, 9))
+
+
 @cache
 def one():
     return Explorer()

@@ -633,6 +633,6 @@ def drop_last_skip(
     block that is not in the table of `register_surgery`, ValueError when the skip is gone already,
     RuntimeError when wrappers forbid it.
     """
-    chain = _wrapped(model)
-    wrappers = tuple(m for m in chain if isinstance(m, DistributedDataParallel))
-    return LastSkipSurgery(_last_block(chain[-1]), wrappers)
+    block = _last_block(_wrapped(model)[-1])
+    ddps = (m for m in model.modules() if isinstance(m, DistributedDataParallel))
+    return LastSkipSurgery(block, tuple(ddp for ddp in ddps if block in ddp.modules()))

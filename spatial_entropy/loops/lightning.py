@@ -6,7 +6,9 @@
 __all__ = ['SpatialEntropyLightning']
 
 # %% ../../nbs/32_lightning.ipynb #f058dacb
-from functools import wraps
+from copy import deepcopy
+from functools import update_wrapper
+from types import MethodType
 from lightning.pytorch.callbacks import Callback
 from .regularizer import SpatialEntropyRegularizer, run_settings, operate
 
@@ -31,12 +33,20 @@ def _with_term(out, regularizer):
 
 # %% ../../nbs/32_lightning.ipynb #fc7b7af7
 class _WrappedStep:
-    "A module's training_step plus the term, until `undo`."
+    "A module's training_step plus the term, until `undo`; a copy of the module has no term."
     def __init__(self, pl_module, regularizer):
-        stock, self.own = pl_module.training_step, pl_module.__dict__.get("training_step")
-        @wraps(stock)
-        def training_step(*args, **kwargs): return _with_term(stock(*args, **kwargs), regularizer)
-        self.pl_module, pl_module.training_step = pl_module, training_step
+        update_wrapper(self, pl_module.training_step)
+        self.stock, self.own = pl_module.training_step, pl_module.__dict__.get("training_step")
+        self.regularizer, self.pl_module, pl_module.training_step = regularizer, pl_module, self
+
+    def __call__(self, *args, **kwargs):
+        return _with_term(self.stock(*args, **kwargs), self.regularizer)
+
+    def __deepcopy__(self, memo):
+        new = deepcopy(self.pl_module, memo)
+        return MethodType(type(new).training_step, new)
+
+    def __reduce__(self): return getattr, (self.pl_module, "training_step") # of the class, there
 
     def undo(self):
         del self.pl_module.training_step
@@ -85,7 +95,7 @@ class _TermDuringFit(Callback):
 
     def teardown(self, trainer, pl_module, stage): self._release()
     def on_exception(self, trainer, pl_module, exception): self._release()
-    def __getstate__(self): return {**self.__dict__, "surgery": None}
+    def __getstate__(self): return {**self.__dict__, "surgery": None, "_wrapped": None}
 
 # %% ../../nbs/32_lightning.ipynb #6fd1255c
 class _LoggedTerm(_TermDuringFit):

@@ -258,8 +258,9 @@ class _EntropyTerm(_Listening, _ScheduledWeight):
 # %% ../../nbs/31_regularizer.ipynb #d417423f
 def operate(model):
     "The surgery, on the vision model inside whatever holds it."
-    wrapped = isinstance(model, DistributedDataParallel)
-    return drop_last_skip(model if wrapped else find(model).model)
+    tower = find(model).model
+    ddp = any(isinstance(m, DistributedDataParallel) for m in model.modules()) # it counts again
+    return drop_last_skip(model if ddp else tower)
 
 # %% ../../nbs/31_regularizer.ipynb #3064cd0f
 @contextmanager

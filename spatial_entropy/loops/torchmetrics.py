@@ -94,7 +94,8 @@ class SpatialEntropyMetric(Metric):
 
     def update(self, maps): # (B, H, h, w) similarities; of several blocks a dict of them
         parts = [_sums(m, self.connectivity) for m in _maps_by_block(maps, self.heads)]
-        self.sums += torch.cat([part.to(self.sums) for part in parts], 1)
+        new = torch.cat([part.to(self.sums) for part in parts], 1)
+        self.sums = self.sums + new                # a reset in inference mode must not hinder it
 
     def compute(self) -> dict: # scalars: entropy, … and entropy_block3, entropy_block3_head0, …
         "Means, NaN without a map."

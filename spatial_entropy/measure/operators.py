@@ -300,8 +300,9 @@ def _mean_of(E): return E.nansum()/(~E.isnan()).sum().clamp_min(1)
 def _add_to(count, broken):
     "`count`, moved to where the maps are, and raised in place."
     if count.device != broken.device:
-        old = 0 if count.is_meta else count
-        count = torch.zeros_like(count, device=broken.device) + old
+        with torch.inference_mode(False): # so that training can raise it later
+            old = 0 if count.is_meta else count
+            count = torch.zeros_like(count, device=broken.device) + old
     count += broken.to(torch.int64)
     return count
 
