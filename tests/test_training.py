@@ -16,6 +16,7 @@ from runs import quick
 import spatial_entropy as se
 from spatial_entropy.commands import main
 from spatial_entropy.training import jobs, loop
+from spatial_entropy.training.evaluating import to_measure
 from spatial_entropy.training.models import load_weights
 from spatial_entropy.training.progress import RunProgress
 
@@ -46,6 +47,13 @@ def test_limit_is_balanced_and_the_split_depends_on_the_seed_alone(tmp_path):
     assert labels.count(0) == labels.count(1) == 5 and len(one.val.dataset) == 8
     assert names(one.val) == names(two.val) != names(other.val)
     assert not set(names(one.train)) & set(names(one.val))
+
+
+@pytest.mark.parametrize("asked,found", [("bilinear", "bilinear"), ("nearest", "nearest"), (None, "bicubic")])
+def test_pictures_are_measured_at_the_size_of_training_by_the_same_way(asked, found):
+    loaders = to_measure(None, jobs.TrainConfig(img_size=16, interpolation=asked), None, dict(mean=(.5,) * 3, std=(.5,) * 3))
+    resizing = [t.interpolation.value for t in loaders.val.dataset.transform.transforms if hasattr(t, "interpolation")]
+    assert resizing == [found]
 
 
 def test_pictures_that_were_learned_from_are_never_measured_as_validation(tmp_path, capsys, quick_runs):
