@@ -279,7 +279,7 @@ def _has_values(t): # not on the meta device, nor traced, nor inside a transform
 # %% ../../nbs/12_tap.ipynb #12aa0107
 def _is_given(r, mask):
     "Whether the layer was given a mask, which may be another one each time."
-    tensors = (a for a in (r.args or ())[1:] if isinstance(a, torch.Tensor))
+    tensors = (a for a in r.args[1:] if isinstance(a, torch.Tensor))
     return any(a.ndim > 1 and a.shape[-1] == mask.shape[-1] for a in tensors)
 
 def _hides_some(r, mask): # (..., n, m): boolean, or added, or logits

@@ -139,9 +139,11 @@ def planned(grid: Grid, output) -> list: # of Planned
     return runs
 
 # %% ../../nbs/60_comparing.ipynb #08c730f4
+_machine = {*machine_settings} - {"grad_accum_steps"} # that one is part of an update's size
+
 def _differing(kept, wanted):
     "Names of settings in which two configurations differ, machine and place left aside."
-    aside = {*machine_settings, "output", "experiment"} - {"grad_accum_steps"} # an update's size
+    aside = {*_machine, "output", "experiment"}
     a, b = (json.loads(json.dumps(asdict(c))) for c in (kept, wanted))
     return [k for k in a if k not in aside and a[k] != b[k]]
 
@@ -156,9 +158,11 @@ def _check_same(run):
 
 # %% ../../nbs/60_comparing.ipynb #360ee369
 def _epochs_done(folder):
-    "How many epochs are in a run's metrics.csv."
-    with (folder/"metrics.csv").open(encoding="utf-8") as file:
-        return max((int(row["epoch"]) for row in csv.DictReader(file)), default=0)
+    "How many epochs are in a run's metrics.csv; 0 where it cannot be read."
+    try:
+        with (folder/"metrics.csv").open(encoding="utf-8") as file:
+            return max((int(row["epoch"]) for row in csv.DictReader(file)), default=0)
+    except (OSError, ValueError, KeyError, TypeError): return 0
 
 def _wanted(run, masks):
     "What an evaluation has to say of what was measured, to be that of a comparison."
@@ -184,7 +188,7 @@ class Interrupted(Exception):
 
 def _do(run, masks, console=None, plot=False):
     "Train a run or go on with it, then measure it. Raises Interrupted."
-    machine = {k: getattr(run.config, k) for k in machine_settings if k != "grad_accum_steps"}
+    machine = {k: getattr(run.config, k) for k in _machine}
     begun = (run.folder/"config.yaml").exists()
     if begun: done = resume(str(run.folder), console, plot, **machine)
     else: done = train(run.config, console, plot)
@@ -545,11 +549,11 @@ def compare(grid: Grid, output="comparison", # the folder of the runs and of the
     if jobs < 1: raise ValueError(f"jobs: got {jobs}, expected at least 1")
     console, output = console or Console(), Path(output)
     runs = check_runs(grid, output)
-    left = [run for run in runs if _scores(run, grid.masks) is None]
     output.mkdir(parents=True, exist_ok=True)
-    console.print(f"{len(runs) - len(left)} of {len(runs)} runs are done", highlight=False)
-    told = _Told(grid, output, console, len(left))
     with use(hold(output)), _interruptible():
+        left = [run for run in runs if _scores(run, grid.masks) is None]
+        console.print(f"{len(runs) - len(left)} of {len(runs)} runs are done", highlight=False)
+        told = _Told(grid, output, console, len(left))
         if jobs == 1: _in_turn(left, grid.masks, console, told)
         else: _at_once(left, grid.masks, jobs, told)
     rows = write_report(grid, output, told.failed) if told.rows is None else told.rows

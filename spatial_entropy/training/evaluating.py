@@ -18,14 +18,13 @@ from ..data import mask_pairs
 from .config import is_drawn, load_config
 from .files import write_json
 from .models import digest_in, interpolation_of, load_run
-from .sources import NoPart, check_drawn
+from .sources import NoPart, check_drawn, same_data
 
 # %% ../../nbs/59_evaluating.ipynb #72f5b8c0
 def _is_own(data, config):
     "Whether a name is that of the data a run was trained on."
-    if data is None or data == config.data: return True
-    place = lambda d: os.path.realpath(Path(config.data_dir or "")/d)
-    return os.path.exists(place(data)) and place(data) == place(config.data)
+    here = config.data_dir
+    return data is None or same_data(data, config.data, here, here)
 
 # %% ../../nbs/59_evaluating.ipynb #2a2a40c1
 def to_measure(data, config, split, norm):

@@ -39,7 +39,7 @@ from .files import (Damaged, Held, Hold, check, contents, hold, new_name,
 from .models import (build_model, build_teacher, change_last_block,
                                              change_pooling, check_name, in_short,
                                              interpolation_of, known_of, start_model)
-from .sources import check_drawn, names_digest
+from .sources import check_drawn, names_digest, same_data
 from ..measure.operators import SpatialEntropyLoss
 from ..measure.regions import as_float64
 from ..loops.alternatives import regularizer_term
@@ -427,19 +427,14 @@ def _assemble(c, accelerator, model, teacher, per_epoch, update):
                 scheduler=scheduler, ema=ema)
 
 # %% ../../nbs/57_jobs.ipynb #d4766e10
-def _same_data(a, b):
-    "Whether two configurations name the same data."
-    place = lambda c: os.path.realpath(Path(c.data_dir or "")/c.data)
-    return a.data == b.data or os.path.exists(place(a)) and place(a) == place(b)
-
 def _said_of_weights(c, data):
     "A sentence where the weights have learned from what is validation here; None where not."
-    mine = names_digest(data.val.dataset.source)
-    if mine is None or c.initial_checkpoint is None: return None
-    run = Path(c.initial_checkpoint)
+    source, run = data.val.dataset.source, Path(c.initial_checkpoint or "")
+    if not c.initial_checkpoint or not source.by_seed: return None
     try: other, facts = load_config(str(run if run.is_dir() else run.parent))
     except (OSError, ValueError): return None                               # no run's
-    if not _same_data(c, other) or facts.get("validation") in (None, mine): return None
+    if not same_data(c.data, other.data, c.data_dir, other.data_dir): return None
+    if facts.get("validation") in (None, names_digest(source)): return None
     return (f"initial_checkpoint: {run} learned from {c.data} with seed {other.seed}, here it is "
             f"{c.seed}: it has learned from some of what is validation here; take the same seed, "
             "or data with parts")

@@ -97,8 +97,8 @@ def check_name(name, setting="model"):
 # %% ../../nbs/55_models.ipynb #d6ecc99f
 def interpolation_of(config: TrainConfig) -> str: # "bicubic", "bilinear", …
     "How pictures are resized: as was asked for, or as the model is known to want it."
-    known = resolve_data_config({}, pretrained_cfg=known_of(config.model))
-    return config.interpolation or known["interpolation"]
+    if config.interpolation: return config.interpolation
+    return resolve_data_config({}, pretrained_cfg=known_of(config.model))["interpolation"]
 
 # %% ../../nbs/55_models.ipynb #c13fd12a
 def _create(name, img_size, **options):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRAINING', 'VALIDATION', 'Source', 'ShapeSource', 'SpanSource', 'Notes', 'in_order', 'ending_of', 'list_folder',
            'label_by_folder', 'number_labels', 'span_sources', 'NoPart', 'find_parts', 'cut_source', 'check_wishes',
-           'JoinedSource', 'pair_sources', 'cut_both', 'names_digest', 'check_drawn']
+           'JoinedSource', 'pair_sources', 'cut_both', 'names_digest', 'same_data', 'check_drawn']
 
 # %% ../../nbs/52_sources.ipynb #bd169ab2
 import copy, hashlib, os, posixpath
@@ -493,6 +493,11 @@ def names_digest(source) -> str | None: # None where it was not drawn by seed
     if not source.by_seed: return None
     names = "\n".join(source.name(i) for i in range(len(source)))
     return hashlib.sha256(names.encode("utf-8", "surrogatepass")).hexdigest()
+
+def same_data(a, b, a_dir=None, b_dir=None): # names, and where paths begin
+    "Whether two names are of the same data."
+    place, other = (os.path.realpath(Path(d or "")/name) for name, d in ((a, a_dir), (b, b_dir)))
+    return a == b or os.path.exists(place) and place == other
 
 def check_drawn(source, kept, place):
     "Raises ValueError where pictures drawn by seed are not those whose digest was kept."
