@@ -12,6 +12,8 @@ import json
 import os
 import platform
 import re
+import select
+import signal
 import subprocess
 import sys
 import time
@@ -357,8 +359,11 @@ def _cuda_peak_extra(call):
     return torch.cuda.max_memory_allocated() - before
 
 
-def in_fork(measure, *arguments):
-    "measure(…) -> int in a copy of this process with one thread, so that nobody finds holes that another has left; None when it died."
+def in_fork(measure, *arguments, seconds=1800):
+    """measure(…) -> int in a copy of this process with one thread, so that nobody finds holes that another has left; None when it died or is late.
+
+    For a process that does nothing else, as `in_python` starts: a lock that another thread holds in this moment stays closed in the copy for ever.
+    """
     read, write = os.pipe()
     if not (pid := os.fork()):
         try:
@@ -366,9 +371,19 @@ def in_fork(measure, *arguments):
             os.write(write, str(measure(*arguments)).encode())
         finally: os._exit(0)
     os.close(write)
-    with os.fdopen(read, encoding="utf-8") as answer: said = answer.read()
+    with os.fdopen(read, encoding="utf-8") as answer:
+        if not select.select([answer], [], [], seconds)[0]: os.kill(pid, signal.SIGKILL)
+        said = answer.read()
     os.waitpid(pid, 0)
     return int(said) if said else None
+
+
+def in_python(code, asked=None):
+    "(the last line that the code prints, read as JSON; None), from a process of its own that finds these modules and reads `asked`; or (None, why not)."
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); {code}"
+    child = subprocess.run([sys.executable, "-c", code], input=json.dumps(asked), capture_output=True, encoding="utf-8", errors="replace")
+    if child.returncode: return None, (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
+    return json.loads(child.stdout.splitlines()[-1]), None
 
 
 def _peak_of(name, maps, source):
@@ -405,12 +420,8 @@ def _memory_child():
 def measure_memory(cases, dtype, source): # cases: (shape, kind, names)
     "([{name: bytes}], why not) of the cases, from a child process."
     if not Path("/proc/self/clear_refs").exists(): return [{} for _ in cases], "needs Linux"
-    child = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); "
-                            "from loss import _memory_child; _memory_child()"],
-                           encoding="utf-8", errors="replace", capture_output=True,
-                           input=json.dumps(dict(cases=cases, dtype=dtype, source=source)))
-    if child.returncode: return [{} for _ in cases], (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
-    return json.loads(child.stdout.splitlines()[-1]), None
+    peaks, trouble = in_python("from loss import _memory_child; _memory_child()", dict(cases=cases, dtype=dtype, source=source))
+    return ([{} for _ in cases] if trouble else peaks), trouble
 
 
 def _replay_seconds(call, replays=100, rounds=5):

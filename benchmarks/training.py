@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,7 +22,7 @@ from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
-from loss import checked_output, fresh_folder, in_fork, machine_facts
+from loss import checked_output, fresh_folder, in_fork, in_python, machine_facts
 from matplotlib import pyplot as plt
 from PIL import Image
 from rich.console import Console
@@ -208,10 +207,7 @@ def _memory_child():
 def _peaks(q):
     "Bytes by contender; {} where the kernel does not tell."
     if not Path("/proc/self/clear_refs").exists(): return {}
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from training import _memory_child; _memory_child()"
-    child = subprocess.run([sys.executable, "-c", code], input=json.dumps(asdict(q)), capture_output=True,
-                           encoding="utf-8", errors="replace")
-    return {} if child.returncode else json.loads(child.stdout.splitlines()[-1])
+    return in_python("from training import _memory_child; _memory_child()", asdict(q))[0] or {}
 
 
 def prepare_training_benchmark(output: str = "benchmark-results", quick: bool = False, **settings):

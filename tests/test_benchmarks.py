@@ -36,7 +36,7 @@ def test_a_very_small_benchmark_writes_its_report(tmp_path, monkeypatch):
 
 
 FORK = """
-import loss, numba, torch
+import loss, numba, threading, torch
 def measure():
     loss.give_back_at_once()
     return int(torch.ones(2, 1 << 20).sum()) + torch.get_num_threads()
@@ -44,6 +44,8 @@ torch.set_num_threads(2); torch.ones(2, 1 << 20).sum()
 print(loss.in_fork(measure))
 loss._set_threads(1)
 print(torch.get_num_threads())
+lock = threading.Lock(); lock.acquire()              # a lock of another thread of the parent stays closed in a copy
+print(loss.in_fork(lock.acquire, seconds=.2))
 """
 
 
@@ -52,4 +54,10 @@ print(torch.get_num_threads())
 def test_a_fork_has_one_thread_and_does_not_wait_for_its_parents():
     env = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(Path(loss.__file__).parent)}
     done = subprocess.run([sys.executable, "-c", FORK], env=env, capture_output=True, text=True, timeout=200)
-    assert (done.returncode, done.stdout.split()) == (0, [str(2**21 + 1), "1"]), done.stderr
+    assert (done.returncode, done.stdout.split()) == (0, [str(2**21 + 1), "1", "None"]), done.stderr
+
+
+def test_what_a_process_of_its_own_says():
+    assert loss.in_python("import json; json.dump([*json.load(sys.stdin), 'ours' in __import__('loss').CONTENDERS], sys.stdout)", [1]) == ([1, True], None)
+    assert loss.in_python("raise SystemExit('no memory left')") == (None, "no memory left")
+    assert loss.in_python("import os; os._exit(3)") == (None, "exit code 3")

@@ -331,7 +331,7 @@ def test_any_file_of_settings(text, tmp_path):
         (lambda p: p.write_bytes(b"\xff\xfe\xff"), "not UTF-8"),
         (lambda p: p.write_bytes(os.urandom(50) + b"\xff"), "not"),
         (lambda p: os.mkfifo(p), "no such file of settings"),
-        (lambda p: p.symlink_to(p), ""),
+        (lambda p: p.symlink_to(p), "no such file of settings"),
         (lambda p: p.mkdir(), "no such file of settings"),
     ],
 )

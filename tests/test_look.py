@@ -99,7 +99,7 @@ def test_chosen_heads_and_layers(folder, typed):
     ("vlm mug.png -p where --query mug", "query: 'mug' is 0 times in the prompt, expected once"),
     ("vlm mug.png -p where --query 99", "query: got token 99, expected one from"),
     ("vlm mug.png -p where --query=90:95", "names none of the"),
-    ("vlm mug.png -p where --layers 7", "layers: got [[]7[]], expected a number from -2 to 1"),
+    ("vlm mug.png -p where --layers 7", "layers: got \\[7\\], expected a number from -2 to 1"),
     ("vlm mug.png -p where --layers seven", "invalid int value: 'seven'"),
     ("vlm mug.png -p where --heads 3", "heads: got 3, expected LAYER.HEAD"),
     ("vlm mug.png -p where --heads 1.9", "heads: got 1.9, expected heads of layers 0"),
