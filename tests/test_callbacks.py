@@ -416,7 +416,7 @@ lightning_warnings = pytest.mark.filterwarnings("ignore")
 @lightning_warnings
 @pytest.mark.parametrize("kind", ["tensor", "dict", "accumulated"])
 def test_lightning_two_steps_equal_a_loop_by_hand(pl, kind):
-    callback = se.SpatialEntropyLightning(.5, schedule=False)
+    callback = se.SpatialEntropyLightning(.5, schedule="constant")
     module = lit(pl, (lambda loss, i: dict(loss=loss, extra=loss.detach())) if kind == "dict" else None)
     more = dict(data=batches(8, 2), accumulate_grad_batches=2) if kind == "accumulated" else {}
     trainer = fit(pl, module, callback, **more)
@@ -427,7 +427,7 @@ def test_lightning_two_steps_equal_a_loop_by_hand(pl, kind):
 
 @lightning_warnings
 def test_lightning_skipped_steps_validation_and_drop_skip(pl):
-    callback = se.SpatialEntropyLightning(.5, schedule=False, drop_skip=True)
+    callback = se.SpatialEntropyLightning(.5, schedule="constant", drop_skip=True)
     module = lit(pl, lambda loss, i: None if i == 0 else loss)
     trainer = fit(pl, module, callback, val=batches())
     assert callback.regularizer.logs()["entropy"] > 0
@@ -483,7 +483,7 @@ def test_lightning_resumes(pl, tmp_path):
 
 @lightning_warnings
 def test_copies_of_a_module_in_the_middle_of_a_fit_have_its_own_step(pl, monkeypatch):
-    module, callback, copies = lit(pl), se.SpatialEntropyLightning(.5, schedule=False), []
+    module, callback, copies = lit(pl), se.SpatialEntropyLightning(.5, schedule="constant"), []
     monkeypatch.setattr(sys.modules[__name__], "Lit", type(module), raising=False)       # so that pickle finds it
     type(module).__qualname__ = "Lit"
 
@@ -521,7 +521,7 @@ class Wrapped(nn.Module):
         return dict(loss=F.cross_entropy(logits, labels), logits=logits)
 
 
-def hf(folder, model=None, weight=.5, schedule=False, callbacks=(), **more):
+def hf(folder, model=None, weight=.5, schedule="constant", callbacks=(), **more):
     transformers = pytest.importorskip("transformers")
     from transformers.trainer_callback import PrinterCallback
     ours = {k: more.pop(k) for k in ("drop_skip", "model_init", "entropy_warmup") if k in more}
@@ -572,7 +572,7 @@ def test_trainer_evaluates_without_the_term_and_trains_twice(tmp_path):
 
 
 def test_trainer_model_init_drop_skip_and_schedule(tmp_path):
-    trainer = hf(tmp_path, model_init=Wrapped, drop_skip=True, schedule=True, entropy_warmup=.5, num_train_epochs=2)
+    trainer = hf(tmp_path, model_init=Wrapped, drop_skip=True, schedule="decay", entropy_warmup=.5, num_train_epochs=2)
     trainer.train()
     trainer.train()
     assert is_stock(trainer.model) and not trainer.model.vit.blocks[-1].norm2.weight.requires_grad
@@ -586,7 +586,7 @@ def test_trainer_resumes(tmp_path):
         def on_step_end(self, args, state, control, **kwargs):
             control.should_training_stop = control.should_save = state.global_step == 3
 
-    more = dict(num_train_epochs=4, save_strategy="steps", save_steps=100, schedule=True)
+    more = dict(num_train_epochs=4, save_strategy="steps", save_steps=100, schedule="decay")
     whole, half, rest = hf(tmp_path, **more), hf(tmp_path, callbacks=[Stop()], **more), hf(tmp_path, **more)
     whole.train()
     half.train()
@@ -621,7 +621,7 @@ def _train_lightning(rank, folder):
     accelerator_connector._IS_INTERACTIVE = False        # cells of a notebook may have run in the process that this one was forked from
     data = torch.utils.data.Subset(batches().dataset, range(rank, 8, 2))
     module = lit(pl)
-    trainer = fit(pl, module, se.SpatialEntropyLightning(.5, schedule=False), data=DataLoader(data, batch_size=1), use_distributed_sampler=False,
+    trainer = fit(pl, module, se.SpatialEntropyLightning(.5, schedule="constant"), data=DataLoader(data, batch_size=1), use_distributed_sampler=False,
                   accumulate_grad_batches=2, devices=2, strategy="ddp")
     if trainer.global_rank == 0:
         torch.save(module.vit.state_dict(), f"{folder}/weights.pt")
@@ -670,7 +670,7 @@ fastai_warnings = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::D
 def test_fastai_two_steps_equal_a_loop_by_hand(accumulated):
     pytest.importorskip("fastai")
     from fastai.callback.training import GradientAccumulation
-    learn = learner(se.SpatialEntropyFastai(.5, schedule=False), *([GradientAccumulation(4)] if accumulated else []), size=2 if accumulated else 4)
+    learn = learner(se.SpatialEntropyFastai(.5, schedule="constant"), *([GradientAccumulation(4)] if accumulated else []), size=2 if accumulated else 4)
     learn.fit(1, .1)
     close(learn.model, by_hand(.5))
     names, values = list(learn.recorder.metric_names), learn.recorder.values[-1]

@@ -60,7 +60,7 @@ class SpatialEntropyFastai(_TermInFit):
 
     def __init__(self, weight=.01, # λ, the peak; or a function of the share that is done (0–1)
                  warmup: float | None = None, # share of the run until the peak; None: a tenth
-                 schedule: bool = True, # the paper's rise and fall over the run; False: constant
+                 schedule: str = "decay", # the paper's rise and fall; or "warmup", or "constant"
                  block=-1, query="auto", # as in AttentionTap
                  drop_skip: bool = False): # remove the last skip first
         super().__init__(run_settings(weight, warmup, schedule, block, query))

@@ -22,7 +22,7 @@ def _share_done(trainer, batch_idx):
     if trainer.max_steps > 0: done.append(trainer.global_step/trainer.max_steps)
     if done: return min(1., max(done))
     raise ValueError("the Trainer has neither max_epochs nor max_steps, so the run has no known "
-                     "length; set one, or pass schedule=False")
+                     "length; set one, or pass schedule=\"constant\"")
 
 # %% ../../nbs/32_lightning.ipynb #ca12c9eb
 def _with_term(out, regularizer):
@@ -128,7 +128,7 @@ class SpatialEntropyLightning(_LoggedTerm):
     """
     def __init__(self, weight=.01, # λ, the peak; or a function of the share that is done (0–1)
                  warmup: float | None = None, # share of the run until the peak; None: a tenth
-                 schedule: bool = True, # the paper's rise and fall over the run; False: constant
+                 schedule: str = "decay", # the paper's rise and fall; or "warmup", or "constant"
                  model: str | None = None, # path of the ViT, such as "model"; None: the only one
                  block=-1, query="auto", # as in AttentionTap
                  drop_skip: bool = False, # remove the last skip first

@@ -17,7 +17,7 @@ from ..attention.families import find
 from ..measure.operators import SpatialEntropyLoss
 from ..attention.surgery import drop_last_skip
 from ..attention.tap import AttentionTap
-from .schedule import check_number, entropy_weight
+from .schedule import SCHEDULES, check_number, entropy_weight
 
 # %% ../../nbs/31_regularizer.ipynb #2c10bf96
 def _own_weight(weight, # a function of the share of the run that is done
@@ -29,6 +29,18 @@ def _own_weight(weight, # a function of the share of the run that is done
                          "pass the length of the run")
     return float(weight(min(1., epoch/epochs)))
 
+# %% ../../nbs/31_regularizer.ipynb #414fea13
+def _check_schedule(schedule, weight, epochs):
+    "Raises ValueError for an unknown schedule, and for one that the other settings exclude."
+    if schedule is None: return
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule: got {schedule!r}, expected one of {', '.join(SCHEDULES)}")
+    if callable(weight):
+        raise ValueError(f"schedule: got {schedule!r} beside a weight that is a function of the "
+                         "share that is done; leave one of them out")
+    if epochs is None and schedule != "constant":
+        raise ValueError(f"schedule: got {schedule!r}, but no epochs; pass the length of the run")
+
 # %% ../../nbs/31_regularizer.ipynb #c29d076f
 _LENGTH = "the length of the run, above 0, or None"
 _PEAK = "a number of at least 0; 0.01 in the paper"
@@ -36,30 +48,37 @@ _PEAK = "a number of at least 0; 0.01 in the paper"
 def _weight_at(weight, # a number of at least 0, or a function of the share of the run that is done
                epochs, # of the whole run, or None for a constant weight
                warmup, # epochs until the peak, or None
-               epoch): # done so far
+               epoch, # done so far
+               schedule=None): # a name; None: "decay" with epochs, "constant" without
     "The weight now. Raises TypeError or ValueError for settings that do not fit together."
     if warmup is not None: check_number("warmup", warmup, "epochs until the peak, or None")
     if epochs is not None: check_number("epochs", epochs, _LENGTH)
     if epochs is not None and not epochs > 0:
         raise ValueError(f"epochs: got {epochs}, expected {_LENGTH}")
+    _check_schedule(schedule, weight, epochs)
     if callable(weight): return _own_weight(weight, epochs, epoch)
     check_number("weight", weight, _PEAK)
     if not 0 <= weight < float("inf"): raise ValueError(f"weight: got {weight}, expected {_PEAK}")
     if epochs is None: return float(weight)
-    return entropy_weight(epoch, epochs, weight, min(10, epochs/10) if warmup is None else warmup)
+    warmup = min(10, epochs/10) if warmup is None else warmup
+    return float(entropy_weight(epoch, epochs, weight, warmup, schedule or "decay"))
 
 # %% ../../nbs/31_regularizer.ipynb #941bc2f5
 def run_settings(weight, warmup, schedule, block, query):
     """Arguments of the regulariser for a run counted from 0 to 1.
 
-    Raises TypeError or ValueError for a warm-up that is no share.
+    A weight that is a function needs no schedule. Raises TypeError or ValueError for a warm-up that
+    is no share, and for an unknown schedule.
     """
     share = "a share of the run, from 0 to 1; 0.1 in the paper"
     if warmup is not None: check_number("warmup", warmup, share)
     if warmup is not None and not 0 <= warmup <= 1:
         raise ValueError(f"warmup: got {warmup}, expected {share}")
-    epochs = 1. if schedule or callable(weight) else None
-    return dict(weight=weight, warmup=warmup, epochs=epochs, block=block, query=query)
+    _check_schedule(schedule, None, 1.)
+    if callable(weight): schedule = None
+    epochs = None if schedule == "constant" else 1.
+    return dict(weight=weight, warmup=warmup, epochs=epochs, block=block, query=query,
+                schedule=schedule)
 
 # %% ../../nbs/31_regularizer.ipynb #e3bb6258
 def _check_epoch(epoch):
@@ -79,9 +98,9 @@ def _why_ended(epoch, epochs):
 class _ScheduledWeight:
     "The weight over a run: `step` says where the run is, `weight` what it is there."
     _ended = False # whether that was said
-    def __init__(self, weight, epochs, warmup):
-        _weight_at(weight, epochs, warmup, 0.)
-        self.peak, self.epochs, self.warmup = weight, epochs, warmup
+    def __init__(self, weight, epochs, warmup, schedule=None):
+        _weight_at(weight, epochs, warmup, 0., schedule)
+        self.peak, self.epochs, self.warmup, self.schedule = weight, epochs, warmup, schedule
         self.epoch = 0. if epochs is None else None
 
     @property
@@ -91,7 +110,7 @@ class _ScheduledWeight:
             raise RuntimeError(f"epochs={self.epochs} asks for a schedule, but step was "
                                "not called; call reg.step(epoch) at the start of every epoch, "
                                "from 0")
-        return _weight_at(self.peak, self.epochs, self.warmup, self.epoch)
+        return _weight_at(self.peak, self.epochs, self.warmup, self.epoch, self.schedule)
 
     def step(self, epoch: float): # epochs done so far, from 0, whole or fractional
         """Where the run is. Past the last of `epochs` it warns, once.
@@ -289,8 +308,9 @@ class SpatialEntropyRegularizer(_EntropyTerm):
                  block=-1, # an attention layer's number, a list of them, or "all"
                  query="auto", # as in AttentionTap
                  drop_skip: bool = False, # remove the last skip first; best before the optimiser
-                 views: int = 1): # forward passes that one call stands for, by their mean
-        _ScheduledWeight.__init__(self, weight, epochs, warmup)
+                 views: int = 1, # forward passes that one call stands for, by their mean
+                 schedule: str | None = None): # "decay" (with epochs), "warmup" or "constant"
+        _ScheduledWeight.__init__(self, weight, epochs, warmup, schedule)
         surgery = operate(model) if drop_skip else None
         with _undone_if_refused(surgery): _Listening.__init__(self, model, block, query, views)
         self._criterion, self._mean = SpatialEntropyLoss(), _MeanSinceReading()

@@ -63,17 +63,18 @@ def spatial_entropy_task(task: TrainingTask, # of timm, or your own
                          warmup: float | None = None, # epochs to the peak; None: a tenth, up to 10
                          block=-1, query="auto", # as in AttentionTap
                          drop_skip: bool = False, # remove the last skip first
+                         schedule: str | None = None, # "decay" (with epochs), "warmup", "constant"
                         ) -> SpatialEntropyTask: # the same object, also of its own class
     """Add the spatial entropy of the trained model's attention to a task's loss (arXiv 2206.04636).
 
     In distillation the student is trained. Call it first: before the optimiser, `compile`,
-    `prepare_distributed` and `setup_ema`. With `epochs`, call `task.regularizer.step(epoch)` where
-    the script steps its learning rate. Raises TypeError for what is no task or has the term
+    `prepare_distributed` and `setup_ema`. With `epochs`, call `task.regularizer.step(epoch)` at the
+    start of every epoch, from 0. Raises TypeError for what is no task or has the term
     already, UnsupportedModel or ValueError as SpatialEntropyRegularizer.
     """
     _check_task(task)
     model = task.get_trainable_module()
     task.regularizer = SpatialEntropyRegularizer(model, weight, epochs, warmup, block=block,
-                                                 query=query, drop_skip=drop_skip)
+                                                 query=query, drop_skip=drop_skip, schedule=schedule)
     task.__class__ = _in_front_of(type(task))
     return task

@@ -92,7 +92,7 @@ class SpatialEntropyTrainerMixin(_TermInLoss):
     def __init__(self, *args, # of the Trainer, by position or name
                  entropy_weight=.01, # λ, the peak; or a function of the share that is done (0–1)
                  entropy_warmup: float | None = None, # share until the peak; None: a tenth
-                 entropy_schedule: bool = True, # the paper's rise and fall; False: constant
+                 entropy_schedule: str = "decay", # as in the paper; or "warmup", or "constant"
                  entropy_block=-1, entropy_query="auto", # as in AttentionTap
                  drop_skip: bool = False, # remove the last skip first
                  **kwargs):
