@@ -74,7 +74,7 @@ def spatial_entropy_task(task: TrainingTask, # of timm, or your own
     """
     _check_task(task)
     model = task.get_trainable_module()
-    task.regularizer = SpatialEntropyRegularizer(model, weight, epochs, warmup, block=block,
-                                                 query=query, drop_skip=drop_skip, schedule=schedule)
+    task.regularizer = SpatialEntropyRegularizer(model, weight, epochs, warmup, block, query,
+                                                 drop_skip, schedule=schedule)
     task.__class__ = _in_front_of(type(task))
     return task
