@@ -31,7 +31,8 @@ from torch import nn
 
 # %% ../../nbs/57_jobs.ipynb #b5722a9d
 from .batches import Loaders, loaders, place_seed, randomness
-from .config import TrainConfig, load_config, read_settings, save_config
+from .config import (TrainConfig, load_config, read_settings, run_of,
+                                             save_config)
 from ..attention.families import find
 from .files import (Damaged, Held, Hold, check, contents, hold, new_name,
                                             newest_whole, remove, seal, sweep, sync_folder,
@@ -429,14 +430,14 @@ def _assemble(c, accelerator, model, teacher, per_epoch, update):
 # %% ../../nbs/57_jobs.ipynb #d4766e10
 def _said_of_weights(c, data):
     "A sentence where the weights have learned from what is validation here; None where not."
-    source, run = data.val.dataset.source, Path(c.initial_checkpoint or "")
-    if not c.initial_checkpoint or not source.by_seed: return None
-    try: other, facts = load_config(str(run if run.is_dir() else run.parent))
+    source, run = data.val.dataset.source, run_of(c.initial_checkpoint or "")
+    if not (c.initial_checkpoint and source.by_seed and run): return None
+    try: other, facts = load_config(str(run))
     except (OSError, ValueError): return None                               # no run's
     if not same_data(c.data, other.data, c.data_dir, other.data_dir): return None
     if facts.get("validation") in (None, names_digest(source)): return None
-    return (f"initial_checkpoint: {run} learned from {c.data} with seed {other.seed}, here it is "
-            f"{c.seed}: it has learned from some of what is validation here; take the same seed, "
+    return (f"initial_checkpoint: {c.initial_checkpoint} learned from {c.data} with seed "
+            f"{other.seed}, here it is {c.seed}: it has learned from some of what is validation here; take the same seed, "
             "or data with parts")
 
 # %% ../../nbs/57_jobs.ipynb #77faa0a5
@@ -448,7 +449,7 @@ def _built(c, accelerator, folder, found, say):
     n, per_epoch = len(data.classes), len(data.train.order)//update
     model = build_model(c, n) if found else start_model(c, data.classes, say)
     find(model)                                         # refuses, with the reason, what has no maps
-    teacher = build_teacher(c, n)
+    teacher = build_teacher(c, data.classes)
     _changed_and_tried(c, model, n, accelerator, teacher)
     parts = _assemble(c, accelerator, model, teacher, per_epoch, update)
     sums = as_float64(torch.zeros(5, device=accelerator.device))

@@ -9,6 +9,7 @@ __all__ = ['in_short', 'known_of', 'check_name', 'interpolation_of', 'build_mode
 # %% ../../nbs/55_models.ipynb #9d681e4f
 import hashlib, json, logging, warnings
 from contextlib import contextmanager
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 import timm
@@ -16,13 +17,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from timm.data import resolve_data_config
-from timm.models import (PretrainedCfg, load_model_config_from_hf, load_state_dict,
-                         parse_model_name, split_model_name_tag)
+from timm.models import (PretrainedCfg, clean_state_dict, load_model_config_from_hf,
+                         load_state_dict, parse_model_name, split_model_name_tag)
 from timm.models._hub import load_model_config_from_path
 from torch import nn
 
 # %% ../../nbs/55_models.ipynb #13478811
-from .config import TrainConfig, load_config, shown, skip_of_weights
+from .config import (TrainConfig, load_config, run_of, shown,
+                                             skip_of_weights)
 from ..attention.families import UnsupportedModel
 from ..data import shapes
 from ..demo import demo_file
@@ -213,18 +215,20 @@ def load_weights(path) -> dict: # name: tensor
 
 # %% ../../nbs/55_models.ipynb #3ed5994c
 def _source_of_weights(path):
-    "(file, names of its classes or None) of a file of weights, a run folder, or \"demo\"."
-    if path == "demo" and not Path(path).exists(): return demo_file(), shapes(1).classes
+    "(file, settings and names of classes where a run or \"demo\" has them, or None) of weights."
+    if path == "demo" and not Path(path).exists():
+        return demo_file(), TrainConfig(img_size=112, keep_skip=True), shapes(1).classes
     path = Path(path)
-    if path.is_dir(): return path/"model.safetensors", load_config(path)[1].get("classes")
-    return path, None
+    run = run_of(path) or (path if path.is_dir() else None)
+    config, facts = load_config(run) if run else (None, {})
+    return path/"model.safetensors" if path.is_dir() else path, config, facts.get("classes")
 
 def _read_weights(path, setting):
-    "The weights in a file of any kind that timm reads. Errors name the setting."
+    "The weights in a file of any kind that timm reads, without what wraps put before their names."
     if not Path(path).is_file():
         raise FileNotFoundError(f"{setting}: {path}: no such file of weights")
     try:
-        if Path(path).suffix == ".safetensors": return load_weights(path)
+        if Path(path).suffix == ".safetensors": return clean_state_dict(load_weights(path))
         return load_state_dict(str(path))
     except Exception as e:
         said = f"{setting}: {path}: not weights that can be read ({in_short(e)})"
@@ -284,25 +288,30 @@ def _pool_in(state):
     return {k.removeprefix("attn_pool."): v for k, v in pool.items()}
 
 # %% ../../nbs/55_models.ipynb #026c758c
+def _with_weights(config, file, state, classes, known, what):
+    "A model with weights, also SimPool's; the classifier's only if it knows so many, not −1."
+    overlay = dict(source="", file=str(file), custom_load=False, num_classes=known)
+    pool = _pool_in(state) if config.pooling == "simpool" else {}
+    if pool:                                                      # what is left, timm loads
+        rest = {k: v for k, v in state.items() if not k.startswith("attn_pool.")}
+        overlay |= dict(file="", state_dict=rest)
+    model = _loaded(config, classes, f"{what}: {file}", overlay)
+    if pool:
+        change_pooling(model, config)
+        model.attn_pool.load_state_dict(pool)
+    return model
+
 def _from_file(config, classes, say):
     "A model with the weights of a file or a run; its classifier only if it has these classes."
-    path, known = _source_of_weights(config.initial_checkpoint)
-    fresh, state = build_model(config, len(classes)), _read_weights(path, "initial_checkpoint")
-    n, pool = _classes_in(state, fresh), _pool_in(state) if config.pooling == "simpool" else {}
+    (path, _, known), what = _source_of_weights(config.initial_checkpoint), "initial_checkpoint"
+    state = _read_weights(path, what)
+    n = _classes_in(state, build_model(config, len(classes)))
     keep = n == len(classes) and (known is None or tuple(known) == tuple(classes))
     if not keep:
         others = " others" if n == len(classes) else ""
         say(f"{path} has {n or 'no'} classes, the data {len(classes)}{others}: "
             "the classifier starts anew")
-    overlay = dict(source="", file=str(path), custom_load=False, num_classes=n if keep else -1)
-    if pool:                                                      # what is left, timm loads
-        rest = {k: v for k, v in state.items() if not k.startswith("attn_pool.")}
-        overlay |= dict(file="", state_dict=rest)
-    model = _loaded(config, len(classes), f"initial_checkpoint: {path}", overlay)
-    if pool:
-        change_pooling(model, config)
-        model.attn_pool.load_state_dict(pool)
-    return model
+    return _with_weights(config, path, state, len(classes), n if keep else -1, what)
 
 # %% ../../nbs/55_models.ipynb #57a04013
 def start_model(config: TrainConfig,
@@ -331,22 +340,46 @@ def _classes_of_teacher(config, path):
     known_of(config.teacher, "teacher")
     return _classes_in(_read_weights(path, "teacher_checkpoint"), timm.create_model(config.teacher))
 
-def build_teacher(config: TrainConfig, num_classes: int,
-                 ) -> nn.Module | None: # in evaluation mode, without gradients
-    "The model that teaches, with its weights. Raises ValueError or OSError in one sentence."
-    if config.teacher is None: return None
-    file = config.teacher_checkpoint
-    path = _source_of_weights(file)[0] if file else None
-    what = f"teacher: {path or config.teacher}"
-    n = _classes_of_teacher(config, path)
-    if n != num_classes:
-        raise ValueError(f"{what} has {n} classes, the data {num_classes}; "
+def _teacher_of_run(config, file, run, known, classes):
+    "The model of a run, with its settings, at the size of the pupil's pictures."
+    what = f"teacher: {file}"
+    if split_model_name_tag(run.model)[0] != split_model_name_tag(config.teacher)[0]:
+        raise ValueError(f"{what} is of {run.model}, expected teacher = {config.teacher}; "
+                         f"use --teacher {run.model}")
+    if known is None or tuple(known) != tuple(classes):
+        raise ValueError(f"{what} knows the classes {shown(known)}, the data has "
+                         f"{shown(list(classes))}; fine-tune it on these first")
+    run = replace(run, img_size=config.img_size, initial_checkpoint=None, pretrained=False)
+    state = _read_weights(file, "teacher_checkpoint")
+    model = _with_weights(run, file, state, len(classes), len(classes), "teacher")
+    change_pooling(model, run)
+    if not run.keep_skip: change_last_block(model)
+    return model
+
+# %% ../../nbs/55_models.ipynb #8e253381
+def _teacher_of_file(config, path, classes):
+    "A timm model with timm's weights, or with those of a file that is no run's."
+    what, n = f"teacher: {path or config.teacher}", _classes_of_teacher(config, path)
+    if n != classes:
+        raise ValueError(f"{what} has {n} classes, the data {classes}; "
                          "fine-tune it on these first")
     overlay = dict(source="", file=str(path), custom_load=False, num_classes=n) if path else {}
     weights = dict(pretrained=True, pretrained_cfg_overlay=overlay)
-    try: model = _create(config.teacher, config.img_size, num_classes=n, **weights)
+    try: return _create(config.teacher, config.img_size, num_classes=n, **weights)
     except Exception as e:
         raise ValueError(f"{what} does not fit or is unavailable ({in_short(e)})") from None
+
+def build_teacher(config: TrainConfig,
+                  classes, # names, in label order
+                 ) -> nn.Module | None: # in evaluation mode, without gradients
+    """The model that teaches, with its weights; one of a run is pooled and operated as there.
+
+    Raises ValueError or OSError in one sentence."""
+    if config.teacher is None: return None
+    file = config.teacher_checkpoint
+    path, run, known = _source_of_weights(file) if file else (None, None, None)
+    if run: model = _teacher_of_run(config, path, run, known, classes)
+    else: model = _teacher_of_file(config, path, len(classes))
     return model.eval().requires_grad_(False)
 
 # %% ../../nbs/55_models.ipynb #cb5c16a3
