@@ -15,7 +15,7 @@ import torchvision
 
 # %% ../../nbs/53_archives.ipynb #2af026cd
 from ..data import is_hidden, is_picture
-from .config import is_drawn
+from .config import is_drawn, shown
 from .files import read_text, to_install
 from .sources import (
     TRAINING, VALIDATION, NoPart, Notes, ShapeSource, Source, check_wishes, cut_both,
@@ -29,6 +29,12 @@ def _target(member, inside):
     return posixpath.normpath(posixpath.join(beside, member.linkname)).lstrip("/")
 
 # %% ../../nbs/53_archives.ipynb #841aad39
+def _check_end(tar, start):
+    "Refuse a tar whose list ends at bytes that are no zeros: Python takes any for its end."
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
+        raise tarfile.ReadError(f"damaged or cut short at byte {start + tar.offset:,}")
+
 def _members(tar, file, passed, inside="", start=0):
     "(name, span) of every file of an open tar; of a link (name, name of what it leads to)."
     while m := tar.next():
@@ -41,6 +47,7 @@ def _members(tar, file, passed, inside="", start=0):
                 yield from _members(inner, file, passed, name[:-4] + "/", at)
         elif whole: yield name, (file, name, at, m.size)
         elif not m.isdir(): passed["pipe, device or sparse file"] += 1
+    _check_end(tar, start)
 
 # %% ../../nbs/53_archives.ipynb #99e68a1d
 def _led_to(found, name):
@@ -63,7 +70,7 @@ def _follow(found, passed):
 
 # %% ../../nbs/53_archives.ipynb #0e95ba72
 def list_tar(root, file, passed):
-    "[(name, span)] of a tar. Raises ValueError when it is cut short or compressed."
+    "[(name, span)] of a tar. Raises ValueError when it is damaged, cut short or compressed."
     try:
         with tarfile.open(root/file, "r:") as tar: found = dict(_members(tar, file, passed))
     except (tarfile.TarError, ValueError, OverflowError, EOFError) as e:
@@ -139,13 +146,23 @@ def _label_in(text, kind):
     return value if type(value) is int and value >= 0 else None
 
 # %% ../../nbs/53_archives.ipynb #0b9d9b05
-def _read_label(f, sample):
-    "The label of a sample of an open shard, or None."
-    kind = "cls" if "cls" in sample else "json"
-    if kind not in sample: return None
+def _label_bytes(f, sample):
+    "(kind, bytes) of what holds the label of a sample of an open shard; kind None without any."
+    kind = next((k for k in ("cls", "json") if k in sample), None)
+    if kind is None: return None, b""
     _, (_, _, start, size) = sample[kind]
     f.seek(start)
-    return _label_in(f.read(size), kind)
+    return kind, f.read(size)
+
+def _read_label(f, sample):
+    "The label of a sample of an open shard, or None."
+    kind, held = _label_bytes(f, sample)
+    return _label_in(held, kind) if kind else None
+
+def _held(f, sample):
+    "What a sample holds where its label should be."
+    kind, held = _label_bytes(f, sample)
+    return f" (its .{kind} holds {shown(held.decode(errors='replace'))})" if kind else ""
 
 # %% ../../nbs/53_archives.ipynb #a68a7d50
 def _read_shard(root, tar, samples):
@@ -154,8 +171,8 @@ def _read_shard(root, tar, samples):
         for sample in samples:
             (name, span), label = _picture_of(sample), _read_label(f, sample)
             if label is None:
-                raise ValueError(f"{root/tar}: {name} has no label; expected "
-                                 f"{name.rsplit('.', 1)[0]}.cls with a number, "
+                raise ValueError(f"{root/tar}: {name} has no label{_held(f, sample)}; expected "
+                                 f"{name.rsplit('.', 1)[0]}.cls with a number from 0 or a name, "
                                  "or .json with a field \"label\"")
             yield span, label
 
@@ -184,20 +201,36 @@ def _dig(file, value, *keys):
     return value
 
 # %% ../../nbs/53_archives.ipynb #81194eaf
+def _check_names(file, names, line="name"):
+    "Refuse class names that are empty or stand twice: those after them would be off by one."
+    for i, name in enumerate(names):
+        if not name.strip(): said = "is empty"
+        elif name in names[:i]: said = f"repeats {line} {names.index(name) + 1} ({shown(name)})"
+        else: continue
+        raise ValueError(f"{file}: {line} {i + 1} {said}; expected one name for each class, "
+                         "in the order of their numbers")
+
 def _names_in(file, info):
     "Class names in what an info file holds, or None. Raises ValueError that names the file."
     names = _dig(file, info, "classes") or _dig(file, info, "features", "label", "names")
     if names and not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
         raise ValueError(f"{file}: its class names are {str(names)[:60]}, expected a list of texts")
+    _check_names(file, names or ())
     return names or None
 
 # %% ../../nbs/53_archives.ipynb #ea917193
 _infos = ("_info.json", "info.json", "dataset_info.json")
 
+def _lines_of(file):
+    "Class names of a file with one a line."
+    names = read_text(file).rstrip("\n").split("\n")
+    _check_names(file, names, "line")
+    return names
+
 def _names_beside(root):
     "Class names of classes.txt (one a line) or of an info file beside shards, or None."
     try:
-        if (file := root/"classes.txt").is_file(): return read_text(file).strip().split("\n")
+        if (file := root/"classes.txt").is_file(): return _lines_of(file)
         for file in filter(Path.is_file, (root/n for n in _infos)):
             if names := _names_in(file, json.loads(read_text(file))): return names
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
@@ -481,10 +514,15 @@ def _columns(title, features):
 
 # %% ../../nbs/53_archives.ipynb #4a50a891
 def _check_column(title, labels):
-    "Refuse labels that are missing, as in most test parts, or lists."
-    if any(not isinstance(l, (int, str)) or l == -1 for l in labels):
-        raise ValueError(f"hfds/{title}: some pictures have no label, or several; "
-                         "choose another part")
+    "Refuse labels that are missing, as in most test parts, lists, or no number of a class."
+    odd = (l for l in labels if not isinstance(l, str) and not (isinstance(l, int) and l >= 0))
+    if (wrong := next(odd, "")) == "": return
+    got = f"got label {shown(wrong)} ({type(wrong).__name__})"
+    if wrong in (None, -1) or isinstance(wrong, (list, dict)):
+        raise ValueError(f"hfds/{title}: some pictures have no label, or several ({got}); "
+                         "choose another part, or number the classes 0, 1, 2, …")
+    raise ValueError(f"hfds/{title}: {got}, expected whole numbers from 0, or names; "
+                     "number the classes 0, 1, 2, …")
 
 # %% ../../nbs/53_archives.ipynb #1734a274
 def _stored(rows, image):

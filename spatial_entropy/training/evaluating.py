@@ -18,7 +18,7 @@ from ..data import mask_pairs
 from .config import is_drawn, load_config
 from .files import write_json
 from .models import digest_in, interpolation_of, load_run
-from .sources import NoPart, check_drawn, same_data
+from .sources import NoPart, check_drawn, same_data, same_names
 
 # %% ../../nbs/59_evaluating.ipynb #72f5b8c0
 def _is_own(data, config):
@@ -47,7 +47,7 @@ def to_measure(data, config, split, norm):
 # %% ../../nbs/59_evaluating.ipynb #2c9815fc
 def _check_classes(found, trained, data):
     "Raise ValueError where data have other classes than a run."
-    if list(found) == list(trained): return
+    if same_names(found, trained): return
     first = ", ".join(found[:3])
     raise ValueError(f"{data}: its classes ({first}, …) are not the {len(trained)} that the run "
                      "was trained on")

@@ -40,7 +40,7 @@ from .files import (Damaged, Held, Hold, check, contents, hold, new_name,
 from .models import (build_model, build_teacher, change_last_block,
                                              change_pooling, check_name, in_short,
                                              interpolation_of, known_of, start_model)
-from .sources import check_drawn, names_digest, same_data
+from .sources import check_drawn, names_digest, same_data, same_names
 from ..measure.operators import SpatialEntropyLoss
 from ..measure.regions import as_float64
 from ..loops.alternatives import regularizer_term
@@ -615,7 +615,7 @@ def _check_data(job):
     "The data and the machine against what the run began with. Raises ValueError in one sentence."
     facts, folder, n = job.facts, job.folder, len(job.loaders.train.dataset)
     classes, processes = list(job.loaders.classes), job.accelerator.num_processes
-    if facts["classes"] != classes:
+    if not same_names(facts["classes"], classes):
         raise ValueError(f"{folder} has {len(facts['classes'])} classes, the data {len(classes)}, "
                          "or others; a run goes on with its own data only")
     if facts["update"] != job.update:

@@ -29,6 +29,7 @@ from ..attention.families import UnsupportedModel
 from ..data import shapes
 from ..demo import demo_file
 from .files import write_whole
+from .sources import same_names
 from ..attention.simpool import SimPool, use_simpool
 from ..attention.surgery import drop_last_skip
 
@@ -306,7 +307,7 @@ def _from_file(config, classes, say):
     (path, _, known), what = _source_of_weights(config.initial_checkpoint), "initial_checkpoint"
     state = _read_weights(path, what)
     n = _classes_in(state, build_model(config, len(classes)))
-    keep = n == len(classes) and (known is None or tuple(known) == tuple(classes))
+    keep = n == len(classes) and (known is None or same_names(known, classes))
     if not keep:
         others = " others" if n == len(classes) else ""
         say(f"{path} has {n or 'no'} classes, the data {len(classes)}{others}: "
@@ -346,7 +347,7 @@ def _teacher_of_run(config, file, run, known, classes):
     if split_model_name_tag(run.model)[0] != split_model_name_tag(config.teacher)[0]:
         raise ValueError(f"{what} is of {run.model}, expected teacher = {config.teacher}; "
                          f"use --teacher {run.model}")
-    if known is None or tuple(known) != tuple(classes):
+    if known is None or not same_names(known, classes):
         raise ValueError(f"{what} knows the classes {shown(known)}, the data has "
                          f"{shown(list(classes))}; fine-tune it on these first")
     run = replace(run, img_size=config.img_size, initial_checkpoint=None, pretrained=False)

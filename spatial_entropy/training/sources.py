@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['TRAINING', 'VALIDATION', 'Source', 'ShapeSource', 'SpanSource', 'Notes', 'in_order', 'ending_of', 'list_folder',
-           'label_by_folder', 'number_labels', 'span_sources', 'NoPart', 'find_parts', 'cut_source', 'check_wishes',
-           'JoinedSource', 'pair_sources', 'cut_both', 'names_digest', 'same_data', 'check_drawn']
+           'label_by_folder', 'same_names', 'number_labels', 'span_sources', 'NoPart', 'find_parts', 'cut_source',
+           'check_wishes', 'JoinedSource', 'pair_sources', 'cut_both', 'names_digest', 'same_data', 'check_drawn']
 
 # %% ../../nbs/52_sources.ipynb #bd169ab2
-import copy, hashlib, os, posixpath
+import copy, hashlib, os, posixpath, unicodedata
 from collections import Counter
 from difflib import get_close_matches
 from pathlib import Path
@@ -248,6 +248,18 @@ def _check_several(found, names, place, expected):
         said = ", ".join(_spoken(l, names) for l in found)
         raise ValueError(f"{place}: found {len(found)} class ({said}); expected {expected}")
 
+def same_names(a, b): # names, in order
+    "Whether names are the same; é may be one letter, or e and an accent, as older Macs write it."
+    nfc = [[unicodedata.normalize("NFC", name) for name in names] for names in (a, b)]
+    return nfc[0] == nfc[1]
+
+def _as_in(found, labels):
+    "Labels, each as it is written in `found`, where it is there in another encoding."
+    known = {unicodedata.normalize("NFC", l): l for l in found if isinstance(l, str)}
+    have = set(found)
+    return [l if l in have or not isinstance(l, str)
+            else known.get(unicodedata.normalize("NFC", l), l) for l in labels]
+
 def _check_validation(found, val, place):
     "Refuse classes that validation alone has."
     if new := sorted(set(map(str, val)) - set(map(str, found))):
@@ -259,6 +271,9 @@ _most_classes = 10**6
 def _class_names(found, names, place):
     "Names in the order of their numbers, of the labels that occur. Raises ValueError."
     if isinstance(found[0], str): return found
+    if min(found) < 0:
+        raise ValueError(f"{place}: has label {min(found)}, expected numbers from 0; "
+                         "number the classes 0, 1, 2, …")
     if max(found) >= _most_classes:
         raise ValueError(f"{place}: has label {max(found)}, expected numbers below "
                          f"{_most_classes:,}; number the classes 0, 1, 2, …")
@@ -277,11 +292,12 @@ def number_labels(labels, places, names=None, expected="a subfolder for each of 
     train, val = labels[0], labels[1] if len(labels) > 1 else []
     found = _occurring(train, places[0])
     _check_several(found, names, places[0], expected)
+    val = _as_in(found, val)
     _check_validation(found, val, places[-1])
     classes = _class_names(found, names, places[0])
     if not isinstance(found[0], str): return labels, classes
     number = {l: i for i, l in enumerate(classes)}
-    return [[number[l] for l in part] for part in labels], classes
+    return [[number[l] for l in part] for part in (train, val)[:len(labels)]], classes
 
 # %% ../../nbs/52_sources.ipynb #8900b71c
 def span_sources(root, read, places, names=None, **expected):
