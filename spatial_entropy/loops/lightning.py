@@ -6,6 +6,7 @@
 __all__ = ['SpatialEntropyLightning']
 
 # %% ../../nbs/32_lightning.ipynb #f058dacb
+import math, warnings
 from copy import deepcopy
 from functools import update_wrapper
 from types import MethodType
@@ -14,15 +15,24 @@ from .regularizer import SpatialEntropyRegularizer, run_settings, operate
 
 # %% ../../nbs/32_lightning.ipynb #6fcd4ea1
 def _share_done(trainer, batch_idx):
-    "From 0 to 1. Raises ValueError for a run without an end."
-    done = []
+    "From 0 to 1. Raises ValueError for a run without an end, or of one epoch without a length."
+    done, batches = [], trainer.num_training_batches
     if (trainer.max_epochs or -1) > 0:
-        epochs = trainer.current_epoch + batch_idx/trainer.num_training_batches
-        done.append(epochs/trainer.max_epochs)
+        done.append((trainer.current_epoch + batch_idx/batches)/trainer.max_epochs)
     if trainer.max_steps > 0: done.append(trainer.global_step/trainer.max_steps)
+    elif done and trainer.max_epochs == 1 and math.isinf(batches):
+        raise ValueError("the Trainer has max_epochs=1 and no max_steps, and the data no length, "
+                         "so the run has no known length; set max_steps or limit_train_batches, "
+                         "or pass schedule=\"constant\"")
     if done: return min(1., max(done))
     raise ValueError("the Trainer has neither max_epochs nor max_steps, so the run has no known "
                      "length; set one, or pass schedule=\"constant\"")
+
+def _say_steps(trainer):
+    "Warn where the weight cannot move within an epoch."
+    if trainer.max_steps > 0 or not math.isinf(trainer.num_training_batches): return
+    warnings.warn("the data has no length, so the weight moves once an epoch; set max_steps or "
+                  "limit_train_batches, or pass schedule=\"constant\"", stacklevel=3)
 
 # %% ../../nbs/32_lightning.ipynb #ca12c9eb
 def _with_term(out, regularizer):
@@ -103,6 +113,11 @@ class _LoggedTerm(_TermDuringFit):
     def on_fit_start(self, trainer, pl_module):
         super().on_fit_start(trainer, pl_module)
         if self._state is not None: self.regularizer.load_state_dict(self._state)
+
+    def on_train_start(self, trainer, pl_module):
+        if self.regularizer.epochs is None: return
+        _share_done(trainer, 0)                                   # refuses
+        _say_steps(trainer)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         reg = self.regularizer

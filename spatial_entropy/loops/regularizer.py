@@ -15,19 +15,23 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from ..attention.families import find
 from ..measure.operators import SpatialEntropyLoss
+from ..measure.regions import as_float64
 from ..attention.surgery import drop_last_skip
 from ..attention.tap import AttentionTap
-from .schedule import SCHEDULES, check_number, entropy_weight
+from .schedule import (PEAK, SCHEDULES, check_epoch, check_number,
+                                            check_weight, entropy_weight)
 
 # %% ../../nbs/31_regularizer.ipynb #2c10bf96
 def _own_weight(weight, # a function of the share of the run that is done
                 epochs, # of the whole run
                 epoch): # done so far
-    "What the function gives now. Raises ValueError for a run of unknown length."
+    "What the function gives now. Raises ValueError without a length, or for what is no weight."
     if epochs is None:
         raise ValueError("weight: got a function of the share that is done, but no epochs; "
                          "pass the length of the run")
-    return float(weight(min(1., epoch/epochs)))
+    found = weight(done := min(1., epoch/epochs))
+    check_weight(found, f"{PEAK}, also from the function (at {done:.3g} of the run)")
+    return float(found)
 
 # %% ../../nbs/31_regularizer.ipynb #414fea13
 def _check_schedule(schedule, weight, epochs):
@@ -43,7 +47,6 @@ def _check_schedule(schedule, weight, epochs):
 
 # %% ../../nbs/31_regularizer.ipynb #c29d076f
 _LENGTH = "the length of the run, above 0, or None"
-_PEAK = "a number of at least 0; 0.01 in the paper"
 
 def _weight_at(weight, # a number of at least 0, or a function of the share of the run that is done
                epochs, # of the whole run, or None for a constant weight
@@ -57,8 +60,7 @@ def _weight_at(weight, # a number of at least 0, or a function of the share of t
         raise ValueError(f"epochs: got {epochs}, expected {_LENGTH}")
     _check_schedule(schedule, weight, epochs)
     if callable(weight): return _own_weight(weight, epochs, epoch)
-    check_number("weight", weight, _PEAK)
-    if not 0 <= weight < float("inf"): raise ValueError(f"weight: got {weight}, expected {_PEAK}")
+    check_weight(weight)
     if epochs is None: return float(weight)
     warmup = min(10, epochs/10) if warmup is None else warmup
     return float(entropy_weight(epoch, epochs, weight, warmup, schedule or "decay"))
@@ -81,18 +83,11 @@ def run_settings(weight, warmup, schedule, block, query):
                 schedule=schedule)
 
 # %% ../../nbs/31_regularizer.ipynb #e3bb6258
-def _check_epoch(epoch):
-    "Raises TypeError for no number, ValueError for one below 0 or broken."
-    check_number("epoch", epoch, "the epochs done so far, from 0")
-    if not 0 <= epoch < float("inf"):
-        raise ValueError(f"epoch: got {epoch}, expected the epochs done so far, from 0")
-
 def _why_ended(epoch, epochs):
     "What to tell someone whose schedule has ended; None if it has not."
     if epochs is None or epoch <= epochs*(1 + 1e-6): return None      # sums of shares are not exact
     return (f"epoch: got {epoch}, expected at most epochs={epochs}, where the schedule ends; "
             "build the regulariser with the epochs of the whole run")
-
 
 # %% ../../nbs/31_regularizer.ipynb #65a8c623
 class _ScheduledWeight:
@@ -116,7 +111,7 @@ class _ScheduledWeight:
         """Where the run is. Past the last of `epochs` it warns, once.
 
         Raises TypeError for no number, ValueError for one below 0 or broken."""
-        _check_epoch(epoch)
+        check_epoch(epoch)
         why = _why_ended(epoch, self.epochs)
         if why and not self._ended: warnings.warn(why, stacklevel=2)
         self._ended, self.epoch = self._ended or bool(why), float(epoch)
@@ -130,8 +125,19 @@ def _maps_in(passes): # what the tap kept, oldest first
 
 # %% ../../nbs/31_regularizer.ipynb #5f431d1a
 def _mean_entropy(criterion, maps):
-    "The mean over blocks and views of what the loss says of each; a scalar."
-    return sum(criterion(m) for m in maps)/len(maps)
+    """The mean over blocks and views of what the loss says of each; that mean to log; its weight.
+
+    What is logged leaves out blocks none of whose maps counts, and is NaN where there is no other;
+    the weight is the number of maps that count.
+    """
+    values, counts = [], []
+    for m in maps:
+        before = criterion.left_out.clone()                       # on the device: nothing waits
+        values.append(criterion(m))
+        counts.append(m.shape[:-2].numel() - (criterion.left_out - before))
+    value, n = torch.stack(values).detach(), torch.stack(counts).to(values[0].device)
+    logged = value.where(n > 0, 0).sum()/(n > 0).sum()
+    return sum(values)/len(values), logged, n.sum()
 
 # %% ../../nbs/31_regularizer.ipynb #ef36dc80
 def _why_left_out(new, # forward passes in training mode since the last call
@@ -187,17 +193,22 @@ class _NewMaps(_Counting):
 
 # %% ../../nbs/31_regularizer.ipynb #e0084254
 class _MeanSinceReading:
-    "The mean of what was added since the last reading; NaN before the first value."
-    def __init__(self): self.total, self.count, self.latest = 0., 0, float("nan")
+    """The mean of what was added since the last reading, each as often as its count says.
 
-    def add(self, value):
-        self.total = self.total + value
-        self.count += 1
+    NaN before the first value, and where nothing counted.
+    """
+    def __init__(self): self.total, self.count, self.added, self.latest = 0., 0, False, float("nan")
+
+    def add(self, value, count): # tensors on one device
+        self.total = self.total + as_float64(value).where(count > 0, 0)*count
+        self.count, self.added = self.count + count, True
 
     def read(self) -> float:
         "This is where the host waits for the device."
-        if self.count: self.latest = float(self.total)/self.count
-        self.total, self.count = 0., 0
+        if self.added:
+            total, count = float(self.total), float(self.count)
+            self.latest = total/count if count else float("nan")
+        self.total, self.count, self.added = 0., 0, False
         return self.latest
 
 # %% ../../nbs/31_regularizer.ipynb #c178f9e8
@@ -249,9 +260,10 @@ class _EntropyTerm(_Listening, _ScheduledWeight):
     def __call__(self): # a scalar, float32, in the graph
         "Weight times mean entropy. Raises RuntimeError without a new pass, or without `step`."
         maps = self._open_maps().take(weight := self.weight)
-        entropy = _mean_entropy(self._criterion, maps if weight else [m.detach() for m in maps])
-        self.entropy, self.pictures = entropy.detach(), len(maps[0])
-        self._mean.add(self.entropy)
+        seen = maps if weight else [m.detach() for m in maps]
+        entropy, self.entropy, counted = _mean_entropy(self._criterion, seen)
+        self.pictures = len(maps[0])
+        self._mean.add(self.entropy, counted)
         return weight*entropy if weight else entropy.new_zeros(())
 
     @property
@@ -260,7 +272,7 @@ class _EntropyTerm(_Listening, _ScheduledWeight):
         return self._criterion.left_out
 
     def logs(self) -> dict: # "entropy" in nats, "entropy_weight", "maps_left_out"; floats
-        "Mean since the last reading (NaN before any), weight, broken maps. Waits for the device."
+        "Mean since the last reading (NaN: no map), weight, broken maps. Waits for the device."
         weight, left_out = 0. if self.epoch is None else self.weight, float(self.left_out)
         return dict(entropy=self._mean.read(), entropy_weight=weight, maps_left_out=left_out)
 

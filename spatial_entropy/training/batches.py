@@ -162,13 +162,13 @@ def _augment(batches, x, label, number):
         return batches.mix(x, label) if batches.mix else (x, label)
 
 # %% ../../nbs/54_batches.ipynb #b315c809
-class Batches:
-    "Iterates over (x, label): x (B, 3, S, S) normalised; label (B,), or (B, C) where Mixup is on."
+class _Loading:
+    "A loader, and what happens to its batches on this device."
     def __init__(self, loader, mean, std, erase=None, mix=None):
         self.loader, self.dataset, self.size = loader, loader.dataset, loader.batch_size
         self.order = loader.sampler if isinstance(loader.sampler, Order) else None
         self.scale = [torch.tensor(t).view(3, 1, 1)*255 for t in (mean, std)]
-        self.erase, self.mix = erase, mix
+        self.erase, self.mix, self.told = erase, mix, True       # told: which epoch comes next
         self.device, self.rank, self.world = torch.device("cpu"), 0, 1
 
     def __len__(self): return len(self.loader)
@@ -179,13 +179,21 @@ class Batches:
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.scale = [t.to(self.device) for t in self.scale]
 
+# %% ../../nbs/54_batches.ipynb #831b6bee
+class Batches(_Loading):
+    """Iterates over (x, label): x (B, 3, S, S) normalised; label (B,), or (B, C) with Mixup.
+
+    In training each pass is the next epoch, from 0 on, where `at` has not said which one."""
     def at(self, epoch, start=0): # start: pictures that are behind us, over all processes
-        "This epoch, from this place on."
-        self.order.epoch_, self.order.start = epoch, start
+        "This epoch, from this place on; the pass after it is the next epoch."
+        self.order.epoch_, self.order.start, self.told = epoch, start, True
         self.dataset.epoch_.fill_(epoch)
         return self
 
-    def __iter__(self): return _prepared(self)
+    def __iter__(self):
+        if self.order and not self.told: self.at(self.order.epoch_ + 1)
+        self.told = False
+        return _prepared(self)
 
 # %% ../../nbs/54_batches.ipynb #e5b13ca3
 def _prepared(batches):
@@ -204,7 +212,7 @@ def _prepared(batches):
 @dataclass
 class Loaders:
     "What a run iterates over."
-    train: Batches # (x, label), shuffled, augmented; the last, incomplete update is dropped
+    train: Batches # (x, label), each pass shuffled and augmented anew; only whole updates
     val: Batches # the same, in order, without augmentation
     classes: tuple # class names, in label order
     mean: tuple # per channel, subtracted from pixels in 0–1

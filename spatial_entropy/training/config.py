@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['recipes', 'Range', 'Names', 'Asked', 'TrainConfig', 'shown', 'plain_type', 'is_drawn', 'run_of', 'skip_of_weights',
-           'checked_settings', 'read_settings', 'read_tree', 'configure', 'save_config', 'load_config']
+           'as_trained', 'checked_settings', 'read_settings', 'read_tree', 'settings_over', 'configure', 'save_config',
+           'load_config']
 
 # %% ../../nbs/51_config.ipynb #fac2f717
 import json, os, random, re, reprlib, types, unicodedata
@@ -369,6 +370,8 @@ def is_drawn(data: str) -> bool:
 _together = [ # (names, whether they contradict each other, what was expected)
     ("limit and fraction", lambda c: c.limit is not None and c.fraction is not None,
      "one, since each says how many pictures to use"),
+    ("lr and lr_base", lambda c: c.lr is not None and c.lr_base is not None,
+     "one, since each says how large the learning rate is"),
     ("pretrained and initial_checkpoint", lambda c: c.pretrained and c.initial_checkpoint,
      "one place to start from"),
     ("train_split and val_split", lambda c: c.train_split and c.train_split == c.val_split,
@@ -417,6 +420,11 @@ def skip_of_weights(c):
     return run is None or read_settings(run).get("keep_skip", False)
 
 # %% ../../nbs/51_config.ipynb #b1637fb2
+_filled = { # setting: (the settings that it follows, what it is where it was not given)
+    "keep_skip": (("pretrained", "initial_checkpoint"), skip_of_weights),
+    "workers": (("data",), lambda c: 0 if is_drawn(c.data) else 2),
+    "entropy_warmup": (("epochs",), lambda c: min(10, max(1, round(c.epochs/10))))}
+
 def _complete(c):
     "Check every setting, then fill in what depends on others."
     _check_types(c)
@@ -424,10 +432,9 @@ def _complete(c):
     _check_name(c)
     _check_pairs(c)
     _fill_model(c)
-    if c.keep_skip is None: c.keep_skip = skip_of_weights(c)
-    if c.workers is None: c.workers = 0 if is_drawn(c.data) else 2
     if c.lr is None and c.lr_base is None: c.lr = 1e-3
-    if c.entropy_warmup is None: c.entropy_warmup = min(10, max(1, round(c.epochs/10)))
+    for name, (_, fill) in _filled.items():
+        if getattr(c, name) is None: setattr(c, name, fill(c))
 
 # %% ../../nbs/51_config.ipynb #a10c1fcf
 recipes = {"small": {}, "paper": dict(
@@ -439,9 +446,16 @@ recipes = {"small": {}, "paper": dict(
 
 # %% ../../nbs/51_config.ipynb #3e335eef
 def _shortened(settings, epochs):
-    "Settings whose warm-up of the learning rate is over with the run, if not before."
-    longer = epochs and settings.get("warmup_epochs", 0) > epochs
-    return {**settings, "warmup_epochs": epochs} if longer else dict(settings)
+    "Settings whose warm-ups are over with the run, if not before."
+    warmups = [n for n in ("warmup_epochs", "entropy_warmup") if n in settings]
+    longer = [n for n in warmups if epochs and (settings[n] or 0) > epochs]
+    return settings | dict.fromkeys(longer, epochs)
+
+def _one_rate(settings): return settings | dict(lr_base=None) if settings.get("lr") else settings
+
+def as_trained(settings):
+    "Settings of a run as it took them: warm-ups within it, and a learning rate before lr_base."
+    return _one_rate(_shortened(settings, settings.get("epochs")))
 
 def _recipe(name, given):
     "Settings of a recipe, its warm-up cut to the epochs that were given."
@@ -554,22 +568,45 @@ def read_tree(path) -> dict:
     return _read(path, _tree_of)
 
 # %% ../../nbs/51_config.ipynb #19919a10
-def _instead_of(given, settings):
-    "Settings, and what they end of a file: weights come from one place."
-    if settings.get("initial_checkpoint") and given.get("pretrained"):
-        return dict(pretrained=False) | settings
-    if settings.get("pretrained") and given.get("initial_checkpoint"):
-        return dict(initial_checkpoint=None) | settings
-    return settings
+_ends = dict(initial_checkpoint=("pretrained",), pretrained=("initial_checkpoint",),
+             lr=("lr_base",), lr_base=("lr",)) # setting: those that say the same in another way
+
+def _is_filled_in(name, given):
+    "Whether a setting that was written down is what would be there had nobody asked for it."
+    c = types.SimpleNamespace(**{f.name: f.default for f in fields(TrainConfig)} | given)
+    try: return given.get(name) == _filled[name][1](c)
+    except (OSError, ValueError): return False              # weights that are gone
+
+def _left(given, settings):
+    "What single settings leave of those that were written down."
+    ended = {other for name, v in settings.items() if v for other in _ends.get(name, ())}
+    if given.get("model") and settings.get("model") not in (None, given["model"]):
+        ended |= {"model_kwargs", "img_size"}
+    follow = [name for name, (of, _) in _filled.items() if settings.keys() & set(of)]
+    ended |= {name for name in follow if _is_filled_in(name, given)}
+    left = {name: v for name, v in given.items() if name not in ended}
+    return _shortened(left, settings.get("epochs"))
+
+# %% ../../nbs/51_config.ipynb #7780064f
+def settings_over(given, settings):
+    """Settings that were written down, perhaps with defaults filled in, and single ones over them.
+
+    Another model comes with its own arguments and size of pictures, if they are not given too; a
+    default that was filled in follows what it depends on.
+    """
+    small = _small.keys() <= (given.get("model_kwargs") or {}).keys()
+    if small and settings.get("model_kwargs") is not None and not settings.get("model"):
+        settings = settings | dict(model_kwargs=_small | settings["model_kwargs"])
+    return {**_left(given, settings), **settings}
 
 def configure(recipe: str = "small", # or "paper"
               config: str | None = None, # a file of settings, or a run folder; wins over the recipe
-              **settings, # and these over both
+              **settings, # and these over both, as in `settings_over`
              ) -> TrainConfig:
     "A configuration from a recipe, a file and single settings. Raises ValueError or OSError."
-    given = read_settings(config) if config is not None else {}
-    given |= _instead_of(given, checked_settings(settings, "settings"))
-    return TrainConfig(**{**_recipe(recipe, given), **given})
+    given = _one_rate(read_settings(config)) if config is not None else {}
+    given = settings_over(given, checked_settings(settings, "settings"))
+    return TrainConfig(**settings_over(_recipe(recipe, given), given))
 
 # %% ../../nbs/51_config.ipynb #5ed0d34f
 def save_config(folder, config: TrainConfig, **facts):
@@ -630,6 +667,6 @@ def load_config(run: str, # a run folder
         raise FileNotFoundError(f"{run}: not a run folder; expected a config.yaml in it, "
                                 "as `spatial-entropy train` writes")
     settings = read_settings(path)
-    try: config = TrainConfig(**_shortened(settings, settings.get("epochs"))) # as it was trained
+    try: config = TrainConfig(**as_trained(settings))
     except ValueError as e: raise ValueError(f"{path}: {e}") from None
     return config, _read_facts(Path(run)/"facts.json", needed)

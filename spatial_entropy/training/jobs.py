@@ -31,8 +31,8 @@ from torch import nn
 
 # %% ../../nbs/57_jobs.ipynb #b5722a9d
 from .batches import Loaders, loaders, place_seed, randomness
-from .config import (TrainConfig, load_config, read_settings, run_of,
-                                             save_config)
+from .config import (TrainConfig, as_trained, load_config,
+                                             read_settings, run_of, save_config)
 from ..attention.families import find
 from .files import (Damaged, Held, Hold, check, contents, hold, new_name,
                                             newest_whole, remove, seal, sweep, sync_folder,
@@ -437,8 +437,8 @@ def _said_of_weights(c, data):
     if not same_data(c.data, other.data, c.data_dir, other.data_dir): return None
     if facts.get("validation") in (None, names_digest(source)): return None
     return (f"initial_checkpoint: {c.initial_checkpoint} learned from {c.data} with seed "
-            f"{other.seed}, here it is {c.seed}: it has learned from some of what is validation here; take the same seed, "
-            "or data with parts")
+            f"{other.seed}, here it is {c.seed}: it has learned from some of what is validation "
+            "here; take the same seed, or data with parts")
 
 # %% ../../nbs/57_jobs.ipynb #77faa0a5
 def _built(c, accelerator, folder, found, say):
@@ -582,9 +582,10 @@ def load_settings(folder, say=lambda said: None) -> tuple[TrainConfig, dict]: # 
     if known is None: return load_config(folder, needed)
     if not (folder/"config.yaml").exists():
         say(f"{folder/'config.yaml'}: missing; taken from a checkpoint")
-        return TrainConfig(**known["config"]), known["facts"]
+        return TrainConfig(**as_trained(known["config"])), known["facts"]
     try: return load_config(folder, tuple(known["facts"]))
-    except (OSError, ValueError): return TrainConfig(**read_settings(folder)), known["facts"]
+    except (OSError, ValueError):
+        return TrainConfig(**as_trained(read_settings(folder))), known["facts"]
 
 # %% ../../nbs/57_jobs.ipynb #9fcac360
 def weights_of(path, names) -> dict | None: # None: damaged, or of another model

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 # %% ../../nbs/58_loop.ipynb #99bb50ed
 from ..loops.schedule import entropy_weight
 from .batches import LoadingFailed, loading, place_seed
-from .config import TrainConfig, configure, save_config
+from .config import (TrainConfig, checked_settings, configure,
+                                             save_config, settings_over)
 from .files import use, write_json, write_rows, write_whole
 from .jobs import (Job, load_settings, machine_settings, prepare,
                                            save_checkpoint, step_name, weights_of)
@@ -567,12 +568,15 @@ def train(config: TrainConfig | None = None, # None: a recipe
           console: Console | None = None, # where to report; rich's standard console if None
           plot: bool | None = None, # a live plot; None: in a notebook
           recipe: str = "small", # or "paper", where there is no configuration
-          **settings, # changes of the configuration, by name
+          **settings, # changes of the configuration, by name, as in `settings_over`
          ) -> Trained:
     """Train from a notebook or a script.
 
     Raises ValueError, TypeError or OSError before anything is written."""
-    config = replace(config, **settings) if config else configure(recipe, **settings)
+    if config is None: config = configure(recipe, **settings)
+    elif settings:
+        settings = checked_settings(settings, "settings")
+        config = TrainConfig(**settings_over(asdict(config), settings))
     return _fitted(prepare(config, say=_say(console)), console, plot)
 
 # %% ../../nbs/58_loop.ipynb #052f0cbb
