@@ -388,7 +388,7 @@ def lit(pl, step=None, model=None):
 def fit(pl, module, *callbacks, data=None, val=None, ckpt=None, **more):
     quiet = dict(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     trainer = pl.Trainer(**{**quiet, "max_epochs": 1, "callbacks": [*callbacks], **more})
-    trainer.fit(module, data or batches(), val, ckpt_path=ckpt)
+    trainer.fit(module, batches() if data is None else data, val, ckpt_path=ckpt)
     return trainer
 
 
@@ -463,6 +463,23 @@ def test_lightning_bf16_compiled_and_steps(pl):
     trainer = fit(pl, torch.compile(module, backend="aot_eager"), callback, precision="bf16-mixed", max_epochs=-1, max_steps=4)
     assert trainer.global_step == 4 and trainer.callback_metrics["entropy_weight"] == pytest.approx(se.entropy_weight(.75, 1, .5, .5))
     assert all(p.isfinite().all() for p in module.parameters()) and is_stock(module)
+
+
+@lightning_warnings
+def test_lightning_knows_what_a_stream_has_not(pl):
+    "Without a length one epoch has no share that is done; several have one at their beginnings."
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield from zip(pictures(8), torch.arange(8) % 5)
+
+    stream = DataLoader(Stream(), batch_size=4)
+    callback = lambda: se.SpatialEntropyLightning(.5, warmup=0., schedule="warmup")
+    with pytest.raises(ValueError, match="the data no length"):
+        fit(pl, lit(pl), callback(), data=stream)
+    for known in (dict(max_steps=2), dict(limit_train_batches=2)):
+        assert fit(pl, lit(pl), callback(), data=stream, **known).callback_metrics["entropy_weight"] == .5
+    with pytest.warns(UserWarning, match="the weight moves once an epoch"):
+        fit(pl, lit(pl), callback(), data=stream, max_epochs=2)
 
 
 @lightning_warnings
@@ -592,6 +609,14 @@ def test_trainer_resumes(tmp_path):
     half.train()
     rest.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert same(whole.model, rest.model) and not same(whole.model, half.model)
+
+
+def test_trainer_whose_model_is_made_by_the_search(tmp_path):
+    trainer = hf(tmp_path, model_init=Wrapped)
+    trainer.model = None                                                                     # as Ray's search leaves it
+    trainer.train()
+    close(trainer.model.vit, by_hand(.5))
+    assert is_stock(trainer.model)
 
 
 def test_trainer_errors_and_cleaning_up(tmp_path):

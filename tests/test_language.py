@@ -1,5 +1,7 @@
 """Maps from words to pictures, of small random copies of transformers' vision-language models: against eager attention, by moved patches, in generation."""
 import copy
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -189,6 +191,19 @@ def test_two_taps_do_not_hear_one_another_and_leave_the_model_as_it_was():
     with pytest.warns(UserWarning, match="do not see up to 100% of the image tokens"): a.maps()
     assert "get_image_features" not in vars(model.model) and not model.model._forward_pre_hooks
     with torch.no_grad(): assert torch.equal(model(**inputs).logits, out)
+
+
+def test_a_tap_that_nobody_closed_keeps_no_model_in_memory():
+    from transformers import AttentionInterface
+
+    def left_open():
+        model = copy.deepcopy(made(LLAVA))
+        se.TextImageTap(model)
+        return weakref.ref(model)
+
+    model = left_open()
+    gc.collect()
+    assert model() is None and not hasattr(AttentionInterface.get_interface, "__wrapped__")
 
 
 # ---- what is wrong is one sentence ----

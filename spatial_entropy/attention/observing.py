@@ -10,7 +10,7 @@ import inspect
 import threading
 from functools import update_wrapper
 from types import MethodType
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, finalize, ref
 import torch
 from torch import nn
 from .families import UnsupportedModel
@@ -47,7 +47,7 @@ def chosen_layers(layers, own, n): # as of `attention_layers`
     return [b % n for b in numbers]
 
 # %% ../../nbs/17_observing.ipynb #df5014fd
-_observers = WeakKeyDictionary() # attention layer: who observes it
+_observers = WeakKeyDictionary() # attention layer: weak references to who observes it
 
 @torch.compiler.disable
 def _tell(module, query, key, mask, kwargs, out):
@@ -55,7 +55,8 @@ def _tell(module, query, key, mask, kwargs, out):
     if module not in _observers: return
     if torch._C._current_graph_task_id() != -1: return       # checkpointing runs it again
     with torch.no_grad():
-        for observer in _observers[module]: observer.record(query, key, mask, kwargs, out)
+        for observer in filter(None, [r() for r in _observers[module]]):
+            observer.record(query, key, mask, kwargs, out)
 
 def _observed(function):
     "The function, with observers."
@@ -66,7 +67,7 @@ def _observed(function):
     return observed
 
 # %% ../../nbs/17_observing.ipynb #5116d095
-_lock, _undo = threading.Lock(), []
+_lock, _undo = threading.RLock(), [] # the collector may come in while it is held
 
 def _table():
     "transformers' table of attention functions. Raises ImportError for a version without one."
@@ -85,17 +86,27 @@ def _stand_between():
     return end
 
 # %% ../../nbs/17_observing.ipynb #fe459753
+def _forget(*_):
+    "Leave out observers that are gone, by `end` or with their model; after the last, undo."
+    with _lock:
+        for module, refs in list(_observers.items()):
+            _observers[module] = tuple(r for r in refs if r() is not None)
+            if not _observers[module]: del _observers[module]
+        if not list(_observers.items()) and _undo: _undo.pop()()
+
 def observe(module, observer):
-    "`observer.record(query, key, mask, kwargs, out)` at each call of a layer; gives what ends it."
+    """`observer.record(query, key, mask, kwargs, out)` at each call of a layer; gives what ends it.
+
+    What ends it holds both; otherwise they are held by whoever made them."""
     with _lock:
         if not _undo: _undo.append(_stand_between())
-        _observers[module] = (*_observers.get(module, ()), observer)
+        _observers[module] = (*_observers.get(module, ()), ref(observer, _forget))
+        finalize(module, _forget).atexit = False
     def end():
         with _lock:
-            rest = tuple(o for o in _observers.get(module, ()) if o is not observer)
-            if rest: _observers[module] = rest
-            else: _observers.pop(module, None)
-            if not _observers and _undo: _undo.pop()()
+            refs = _observers.get(module, ())
+            _observers[module] = tuple(r for r in refs if r() is not observer)
+        _forget()
     return end
 
 # %% ../../nbs/17_observing.ipynb #13e862b2

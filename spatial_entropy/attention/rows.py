@@ -113,9 +113,13 @@ def similarity_maps(q: torch.Tensor, # (B, H, N, d) queries of all tokens
                    ) -> torch.Tensor: # (B, H, h, w) float32, or float64 for float64 models
     """Similarities before the softmax of one query with all patches (arXiv 2206.04636).
 
-    O(N·d), never N×N. Raises ValueError when the tokens do not fill the grid.
+    O(N·d), never N×N. Raises ValueError when the tokens do not fill the grid, and for a query
+    that is not there.
     """
     h, w = grid
+    if query not in ("cls", "mean") or query == "cls" and prefix < 1:
+        raise ValueError(f'query: got {query!r} with prefix={prefix}, expected "mean", or "cls" '
+                         "where at least one token stands before the patches")
     if k.shape[-2] != prefix + h*w:
         raise ValueError(f"got {k.shape[-2]} tokens, expected {prefix} + {h}×{w}; "
                          "dropped or padded patches have no raster")

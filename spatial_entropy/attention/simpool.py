@@ -20,7 +20,8 @@ def _pooled(q, k, z, gamma): # (B, 1, d), and twice (B, N, d)
     a = logits.softmax(-1)[:, 0]
     if gamma is None: return (a@z)[:, 0]
     v = z - z.amin((1, 2), keepdim=True) + 1e-6
-    return (a@v**gamma)[:, 0]**(1/gamma)
+    most = v.amax(1, keepdim=True).detach()                # powers of shares: none is too large
+    return (a@(v/most)**gamma)[:, 0]**(1/gamma)*most[:, 0]
 
 # %% ../../nbs/18_simpool.ipynb #b96aa28e
 class SimPool(nn.Module):

@@ -33,11 +33,11 @@ class _TapWhileTraining:
 
     def train(self, *args, **kwargs):
         "Trainer.train, with the tap on."
-        self._attach(self.model)
+        if self.model is not None: self._attach(self.model)       # a Ray search builds it later
         self._running = True
         try: return super().train(*args, **kwargs)
         finally:
-            self.regularizer.close()
+            if self.regularizer is not None: self.regularizer.close()
             self._running = False
 
 # %% ../../nbs/33_transformers.ipynb #b7eb4fe1

@@ -34,12 +34,24 @@ from ..measure.regions import above_mean, as_float64
 from ..attention.tap import AttentionTap
 
 # %% ../../nbs/58_loop.ipynb #9815ae16
+def _weight_in(c, epoch):
+    "λ in an epoch."
+    if c.regularizer == "none": return 0.
+    return entropy_weight(epoch=epoch, epochs=c.epochs, weight=c.entropy_weight,
+                          warmup=c.entropy_warmup, schedule=c.entropy_schedule)
+
+def _why_no_weight(c):
+    "What to tell someone who asked for a weight that no epoch has; None where one has it."
+    if c.regularizer == "none" or not c.entropy_weight: return None
+    if any(_weight_in(c, epoch) for epoch in range(c.epochs)): return None
+    return (f"the weight of the regulariser is 0 throughout: it rises from 0 over "
+            f"{c.entropy_warmup} epoch(s), and there are {c.epochs}; take "
+            "--entropy-schedule constant, or more epochs")
+
+# %% ../../nbs/58_loop.ipynb #9db934e2
 def _entropy_weight(job):
     "λ in the epoch of the place."
-    c = job.config
-    if c.regularizer == "none": return 0.
-    return entropy_weight(epoch=job.place.epoch, epochs=c.epochs, weight=c.entropy_weight,
-                          warmup=c.entropy_warmup, schedule=c.entropy_schedule)
+    return _weight_in(job.config, job.place.epoch)
 
 def _batch_number(job, number):
     "Number of a batch in its epoch, over all processes; `number` counts from where we went on."
@@ -480,6 +492,7 @@ def _start(job):
     if job.place.updates == 0 and pictures > _CHANCE:
         job.say(f"the chance level of E, after each epoch, is estimated on {_CHANCE:,} of "
                 f"the {pictures:,} validation pictures; evaluate takes all")
+    if job.place.updates == 0 and (said := _why_no_weight(job.config)): job.say(said)
     if job.place.epoch not in job.film: _keep_maps(job)
     first = _read_maps(job.folder/"pictures"/"before.safetensors")
     if 0 not in job.film and len(first): job.film[0] = first    # an earlier version began this run
