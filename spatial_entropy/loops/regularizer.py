@@ -260,10 +260,9 @@ class _EntropyTerm(_Listening, _ScheduledWeight):
     def __call__(self): # a scalar, float32, in the graph
         "Weight times mean entropy. Raises RuntimeError without a new pass, or without `step`."
         maps = self._open_maps().take(weight := self.weight)
-        seen = maps if weight else [m.detach() for m in maps]
-        entropy, self.entropy, counted = _mean_entropy(self._criterion, seen)
-        self.pictures = len(maps[0])
-        self._mean.add(self.entropy, counted)
+        found = _mean_entropy(self._criterion, maps if weight else [m.detach() for m in maps])
+        entropy, self.entropy, self.pictures = *found[:2], len(maps[0])
+        self._mean.add(*found[1:])
         return weight*entropy if weight else entropy.new_zeros(())
 
     @property
