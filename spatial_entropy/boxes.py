@@ -65,6 +65,14 @@ def _lines_of(path):
         except (UnicodeDecodeError, csv.Error) as e:
             raise ValueError(f"{path}: not readable as a CSV table in UTF-8 ({e})") from None
 
+# %% ../nbs/09_boxes.ipynb #5a797a08
+def _refuse_shares(found, path):
+    "Raise ValueError where no corner of any box is beyond the first pixel."
+    corners = [c for a in found if a.size != (1, 1) for box in a.boxes for c in box]
+    if not corners or max(corners) > 1: return
+    raise ValueError(f"{path}: no corner is above 1, as in shares of the picture; expected pixels: "
+                     "multiply x by the picture's width and y by its height")
+
 def _of_table(path):
     "{file: Annotation} of a CSV file with a header."
     (_, columns), *lines = _lines_of(path)
@@ -77,6 +85,7 @@ def _of_table(path):
         own = found.setdefault(line[name], Annotation(size=size))
         if own.size != size: raise ValueError(f"{where}: {line[name]} has another size above")
         own.add([line[k] for k in corners], where)
+    _refuse_shares(found.values(), path)
     return found
 
 # %% ../nbs/09_boxes.ipynb #7d1baf8f

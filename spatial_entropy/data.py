@@ -142,16 +142,28 @@ def _draw_shapes(index, seed, size, scene="several"):
     return (canvas.clip(0, 1)*255).astype(np.uint8), mask
 
 # %% ../nbs/03_data.ipynb #9aff83b7
-@lru_cache(maxsize=2**14)
+_most = 2**30 # bytes of the pictures of one size, and of their masks
+
+def _fixed(*arrays):
+    "The arrays, which can no longer be written: many share them."
+    for a in arrays: a.flags.writeable = False
+    return arrays
+
+@lru_cache(maxsize=2)
+def _drawer(size):
+    "A function that draws pictures of a size and keeps the newest, so many bytes of them."
+    draw = lambda index, seed, scene: _fixed(*_draw_shapes(index, seed, size, scene))
+    return lru_cache(maxsize=max(1, _most//(4*size**2)))(draw)
+
 def _drawn(index, seed, size, scene="several"):
     "What `_draw_shapes` draws, kept."
-    return _draw_shapes(index, seed, size, scene)
+    return _drawer(size)(index, seed, scene)
 
-@lru_cache(maxsize=6)
+@lru_cache(maxsize=2)
 def _all_drawn(n, seed, size, scene="several"):
     "Pictures (n, S, S, 3) and masks (n, S, S) of the first n indices."
     pictures, masks = zip(*(_drawn(i, seed, size, scene) for i in range(n)))
-    return np.stack(pictures), np.stack(masks)
+    return _fixed(np.stack(pictures), np.stack(masks))
 
 # %% ../nbs/03_data.ipynb #5a1e2646
 class Shapes(Dataset):

@@ -23,6 +23,8 @@ def _on_grid(maps, # (..., h, w) tensor or array
     if a.ndim < 2:
         shape = tuple(a.shape)
         raise ValueError(f"{name}: got shape {shape}, expected (..., h, w); add the missing axes")
+    if 0 in a.shape:
+        raise ValueError(f"{name}: got shape {tuple(a.shape)}, expected a map with cells")
     if a.is_floating_point(): a = a.float()
     lead = a.shape[:-2]
     columns = lead[-1] if lead else 1
@@ -32,7 +34,10 @@ def _on_grid(maps, # (..., h, w) tensor or array
 def _pixels(image, # (3, S, S) or (S, S, 3); float in 0–1 or uint8
            ) -> np.ndarray: # (S, S, 3) float in 0–1
     "An image in the form matplotlib draws."
-    a = image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu()
+        if image.is_floating_point(): image = image.float()      # NumPy has no bfloat16
+    a = np.asarray(image)
     if a.ndim != 3 or 3 not in (a.shape[0], a.shape[-1]):
         raise ValueError(f"image: got shape {a.shape}, expected (3, S, S) or (S, S, 3)")
     if a.shape[-1] != 3: a = rearrange(a, "c y x -> y x c")

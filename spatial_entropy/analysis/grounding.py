@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WHOLE', 'SCORES', 'as_shares', 'into_frame', 'out_of_frame', 'boxes_on_grid', 'mask_on_grid', 'Truth', 'as_truth',
-           'main_region', 'box_around', 'score_grounding', 'Judge', 'read_records']
+           'main_region', 'box_around', 'score_grounding', 'same_truth', 'Judge', 'read_records']
 
 # %% ../../nbs/49_grounding.ipynb #d561e2cf
 import json
@@ -74,19 +74,19 @@ def boxes_on_grid(boxes, # (T, 4) shares of the grid
     return each.amax(0) if len(boxes) else torch.zeros(grid, dtype=torch.float64)
 
 # %% ../../nbs/49_grounding.ipynb #94eab945
-def _pixels(low, high, n, size, each=8): # size: pixels of the picture
-    "The pixels at n·each points between two shares of a side; −1 outside of the picture."
-    at = ((low + (high - low)*(torch.arange(n*each) + .5)/(n*each))*size).floor().long()
-    return torch.where((at >= 0) & (at < size), at, -1)
+def _pixel_shares(low, high, n, size): # size: pixels of the picture
+    "(n, size): which part of each of n cells between two shares of a side each pixel is."
+    edges = (low + (high - low)*torch.arange(n + 1, dtype=torch.float64)/n)*size
+    first, last, pixel = edges[:-1, None], edges[1:, None], torch.arange(size).double()
+    return (last.minimum(pixel + 1) - first.maximum(pixel)).clamp_min(0)/(last - first)
 
 def mask_on_grid(mask, # (S, W) bool, of the picture
                  grid, # (h, w)
                  frame=WHOLE): # what the grid covers
-    "(h, w) float64: the share of each cell that the mask covers."
+    "(h, w) float64: the share of each cell that the mask covers; none beyond the picture."
     (x0, y0, x1, y1), (h, w) = frame, grid
-    y, x = _pixels(y0, y1, h, mask.shape[0]), _pixels(x0, x1, w, mask.shape[1])
-    padded = F.pad(mask.double(), (0, 1, 0, 1))                   # −1 is a pixel that is off
-    return padded[y][:, x].view(h, 8, w, 8).mean((1, 3))
+    down, across = _pixel_shares(y0, y1, h, mask.shape[0]), _pixel_shares(x0, x1, w, mask.shape[1])
+    return down@mask.double()@across.T
 
 # %% ../../nbs/49_grounding.ipynb #72dd1897
 @dataclass
@@ -105,7 +105,8 @@ class Truth:
         "(h, w) float64 each: the share of each cell that is object, and background; void is none."
         on = self.on_grid(grid)
         void = 0 if self.valid is None else mask_on_grid(~self.valid, grid, self.frame)
-        return on, 1 - on - void
+        off = 1 - on - void
+        return on, off.where(off > 1e-12, 0)                          # but for rounding
 
     def on_grid(self, grid):
         "(h, w) float64: the share of each cell that is object."
@@ -181,20 +182,33 @@ def score_grounding(maps: Tensor, # (H, h, w)
     return {name: v.double().masked_fill(broken, torch.nan) for name, v in scores.items()}
 
 # %% ../../nbs/49_grounding.ipynb #2dca18d7
+def same_truth(a: Truth, b: Truth) -> bool:
+    "Whether two have the same boxes and the same mask: several sentences may mean one object."
+    equal = lambda x, y: x.shape == y.shape and torch.equal(x.double().cpu(), y.double().cpu())
+    pairs = (a.boxes, b.boxes), (a.mask, b.mask)
+    return all(x is y if x is None or y is None else equal(x, y) for x, y in pairs)
+
+# %% ../../nbs/49_grounding.ipynb #a02a1fb4
 class Judge:
-    "Scores maps with their own truth and with those of the samples before."
-    def __init__(self, shifts: int = 4): # how many truths are kept
+    "Scores maps with their own truth and with those of the samples before that differ from it."
+    def __init__(self, shifts: int = 4): # how many other truths count
         check_count(shifts, "shifts", 0)
         self.shifts, self.before = shifts, []
+
+    def others(self, truth, after=()) -> list: # after: truths of later samples
+        return [t for t in (*self.before, *after) if not same_truth(t, truth)][:self.shifts]
+
+    def _keep(self, truth): # one more than count: a sample's own may be among them
+        known = [t for t in self.before if not same_truth(t, truth)]
+        self.before = [truth, *known][:self.shifts + 1]
 
     def __call__(self, maps, truth, level=0., after=()): # (H, h, w); after: truths of later samples
         "{score and score_chance: (H,)}; nothing without a truth."
         if truth is None: return {}
-        scores, n = score_grounding(maps, truth, level), len(maps)
-        others = [replace(t, frame=truth.frame) for t in (*self.before, *after)[:self.shifts]]
-        found = [score_grounding(maps, t, level) for t in others]
-        if truth.is_in(maps.shape[-2:]): self.before = [truth, *self.before][:self.shifts]
-        unknown = torch.full((1, n), torch.nan, dtype=torch.float64)
+        scores, others = score_grounding(maps, truth, level), self.others(truth, after)
+        found = [score_grounding(maps, replace(t, frame=truth.frame), level) for t in others]
+        if truth.is_in(maps.shape[-2:]): self._keep(truth)
+        unknown = torch.full((1, len(maps)), torch.nan, dtype=torch.float64)
         chance = {name: torch.stack([f[name] for f in found] or [*unknown]).nanmean(0)
                   for name in SCORES}
         of_none = lambda name: chance[name].masked_fill(scores[name].isnan(), torch.nan)
@@ -214,16 +228,21 @@ def _rows_of(path):
     text = Path(path).read_text(encoding="utf-8-sig")
     try:
         if Path(path).suffix != ".jsonl": return json.loads(text)
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
     except ValueError as e: raise ValueError(f"{path}: is no JSON ({e})") from None
 
 # %% ../../nbs/49_grounding.ipynb #8efc5d72
+def _check_record(record, number, path):
+    "Raise ValueError for what names no picture, or has nothing to say of it."
+    kinds = "image", "expression", "mask"
+    image, said, mask = (_named(record, k) if isinstance(record, dict) else None for k in kinds)
+    if isinstance(image, str) and said not in (None, []) and isinstance(mask, str | None): return
+    raise ValueError(f"{path}: record {number} is {str(record)[:80]}, expected a dictionary "
+                     "with image and expression, and box or mask where they are known")
+
 def _plain(record, number, path, folder, form):
     "One record for each of its expressions, with the names of this package."
-    if not isinstance(record, dict) or None in (_named(record, "image"),
-                                                _named(record, "expression")):
-        raise ValueError(f"{path}: record {number} is {str(record)[:80]}, expected a dictionary "
-                         "with image and expression, and box or mask where they are known")
+    _check_record(record, number, path)
     said, mask = _named(record, "expression"), _named(record, "mask")
     shared = dict(image=str(folder/_named(record, "image")), box=_named(record, "box"), form=form,
                   mask=None if mask is None else str(folder/mask))

@@ -66,7 +66,8 @@ def bootstrap(values, # numbers, an array or a list; NaN is left out
 # %% ../../nbs/47_intervals.ipynb #4730f861
 def _t_tail(t, df):
     "P(T > t) of Student's t for t ≥ 0: an integral over an angle, by Simpson's rule."
-    x = np.linspace(math.atan(t/math.sqrt(df)), math.pi/2, 2001)
+    first = math.atan(t/math.sqrt(df))
+    x = np.linspace(first, min(math.pi/2, first + 40/math.sqrt(df)), 2001) # beyond is nothing
     y = np.cos(x)**(df - 1)
     simpson = (y[0] + y[-1] + 4*y[1:-1:2].sum() + 2*y[2:-1:2].sum())*(x[1] - x[0])/3
     log = math.lgamma((df + 1)/2) - math.lgamma(df/2) - .5*math.log(math.pi)
@@ -75,8 +76,8 @@ def _t_tail(t, df):
 def t_quantile(p: float, # probability, from 0.5 to 1
                df: int, # degrees of freedom, at least 1
               ) -> float:
-    "The value that Student's t stays below with probability p."
-    low, high = 0., 1.
+    "The value that Student's t stays below with probability p, to six digits."
+    low, high, df = 0., 1., min(df, 10**7)                # from there on it changes no longer
     while _t_tail(high, df) > 1 - p: high *= 2
     for _ in range(60):
         middle = (low + high)/2
@@ -97,11 +98,16 @@ def student(values, # numbers, such as one for each seed; NaN is left out
     return Interval(float(a.mean()), float(a.mean() - half), float(a.mean() + half), len(a))
 
 # %% ../../nbs/47_intervals.ipynb #0a5e82ff
-def _flips(n, seed):
-    "Signs (flips, n): all of them up to n = 12, else 10,000 at random and the observed one."
-    if n <= 12: return np.array(list(itertools.product((1., -1.), repeat=n)))
-    drawn = np.random.default_rng(seed).choice((1., -1.), (10_000, n))
-    return np.concatenate([np.ones((1, n)), drawn])
+def _flips(n, seed, at_once=2_000_000): # at_once: numbers; 16 MB
+    "Signs (flips, n), in parts: all up to n = 12, else the observed one and 10,000 at random."
+    if n <= 12:
+        yield np.array(list(itertools.product((1., -1.), repeat=n)))
+        return
+    yield np.ones((1, n))
+    rng, size, left = np.random.default_rng(seed), max(1, at_once//n), 10_000
+    while left > 0:
+        yield rng.choice((1., -1.), (min(size, left), n))
+        left -= size
 
 def sign_flip_test(differences, # paired differences, one for each seed or picture; NaN is left out
                    seed: int = 0, # of the flips, for more than 12
@@ -112,8 +118,8 @@ def sign_flip_test(differences, # paired differences, one for each seed or pictu
     """
     check_seed(seed)
     d = _numbers(differences, "differences")
-    far = np.abs(_flips(len(d), seed)@d) >= abs(d.sum())*(1 - 1e-12)
-    return float(far.mean())
+    least = abs(d.sum()) - 1e-12*np.abs(d).sum()          # sums are equal but for their rounding
+    return float(np.concatenate([np.abs(f@d) >= least for f in _flips(len(d), seed)]).mean())
 
 # %% ../../nbs/47_intervals.ipynb #3a0e6f08
 def paired(ours, # numbers, one for each seed (or picture)
@@ -136,13 +142,15 @@ def bootstrap_both(values, # (seeds, pictures) numbers; the same pictures for ea
     """A mean over seeds and pictures, and its bootstrap interval over both; NaN is left out.
 
     Few seeds make it too narrow, as with `bootstrap`: look at the seeds as well.
-    Raises ValueError for what is not (seeds, pictures) and for fewer than two of either.
+    Raises ValueError for what is not (seeds, pictures), for fewer than two of either or fewer than
+    two numbers, and for an infinite one.
     """
     a = np.asarray(values, np.float64)
     _check_draws(level, seed, resamples)
     if a.ndim != 2 or min(a.shape) < 2:
         raise ValueError(f"values: got shape {a.shape}, "
                          "expected (seeds, pictures), two of each or more")
+    _numbers(a, "values")                                 # refuses what has no mean
     rng = np.random.default_rng(seed)
     known, filled = ~np.isnan(a), np.nan_to_num(a)
     means = []

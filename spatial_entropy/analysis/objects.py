@@ -14,7 +14,8 @@ from torchvision.ops import box_iou
 from .masks import paired_on_grid, pointing_on_grid
 from .masks import pixels_on_grid, pointing  # noqa: F401, also found here
 from ..measure.operators import label_regions
-from ..measure.regions import check_count, check_tensor, keep_mass
+from ..measure.regions import (
+    as_float64, centered, check_count, check_tensor, keep_mass)
 from ..pictures import one_line
 
 # %% ../../nbs/46_objects.ipynb #39e2790e
@@ -77,13 +78,13 @@ class PooledPrecision:
         self.on, self.off = torch.zeros(2, heads, bins, dtype=torch.float64)
 
     def add(self, maps, masks, valid=None):
-        "Count a batch: maps (B, H, h, w), masks (B, S, T). Maps with NaN cells are left out."
+        "Count a batch: maps (B, H, h, w), masks (B, S, T); not maps with NaN or infinite cells."
         s, on, off = paired_on_grid(maps, masks, valid)
         low, high = s.amin(-1, keepdim=True), s.amax(-1, keepdim=True)
         level = (s - low)/torch.where(high > low, high - low, 1)
         bins = self.on.shape[-1]
         at = (level.nan_to_num()*(bins - 1)).round().long().cpu()
-        fine = (~s.isnan().any(-1, keepdim=True)).double()
+        fine = s.isfinite().all(-1, keepdim=True).double()
         for total, pixels in ((self.on, on*fine), (self.off, off*fine)):
             counted = torch.zeros(*at.shape[:2], bins, dtype=torch.float64)
             total += counted.scatter_add(-1, at, pixels.expand(at.shape).cpu()).sum(0)
@@ -96,7 +97,7 @@ class PooledPrecision:
 
 # %% ../../nbs/46_objects.ipynb #dfa1454e
 def _energy(s, on, off):
-    rise = (s - s.mean(-1, keepdim=True)).clamp_min(0)
+    rise = centered(s[..., None])[..., 0].clamp_min(0)        # exact zeros for a constant map
     hits, whole = (rise*on).sum(-1), (rise*(on + off)).sum(-1)
     object_there = (on.sum(-1) > 0) & (whole > 0)
     return torch.where(object_there & s.isfinite().all(-1), hits/whole, torch.nan)
@@ -144,6 +145,7 @@ def boxes_of(map_: Tensor, # (h, w)
              connectivity: int = 8, # 8 or 4
             ) -> Tensor: # (R, 4) float64, x0, y0, x1, y1 as shares of the picture
     "A box around each region at or above a threshold; none for a map with NaN or infinite cells."
+    map_ = as_float64(map_)                                       # of any type
     low, high = map_.min(), map_.max()
     if not (low.isfinite() and high.isfinite()):
         return torch.zeros(0, 4, dtype=torch.float64)
@@ -214,7 +216,7 @@ def overlaps_with(map_: Tensor, # (h, w)
     0 for a map with NaN or infinite cells, and for an empty set. Raises ValueError for thresholds
     that are none.
     """
-    thresholds = as_thresholds(thresholds)
+    map_, thresholds = as_float64(map_), as_thresholds(thresholds) # of any type
     found = torch.zeros(len(truths), len(thresholds), dtype=torch.float64)
     if not map_.isfinite().all(): return found
     sets, which = _cuts(map_, thresholds)
@@ -235,7 +237,7 @@ def best_overlaps(map_: Tensor, # (h, w)
 
 # %% ../../nbs/46_objects.ipynb #56cf6b9d
 def largest_box(map_, threshold=.5):
-    "The largest region's box (1, 4), as `boxes_of` has it; (0, 4) where there is none."
+    "The largest box (1, 4) of `boxes_of`, not that of most cells; (0, 4) where there is none."
     found = boxes_of(map_, threshold)
     return found[(found[:, 2:] - found[:, :2]).prod(-1).argmax()][None] if len(found) else found
 
@@ -246,7 +248,7 @@ def box_fits(found, boxes): # (1, 4) or (0, 4), and (T, 4)
 def corloc(maps: Tensor, # (B, H, h, w)
            boxes: list, # B tensors (T, 4) of true boxes, as shares of the picture
            threshold: float = .5, # share of the way from the lowest to the highest cell
-          ) -> Tensor: # (B, H) float64, 1 where the largest region's box overlaps a true one by 0.5
+          ) -> Tensor: # (B, H) float64, 1 where the largest box overlaps a true one by 0.5
     "Correct localisation of each head. Raises ValueError unless each picture has its boxes."
     if len(boxes) != len(maps):
         raise ValueError(f"boxes: got {len(boxes)} lists, expected one for each of "

@@ -70,10 +70,14 @@ class Outliers:
 # %% ../../nbs/45_outliers.ipynb #2c3f5f56
 def are_weights(maps):
     "Whether maps look like attention after the softmax: no cell below 0, sums of at most 1."
-    total = maps.sum((-2, -1))
-    negative = ((maps < 0) & maps.isfinite()).any()
-    large = ((total > 1.01) & total.isfinite()).any()
-    return not bool((negative | large).item())
+    parts = maps.split(64) if maps.ndim > 2 else [maps]                 # no copy of the whole
+    return not any(_is_no_attention(as_float64(part)) for part in parts)
+
+def _is_no_attention(s):
+    "Whether a finite cell is below 0, or a map of finite cells has a sum above 1."
+    finite = s.isfinite()
+    large = (s.sum((-2, -1)) > 1.01) & finite.all(-1).all(-1)
+    return bool((((s < 0) & finite).any() | large.any()).item())
 
 def _found_in(maps, rule, recur, softmax, of): # rule: k and most
     "The outliers, and the entropy of the maps `of` with and without them."

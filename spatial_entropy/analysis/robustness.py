@@ -11,12 +11,13 @@ from collections.abc import Collection
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from inspect import signature
+import zlib
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from .intervals import bootstrap
-from .evaluation import check_given
+from .evaluation import check_given, evaluating, usable_device
 from ..attention.tap import AttentionTap
 from ..measure.regions import check_count, check_seed
 
@@ -114,6 +115,13 @@ def _some(loader, pictures):
         numbers, at = torch.arange(at, at + len(x))[chosen], at + len(x)
         if len(numbers): yield numbers, x[chosen], label[chosen]
 
+def _check_loader(model, loader):
+    "Raise TypeError for no model, and for what does not say how many pictures it has."
+    check_given(model, loader)
+    if hasattr(getattr(loader, "dataset", None), "__len__") and hasattr(loader, "__len__"): return
+    raise TypeError(f"loader: got a {type(loader).__name__}, expected a DataLoader of a data set "
+                    "with a length: pictures are chosen, and found again, by their number")
+
 def _check_pictures(pictures):
     "Raise ValueError for what is no number of pictures; None: all."
     if pictures is not None: check_count(pictures, "pictures")
@@ -174,12 +182,9 @@ def _under(model, batch, name, severity, norm, device, seed):
 
 @contextmanager
 def _judged(model, device):
-    "The model on its device in evaluation mode, without gradients; its mode is restored."
-    was = model.training
-    model.to(device).eval()
-    try:
-        with torch.no_grad(): yield model
-    finally: model.train(was)
+    "The model on its device in evaluation mode, without gradients; each module's mode is restored."
+    model.to(usable_device(device))
+    with evaluating(model), torch.no_grad(): yield model
 
 # %% ../../nbs/64_robustness.ipynb #0bfc1af0
 def corruption_accuracy(model, # a classifier of normalised pictures
@@ -193,7 +198,7 @@ def corruption_accuracy(model, # a classifier of normalised pictures
     """Whether a model is right under the common corruptions (arXiv 1903.12261), picture by picture.
 
     Raises ImportError without the library, ValueError for unknown names and severities."""
-    check_given(model, loader)
+    _check_loader(model, loader)
     _check_corruptions(names, severities, pictures, seed)
     wanted = [(name, severity) for name in names for severity in severities]
     _library()
@@ -227,12 +232,24 @@ def _removed(order, count, grid, size): # order: (B, N) cells
     cells = torch.zeros(order.shape).scatter(1, order[:, :count], 1.)
     return F.interpolate(cells.unflatten(1, grid)[:, None], size=size, mode="nearest") > 0
 
+# %% ../../nbs/64_robustness.ipynb #6a78a86a
+def _marked(batches, marks): # marks: {number: checksum}, of the pictures that were seen before
+    "The batches. Raises ValueError where a number has another picture than before."
+    for numbers, x, label in batches:
+        for i, picture in zip(numbers.tolist(), x):
+            mark = zlib.crc32(picture.detach().double().cpu().numpy().tobytes())
+            if marks.setdefault(i, mark) == mark: continue
+            raise ValueError(f"loader: picture {i} is another one the second time it is read; "
+                             "expected the same pictures in the same order (shuffle=False, and "
+                             "nothing random in their transform)")
+        yield numbers, x, label
+
 # %% ../../nbs/64_robustness.ipynb #220e2d4b
-def _first_pass(model, loader, block, query, head, pictures, device, progress):
+def _first_pass(model, batches, block, query, head, device):
     "Maps (n, N), their grid, and the numbers of the pictures; NaN where a map is broken."
-    maps, numbers, n = [], [], _batches(loader, pictures)
+    maps, numbers = [], []
     with AttentionTap(model, block, query) as tap:
-        for number, x, _ in progress(_Steps(_some(loader, pictures), n)):
+        for number, x, _ in batches:
             model(x.to(device))
             found = tap.maps()
             maps.append(_attention(found, head).cpu())
@@ -312,10 +329,10 @@ def _after(model, x, label, rows, counts, grid, device):
         found[name] = torch.stack(right, 1)
     return found
 
-def _second_pass(model, loader, orders, at, counts, grid, pictures, device, progress):
-    "The same of all pictures; `at`: {number of a picture: its row in the orders}."
-    parts, n = [], _batches(loader, pictures)
-    for numbers, x, label in progress(_Steps(_some(loader, pictures), n)):
+def _second_pass(model, batches, orders, known, counts, grid, device):
+    "The same of all pictures; `known`: the number of the picture of each row of the orders."
+    parts, at = [], {int(i): row for row, i in enumerate(known)}
+    for numbers, x, label in batches:
         kept = torch.tensor([int(i) in at for i in numbers])
         if not kept.any(): continue
         rows = torch.tensor([at[int(i)] for i in numbers[kept]])
@@ -335,20 +352,22 @@ def occlusion_curves(model, # any classifier that AttentionTap reads
                     ) -> Occlusion:
     """Accuracy as the patches of most, of least, of random attention are removed, beside chance.
 
-    Chance is the map of another picture. Pictures whose map has NaN or infinite cells are left out
-    and counted. Raises ValueError for fewer than two pictures and for shares that do not rise.
+    Chance is another picture's map. Pictures with NaN or infinite cells in their map are left out
+    and counted. ValueError: other pictures the second time that the loader is read, fewer than two,
+    shares that do not rise; TypeError: no loader.
     """
-    check_given(model, loader)
+    _check_loader(model, loader)
     shares = _check_shares(shares)
     _check_pictures(pictures)
     check_seed(seed)
+    marks, n = {}, _batches(loader, pictures)
+    once = lambda: progress(_Steps(_marked(_some(loader, pictures), marks), n))
     with _judged(model, device):
-        first = _first_pass(model, loader, block, query, head, pictures, device, progress)
-        fine, (maps, grid, numbers) = _fine(first[0]), first
-        at = {int(i): row for row, i in enumerate(numbers[fine])}
+        maps, grid, numbers = _first_pass(model, once(), block, query, head, device)
+        fine = _fine(maps)
         counts = [round(s*maps.shape[1]) for s in shares]
-        right = _second_pass(model, loader, _orders(maps[fine], seed), at, counts, grid, pictures,
-                             device, progress)
+        right = _second_pass(model, once(), _orders(maps[fine], seed), numbers[fine], counts,
+                             grid, device)
     return Occlusion(right, shares, int((~fine).sum()))
 
 # %% ../../nbs/64_robustness.ipynb #047fd6ca

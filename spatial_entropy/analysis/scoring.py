@@ -207,10 +207,11 @@ class _Saved:
             table.writerows(zip(*columns.values()))
 
     def to_json(self, path, **facts):
-        "The summary for the best and the mean head, with any further facts."
+        "The summary for the best and the mean head, with any further facts; null for NaN."
         found = dict(facts, pictures=len(self), blocks=[str(b) for b in self.blocks],
                      best=self.summary("best"), mean=self.summary("mean"))
-        with written(path) as f: f.write(json.dumps(found, indent=1))
+        plain = json.loads(json.dumps(found), parse_constant=lambda nan: None)  # JSON has no NaN
+        with written(path) as f: f.write(json.dumps(plain, indent=1, allow_nan=False))
 
 # %% ../../nbs/48_scoring.ipynb #2ba16d49
 @dataclass(repr=False)

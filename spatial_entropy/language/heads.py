@@ -9,7 +9,7 @@ __all__ = ['looks', 'measured', 'rank_seen', 'rank_text_heads']
 import torch
 from torch import Tensor, nn
 from ..analysis.chance import surrogate_maps
-from ..analysis.grounding import SCORES, Judge
+from ..analysis.grounding import SCORES, Judge, same_truth
 from ..analysis.heads import Heads, Means
 from ..analysis.localization import localization_entropy, selection
 from ..analysis.outliers import outliers
@@ -74,7 +74,7 @@ def _in_order(row, same): # same: share of the samples in which one and the same
 # %% ../../nbs/75_text_heads.ipynb #345fc211
 def _scores(judge, seen, after): # after: truths of later samples
     "Own and chance; neither where one of them is unknown, unless no other truth is there at all."
-    several = judge.shifts and (judge.before or after)
+    several = seen.truth is not None and judge.others(seen.truth, after)
     found = judge(seen.stacked, seen.truth, after=after)
     for name in SCORES if several and found else ():
         found[name].masked_fill_(found[f"{name}_chance"].isnan(), torch.nan)
@@ -108,18 +108,19 @@ class _Counted:
 def _has_object(seen): return seen.truth is not None and seen.truth.is_in(seen.stacked.shape[-2:])
 
 def _with_another(samples): # an iterable of `Seen`
-    "(sample, truths of later ones): the first with an object waits for another one."
-    first, samples = None, iter(samples)
+    "(sample, truths of later ones): the first with an object, or with one, wait for another one."
+    first, samples = [], iter(samples)
     for seen in samples:
         if not _has_object(seen): yield seen, ()
-        elif first is None: first = seen
+        elif not first or same_truth(first[0].truth, seen.truth) and len(first) < 64:
+            first.append(seen)
         else:
-            yield first, [seen.truth]
+            yield from ((one, [seen.truth]) for one in first)
             yield seen, ()
-            first = None
+            first = []
             break
     for seen in samples: yield seen, ()
-    if first is not None: yield first, ()
+    yield from ((one, ()) for one in first)
 
 # %% ../../nbs/75_text_heads.ipynb #218297eb
 def rank_seen(samples, # an iterable of `Seen`

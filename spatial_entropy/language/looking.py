@@ -6,7 +6,7 @@
 __all__ = ['query_of', 'heads_of', 'Look', 'look']
 
 # %% ../../nbs/79_looking.ipynb #48181ad8
-import re
+import math, re
 from dataclasses import dataclass
 from os import PathLike
 from PIL import Image
@@ -54,10 +54,10 @@ def _check_heads(heads, maps):
 
 # %% ../../nbs/79_looking.ipynb #72dd14e6
 def _jsonable(value):
-    "Numbers that JSON has: None for NaN."
+    "Numbers that JSON has: None for NaN and what is infinite."
     if isinstance(value, dict): return {k: _jsonable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)): return [_jsonable(v) for v in value]
-    return None if value != value else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 # %% ../../nbs/79_looking.ipynb #dff4e108
 @dataclass(repr=False)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from ..analysis.grounding import WHOLE, Truth, as_shares, as_truth
-from ..analysis.heads import evaluating
+from ..analysis.evaluation import evaluating
 from ..data import open_labels, open_picture
 from .tap import TextImageTap
 

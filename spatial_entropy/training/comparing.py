@@ -487,8 +487,7 @@ def write_report(grid: Grid, output, failed=()) -> list: # the rows of table.csv
     done = [run for run in runs if run.folder.name in {row["run"] for row in rows}]
     lines = summary(rows, [*grid.arms])
     write_rows(output/"table.csv", rows)
-    plain = json.loads(json.dumps(lines), parse_constant=lambda nan: None)      # JSON has no NaN
-    write_json(output/"summary.json", {"summary": plain, "runs": len(rows), "of": len(runs)})
+    write_json(output/"summary.json", {"summary": lines, "runs": len(rows), "of": len(runs)})
     _write_figure(output/"curves.png", draw_curves(done))
     _write_figure(output/"maps.png", draw_arms(done))
     page = _page(lines, list(grid.arms), failed)

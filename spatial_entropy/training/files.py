@@ -262,8 +262,9 @@ def write_rows(path, rows):
 
 # %% ../../nbs/50_files.ipynb #16c79d43
 def write_json(path, value):
-    "Write JSON, whole."
-    text = json.dumps(value, indent=2) + "\n"
+    "Write JSON, whole; null for NaN and what is infinite, which JSON does not have."
+    plain = json.loads(json.dumps(value), parse_constant=lambda nan: None)
+    text = json.dumps(plain, indent=2, allow_nan=False) + "\n"
     return write_whole(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 # %% ../../nbs/50_files.ipynb #f2df6663
