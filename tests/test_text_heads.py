@@ -502,7 +502,7 @@ def test_masks_of_records(tmp_path):
 
 def test_tables_are_written(tmp_path):
     model, processor = made(LLAVA), processor_of()
-    records = [dict(image=picture_of(seed=i), expression="the red mug", box=[32, 0, 32, 32], name=f"mug {i}") for i in range(5)]
+    records = [dict(image=picture_of(seed=i), expression="the red mug", box=[32 + 4*i, 0, 32, 32], name=f"mug {i}") for i in range(5)]
     ranked = se.rank_text_heads(model, records, processor)
     ranked.to_csv(tmp_path / "heads.csv")
     table = se.located_table(se.locate(model, records, ranked, processor, best=2))

@@ -36,9 +36,10 @@ def _check_shares(masks):
 def as_bool(masks):
     "Masks (...) of booleans, or of 0 and 1. Raises ValueError for labels and for shares."
     if masks.dtype == torch.bool: return masks
+    _check_shares(masks)
     if ((masks == 0) | (masks == 1)).all(): return masks.bool()
-    raise ValueError("masks: got values other than 0 and 1, expected booleans; say what is object, "
-                     "such as labels == 1, or shares > 0.5")
+    raise ValueError("masks: got shares, expected booleans, or 0 and 1; say what is object, such "
+                     "as masks > 0.5")
 
 # %% ../../nbs/40_masks.ipynb #3c9e8656
 def mask_jaccard(maps: torch.Tensor, # (B, H, h, w) similarities before the softmax

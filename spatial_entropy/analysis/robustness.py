@@ -115,16 +115,17 @@ def _some(loader, pictures):
         numbers, at = torch.arange(at, at + len(x))[chosen], at + len(x)
         if len(numbers): yield numbers, x[chosen], label[chosen]
 
-def _check_loader(model, loader):
-    "Raise TypeError for no model, and for what does not say how many pictures it has."
-    check_given(model, loader)
-    if hasattr(getattr(loader, "dataset", None), "__len__") and hasattr(loader, "__len__"): return
-    raise TypeError(f"loader: got a {type(loader).__name__}, expected a DataLoader of a data set "
-                    "with a length: pictures are chosen, and found again, by their number")
-
 def _check_pictures(pictures):
     "Raise ValueError for what is no number of pictures; None: all."
     if pictures is not None: check_count(pictures, "pictures")
+
+def _check_loader(model, loader, pictures=None):
+    "Raise TypeError for no model, and for what does not say how many pictures it has."
+    check_given(model, loader)
+    _check_pictures(pictures)
+    if hasattr(getattr(loader, "dataset", None), "__len__") and hasattr(loader, "__len__"): return
+    raise TypeError(f"loader: got a {type(loader).__name__}, expected a DataLoader of a data set "
+                    "with a length: pictures are chosen, and found again, by their number")
 
 def _batches(loader, pictures): # at most
     return len(loader) if pictures is None else min(len(loader), pictures)
@@ -356,16 +357,14 @@ def occlusion_curves(model, # any classifier that AttentionTap reads
     and counted. ValueError: other pictures the second time that the loader is read, fewer than two,
     shares that do not rise; TypeError: no loader.
     """
-    _check_loader(model, loader)
+    _check_loader(model, loader, pictures)
     shares = _check_shares(shares)
-    _check_pictures(pictures)
     check_seed(seed)
     marks, n = {}, _batches(loader, pictures)
     once = lambda: progress(_Steps(_marked(_some(loader, pictures), marks), n))
     with _judged(model, device):
         maps, grid, numbers = _first_pass(model, once(), block, query, head, device)
-        fine = _fine(maps)
-        counts = [round(s*maps.shape[1]) for s in shares]
+        fine, counts = _fine(maps), [round(s*maps.shape[1]) for s in shares]
         right = _second_pass(model, once(), _orders(maps[fine], seed), numbers[fine], counts,
                              grid, device)
     return Occlusion(right, shares, int((~fine).sum()))
