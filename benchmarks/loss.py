@@ -40,7 +40,7 @@ from spatial_entropy.commands import Parser, lenient_output, outcome
 from spatial_entropy.measure.entropy import clear_entropy
 from spatial_entropy.measure.operators import SpatialEntropyLoss, backend
 from spatial_entropy.pictures import Drawing
-from spatial_entropy.training.files import write_whole
+from spatial_entropy.training.files import write_json, write_whole
 
 LOADS = ((64, 6, 14, 14), (256, 6, 14, 14), (256, 12, 14, 14), (64, 12, 37, 37), (8, 16, 64, 64), (2, 16, 128, 128)) # (B, H, h, w)
 CLASSIC = LOADS[1]
@@ -707,7 +707,7 @@ def run_benchmark(job: _Job,
     "Measure, print the tables, and write the report into a new folder."
     report = _measure_report(job, say)
     folder = fresh_folder(job.output)
-    write_whole(folder/"benchmark.json", lambda path: path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"))
+    write_json(folder/"benchmark.json", report)
     write_whole(folder/"benchmark.png", lambda path: draw_benchmark(report).savefig(path, format="png", dpi=150))
     print_report(report)
     print(f"report: {folder/'benchmark.json'}   picture: {folder/'benchmark.png'}")

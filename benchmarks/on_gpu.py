@@ -8,7 +8,6 @@ the device, the versions and the commit; a part that fails says so, and the next
 import argparse
 import importlib
 import itertools
-import json
 import re
 import subprocess
 import sys
@@ -17,6 +16,8 @@ import traceback
 from pathlib import Path
 
 import torch
+
+from spatial_entropy.training.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = [(1, 1), (1, 9), (9, 1), (5, 7), (7, 7), (14, 14), (13, 17), (16, 16), (24, 24), (32, 32), (33, 31), (37, 37),
@@ -256,7 +257,7 @@ def main():
             facts = dict(failed=traceback.format_exc())
             print(facts["failed"], flush=True)
         report = dict(part=name, seconds=round(time.time() - start, 1), **machine, **facts)
-        (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(folder / f"{name}.json", report)
         print(f"{name}: {'FAILED' if name in failed else 'done'} in {report['seconds']} s", flush=True)
     return 1 if failed else 0
 

@@ -5,9 +5,7 @@
 One thread, process CPU time, the loads interleaved, the least of 150 repeats (what the code costs when nothing disturbs it). Nanoseconds a cell.
 """
 import argparse
-import json
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +13,7 @@ from loss import machine_facts, make_maps
 from numba import njit
 
 from spatial_entropy.measure import cpu as k
+from spatial_entropy.training.files import write_json
 
 STAGES = ("load", "pack", "cut and join", "settle", "weigh", "logarithms", "paint")
 LOADS = [((256, 6, 14, 14), kind) for kind in ("mix", "white", "dots", "spiral")]
@@ -64,7 +63,7 @@ def main():
         print("×".join(map(str, case[0])), case[1], f"{rows[-1]['pieces_a_map']:.0f} pieces a map, {times[-1]:.2f} ns a cell:",
               ", ".join(f"{s} {t:.2f}" for s, t in own.items()))
     found = dict(machine=machine_facts(torch.device("cpu")), rows=rows)
-    if output: Path(output).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if output: write_json(output, found)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from .files import use, write_json, write_rows, write_whole
 from .jobs import (Job, load_settings, machine_settings, prepare,
                                            save_checkpoint, step_name, weights_of)
 from ..analysis.chance import beside_entropy
-from ..analysis.evaluation import validate
+from ..analysis.evaluation import evaluating, validate
 from .models import digest_in, load_weights, save_weights, weights_digest
 from ..measure.operators import label_regions, spatial_entropy
 from ..pictures import show_heads
@@ -308,10 +308,8 @@ def _first_pictures(job, n=4):
 @torch.no_grad()
 def _maps_now(job, x):
     "Maps (B, H, h, w) of some pictures, in evaluation mode."
-    with _looked_at(job) as (model, tap), job.accelerator.autocast():
-        was = model.training
-        model.eval()(x)
-        model.train(was)
+    with _looked_at(job) as (model, tap), evaluating(model), job.accelerator.autocast():
+        model(x)
         return tap.maps().float().cpu()
 
 def _keep_maps(job):
