@@ -255,7 +255,7 @@ def _of_one(i, thing): # thing: also (picture, mask)
     if isinstance(thing, Item): return thing
     if isinstance(thing, (str, Path)): return _of_file(thing)
     image, mask = thing if isinstance(thing, tuple) and len(thing) == 2 else (thing, None)
-    found = _of_array(image), None if mask is None else torch.as_tensor(mask) > 0
+    found = _of_array(image), None if mask is None else torch.tensor(np.asarray(mask)) > 0
     return Item(f"picture {i}", lambda: found, "image = ...  # the one that was handed over")
 
 # %% ../nbs/61_exploring.ipynb #239e70fe

@@ -19,7 +19,7 @@ def _on_grid(maps, # (..., h, w) tensor or array
              name="maps", # what to call it in an error
             ) -> np.ndarray: # (rows, columns, h, w)
     "The last leading dimension becomes columns, the ones before it rows."
-    a = maps.detach().cpu() if isinstance(maps, torch.Tensor) else torch.as_tensor(np.asarray(maps))
+    a = maps.detach().cpu() if isinstance(maps, torch.Tensor) else torch.tensor(np.asarray(maps))
     if a.ndim < 2:
         shape = tuple(a.shape)
         raise ValueError(f"{name}: got shape {shape}, expected (..., h, w); add the missing axes")

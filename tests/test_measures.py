@@ -292,6 +292,15 @@ def test_what_is_drawn_cannot_be_spoilt_and_its_memory_is_bounded():
         assert kept >= 1 and kept*4*size**2 <= 2**30
 
 
+@pytest.mark.filterwarnings("error")
+def test_what_is_drawn_can_be_shown_and_judged_by():
+    "Without a warning that torch cannot write to it."
+    d = shapes(2, "val", 16)
+    show_maps(d.masks)
+    assert torch.equal(grounding.as_truth(d.masks[0]).mask, torch.tensor(d.masks[0]))
+    assert overlay(d.images[0], d.masks[0]).shape == (16, 16, 3)
+
+
 def test_wide_models_want_their_own_size():
     import timm
     wide = timm.create_model("vit_tiny_patch16_224", img_size=(64, 32), depth=1, embed_dim=12, num_heads=3, num_classes=2)

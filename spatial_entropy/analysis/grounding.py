@@ -122,7 +122,7 @@ def as_truth(found, # None, a Truth, boxes (4,) or (T, 4) in shares, or a mask (
              frame=WHOLE):
     "A `Truth`, or None. Raises TypeError or ValueError for what is neither boxes nor a mask."
     if found is None or isinstance(found, Truth): return found
-    if not isinstance(found, Tensor): found = torch.as_tensor(np.asarray(found))
+    if not isinstance(found, Tensor): found = torch.tensor(np.asarray(found))
     if found.dtype == torch.bool and found.ndim == 2: return Truth(None, found, frame)
     if found.dtype == torch.bool or found.shape[-1:] != (4,) or found.ndim > 2:
         raise ValueError(f"truth: got {found.dtype} of shape {tuple(found.shape)}, expected boxes "
