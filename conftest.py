@@ -81,6 +81,8 @@ def interpret_triton():
 
 def pytest_sessionfinish():
     "What a test left behind when its time was over would be waited for when the interpreter ends."
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)      # torch's handler raises where a loading process is killed
     for child in multiprocessing.active_children():
         child.kill()
 
