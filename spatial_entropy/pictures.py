@@ -31,7 +31,7 @@ def _on_grid(maps, # (..., h, w) tensor or array
     return a.reshape(-1, columns, *a.shape[-2:]).numpy()
 
 # %% ../nbs/00_pictures.ipynb #8f64b692
-def _pixels(image, # (3, S, S) or (S, S, 3); float in 0–1 or uint8
+def _pixels(image, # (3, S, S) or (S, S, 3); float in 0–1 or whole numbers in 0–255
            ) -> np.ndarray: # (S, S, 3) float in 0–1
     "An image in the form matplotlib draws."
     if isinstance(image, torch.Tensor):
@@ -41,7 +41,7 @@ def _pixels(image, # (3, S, S) or (S, S, 3); float in 0–1 or uint8
     if a.ndim != 3 or 3 not in (a.shape[0], a.shape[-1]):
         raise ValueError(f"image: got shape {a.shape}, expected (3, S, S) or (S, S, 3)")
     if a.shape[-1] != 3: a = rearrange(a, "c y x -> y x c")
-    if a.dtype == np.uint8: return a.astype(np.float32)/255
+    if a.dtype.kind in "iu": return a.clip(0, 255).astype(np.float32)/255
     return a.astype(np.float32).clip(0, 1)
 
 # %% ../nbs/00_pictures.ipynb #822f308d
@@ -152,7 +152,7 @@ def region_colors(labels, # (..., h, w) integers, 0 for background
     return _region_colors(np.where(a > 0, (a - 1) % 20 + 1, 0))[..., :3]
 
 # %% ../nbs/00_pictures.ipynb #37683bf3
-def overlay(image, # (3, S, S) or (S, S, 3), float in 0–1 or uint8
+def overlay(image, # (3, S, S) or (S, S, 3), float in 0–1, or 0–255
             map, # (h, w) numbers
             alpha=.55, # weight of the map, 0–1
            ) -> np.ndarray: # (S, S, 3) float in 0–1
@@ -176,7 +176,7 @@ def _draw_heads(row, image, maps, labels, captions):
         put_caption(row[2 + 2*h], str(captions[h]))
 
 # %% ../nbs/00_pictures.ipynb #c487169f
-def show_heads(images, # (B, 3, S, S), float in 0–1 or uint8
+def show_heads(images, # (B, 3, S, S), float in 0–1, or 0–255
                maps, # (B, H, h, w) numbers
                labels, # (B, H, h, w) region labels
                captions, # (B, H) a text under each pair
