@@ -206,6 +206,16 @@ def test_a_tap_that_nobody_closed_keeps_no_model_in_memory():
     assert model() is None and not hasattr(AttentionInterface.get_interface, "__wrapped__")
 
 
+def test_taps_that_were_closed_leave_nothing_behind():
+    model = made(LLAVA)
+    kept = lambda: [f.peek() for f in list(weakref.finalize._registry)]
+    watched = lambda: sum(held is not None and held[1].__module__ == "spatial_entropy.attention.observing" for held in kept())
+    before = watched()
+    for _ in range(3):
+        se.TextImageTap(model).close()
+    assert watched() == before
+
+
 # ---- what is wrong is one sentence ----
 
 def test_bad_input_is_said():

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from .chance import entropy_against_chance
 from .evaluation import check_pairs, names_of
-from .heads import Heads, head_maps, written
+from .heads import Heads, head_maps, without_nan, written
 from .intervals import Interval, bootstrap
 from .masks import paired_on_grid, pixels_on_grid
 from .objects import (
@@ -210,8 +210,7 @@ class _Saved:
         "The summary for the best and the mean head, with any further facts; null for NaN."
         found = dict(facts, pictures=len(self), blocks=[str(b) for b in self.blocks],
                      best=self.summary("best"), mean=self.summary("mean"))
-        plain = json.loads(json.dumps(found), parse_constant=lambda nan: None)  # JSON has no NaN
-        with written(path) as f: f.write(json.dumps(plain, indent=1, allow_nan=False))
+        with written(path) as f: f.write(json.dumps(without_nan(found), indent=1))
 
 # %% ../../nbs/48_scoring.ipynb #2ba16d49
 @dataclass(repr=False)

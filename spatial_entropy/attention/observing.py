@@ -101,8 +101,10 @@ def observe(module, observer):
     with _lock:
         if not _undo: _undo.append(_stand_between())
         _observers[module] = (*_observers.get(module, ()), ref(observer, _forget))
-        finalize(module, _forget).atexit = False
+        gone = finalize(module, _forget)
+        gone.atexit = False
     def end():
+        gone.detach()
         with _lock:
             refs = _observers.get(module, ())
             _observers[module] = tuple(r for r in refs if r() is not observer)

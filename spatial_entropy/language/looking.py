@@ -6,12 +6,12 @@
 __all__ = ['query_of', 'heads_of', 'Look', 'look']
 
 # %% ../../nbs/79_looking.ipynb #48181ad8
-import math, re
+import re
 from dataclasses import dataclass
 from os import PathLike
 from PIL import Image
 from ..analysis.grounding import Truth, as_shares
-from ..analysis.heads import Heads
+from ..analysis.heads import Heads, without_nan
 from ..data import open_picture
 from .drawing import draw_answer
 from .heads import rank_seen
@@ -52,13 +52,6 @@ def _check_heads(heads, maps):
     known = ", ".join(f"{i} (of {len(m)} heads)" for i, m in list(maps.items())[:40])
     raise ValueError(f"heads: got {', '.join(wrong)}, expected heads of layers {known}")
 
-# %% ../../nbs/79_looking.ipynb #72dd14e6
-def _jsonable(value):
-    "Numbers that JSON has: None for NaN and what is infinite."
-    if isinstance(value, dict): return {k: _jsonable(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)): return [_jsonable(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
 # %% ../../nbs/79_looking.ipynb #dff4e108
 @dataclass(repr=False)
 class Look:
@@ -79,7 +72,7 @@ class Look:
         box = one.box.tolist()
         pixels = [round(v*side, 1) for v, side in zip(box, (w, h, w, h))]
         chosen = [self.table[at] for at in one.heads]
-        return _jsonable(dict(
+        return without_nan(dict(
             prompt=self.prompt, query=self.query, answer=self.answer, picture=[w, h],
             grid=list(one.map.shape), frame=one.seen.frame, box=box, box_pixels=pixels,
             scores=one.scores, chosen=chosen, map=one.map.tolist(), heads=list(self.table)))

@@ -18,7 +18,7 @@ from ..measure.operators import SpatialEntropyLoss
 from ..measure.regions import as_float64
 from ..attention.surgery import drop_last_skip
 from ..attention.tap import AttentionTap
-from .schedule import (PEAK, SCHEDULES, check_epoch, check_number,
+from .schedule import (PEAK, check_epoch, check_number, check_schedule,
                                             check_weight, entropy_weight)
 
 # %% ../../nbs/31_regularizer.ipynb #2c10bf96
@@ -37,8 +37,7 @@ def _own_weight(weight, # a function of the share of the run that is done
 def _check_schedule(schedule, weight, epochs):
     "Raises ValueError for an unknown schedule, and for one that the other settings exclude."
     if schedule is None: return
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule: got {schedule!r}, expected one of {', '.join(SCHEDULES)}")
+    check_schedule(schedule)
     if callable(weight):
         raise ValueError(f"schedule: got {schedule!r} beside a weight that is a function of the "
                          "share that is done; leave one of them out")
