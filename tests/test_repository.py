@@ -240,3 +240,13 @@ def test_the_files_for_the_forge_are_well_formed():
     for hook in yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]:
         assert shutil.which(hook["entry"].split()[0], path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"), hook
     assert "Peruzzo" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+def test_no_table_of_the_measurements_runs_off_the_page():
+    for path in NOTEBOOKS:
+        if "92" <= path.name[:2] <= "98":
+            for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+                for output in cell.get("outputs", []):
+                    lines = "".join(output.get("text", [])).splitlines()
+                    wide = [line for line in lines if len(line.rstrip()) > 100]
+                    assert not wide, f"{path.name}, {cell['id']}: a line of {len(wide[0])} columns, of which a site shows 103: {wide[0]}"
