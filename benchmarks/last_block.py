@@ -7,6 +7,7 @@ so that many weights and many seeds can be afforded. Runs that are there already
 """
 import argparse
 import copy
+import json
 import math
 import platform
 import subprocess
@@ -31,6 +32,8 @@ from spatial_entropy.demo import demo_model
 from spatial_entropy.loops.alternatives import head_disagreement, regularizer_names, regularizer_term
 from spatial_entropy.loops.schedule import SCHEDULES, entropy_weight
 from spatial_entropy.measure.operators import SpatialEntropyLoss
+from spatial_entropy.training.comparing import MEASURES
+from spatial_entropy.training.effects import Comparison
 from spatial_entropy.training.evaluating import to_measure
 from spatial_entropy.training.files import write_json
 from spatial_entropy.training.models import load_run
@@ -226,6 +229,31 @@ def check_maps(model, pairs):
         model(x)
     ours = maps_of(model.blocks[-1], kept, model.patch_embed.grid_size)
     torch.testing.assert_close(ours, tap.maps(), rtol=1e-4, atol=1e-4)
+
+
+TITLES = MEASURES | {f"{m}_mean_above": (f"{name} above chance, mean head", 3) for m, name in (
+    ("energy_pointing", "mass on the object"), ("pointing", "pointing"), ("pixel_auc", "AUC"), ("jaccard", "Jaccard"))}
+
+
+def arm_of(run):
+    "Such as 'kept', 'dropped, λ 0.1' or 'dropped, entropy 0.1'."
+    term = "λ" if run["regularizer"] == "spatial-entropy" else run["regularizer"]
+    return f"{run['skip']}, {term} {run['weight']:g}" if run["weight"] else run["skip"]
+
+
+def row_of(run):
+    "What was measured of a run, called as in a comparison: of the best head, and of the mean one; scores of objects above chance."
+    row = dict(arm=arm_of(run), seed=run["seed"], top1=run["top1"], entropy=run["entropy_mean"]["own"],
+               entropy_chance=run["entropy_mean"]["chance"], density=run["density_mean"]["own"])
+    for m in ("energy_pointing", "pointing", "pixel_auc", "jaccard"):
+        row |= {f"{m}{end}_above": run[f"{m}_{head}"]["above"] for head, end in (("best", ""), ("mean", "_mean")) if f"{m}_{head}" in run}
+    return row
+
+
+def read_runs(folder):
+    "The runs in a folder that this program wrote, as a Comparison."
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.json"))]
+    return Comparison([row_of(run) for run in runs], TITLES)
 
 
 def settings_of(args):

@@ -43,6 +43,7 @@ _modules |= { # judging, a run, and what is done by hand
     "training.sources": "Source", "training.batches": "loaders", "training.models": "load_run",
     "training.progress": "plot_metrics", "training.loop": "train resume",
     "training.evaluating": "evaluate", "training.comparing": "compare Grid read_grid",
+    "training.effects": "read_comparison Comparison effects two_by_two draw_seeds",
 }
 
 # %% ../nbs/89_names.ipynb #965e83a5
