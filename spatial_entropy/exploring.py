@@ -134,7 +134,7 @@ def _norm_of(model): # mean and std
 @dataclass
 class Subject:
     "A model to look into, and how a picture becomes its input."
-    model: nn.Module # in evaluation mode
+    model: nn.Module # its mode comes back after each picture
     name: str
     size: int # pixels a side
     mean: tuple
@@ -189,7 +189,7 @@ def subject_of(model="demo", # a model; a run's folder; a name that timm.create_
         source = "model = ...  # the one that was handed over"
     else: raise TypeError(f"model: got {type(model).__name__}, expected a model, a run's folder or "
                           "a name that timm.create_model takes")
-    return Subject(model.eval(), name or called, img_size or size, tuple(mean or norm[0]),
+    return Subject(model, name or called, img_size or size, tuple(mean or norm[0]),
                    tuple(std or norm[1]), source)
 
 # %% ../nbs/61_exploring.ipynb #77f7a70a

@@ -261,3 +261,14 @@ def test_maps_with_nan_are_said_to_be_broken():
     explorer.__init__(model)
     answer = reply(explorer, dict(kind="view"))
     assert answer["sides"][0]["entropy"] is None and "NaN" not in json.dumps(answer)
+
+
+def test_a_model_stays_in_the_mode_it_had():
+    model = timm.create_model("vit_tiny_patch16_224", **VIT, drop_path_rate=.5)
+    model.blocks[0].eval()
+    was = [m.training for m in model.modules()]
+    explorer = Explorer(model, "shapes")
+    assert [m.training for m in model.modules()] == was
+    once, again = (Explorer(model, "shapes").view(picture=3).sides[0].maps for _ in range(2))
+    torch.testing.assert_close(once, again, rtol=0, atol=0)               # no random depth while it looks
+    assert explorer.subjects[0].model is model and [m.training for m in model.modules()] == was
