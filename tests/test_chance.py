@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import spatial_entropy as se
-from spatial_entropy.analysis.chance import entropy_against_chance, surrogate_maps
-from spatial_entropy.analysis.evaluation import score_masks
+from spatial_entropy.analysis.chance import beside_entropy, entropy_against_chance, surrogate_maps
+from spatial_entropy.analysis.evaluation import score_masks, validate
 from spatial_entropy.analysis.intervals import bootstrap, bootstrap_both, paired, sign_flip_test, student
 from spatial_entropy.analysis.objects import (
     PooledPrecision,
@@ -90,6 +90,38 @@ def test_a_seed_means_the_same_surrogates_and_leaves_the_generator_alone():
     assert torch.equal(surrogate_maps(maps, 2, seed=5), surrogate_maps(maps, 2, seed=5))
     assert torch.equal(before, torch.get_rng_state())
     assert not torch.equal(surrogate_maps(maps, 2, seed=5), surrogate_maps(maps, 2, seed=6))
+
+
+def test_the_chance_level_of_a_set_does_not_depend_on_its_batches():
+    "Each picture draws signs of its own: else the error of their mean would not fall with the number of pictures."
+    maps, of_batch = smooth(64, 8, 1)[:, None], beside_entropy()["entropy_chance"]
+    levels = [torch.cat([*map(of_batch, maps.split(size), maps.split(size))]) for size in (1, 4, 16, 64)]
+    for level in levels[1:]: assert torch.equal(level, levels[0])
+    masks = torch.rand(64, 8, 8, generator=torch.Generator().manual_seed(0)) > .5
+    scored = [score_maps(maps, masks, batch_size=size, surrogates=2, shifts=1).chance["entropy"].flatten()
+              for size in (2, 4, 16, 64)]
+    for level in scored[1:]: assert torch.equal(level, scored[0])
+    free = entropy_against_chance(maps, 16, seed=9).chance.flatten()
+    for level in (levels[0].flatten(), scored[0]):
+        away = level - free
+        assert away.mean().abs() < 2.5*away.std()/math.sqrt(len(away))
+        assert torch.unique(level).numel() > 55                         # not a few draws, again and again
+
+
+def test_a_pass_over_pictures_has_one_chance_level_whatever_its_batches():
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, depth=1, embed_dim=48, num_heads=2,
+                              num_classes=2)
+    pictures = torch.randn(24, 3, 32, 32)
+    held = torch.utils.data.TensorDataset(pictures, torch.zeros(24).long())
+    pairs, found = torch.utils.data.TensorDataset(pictures, pictures[:, 0] > 0), []
+    for size in (2, 5, 24):
+        with se.AttentionTap(model) as tap:
+            passed = validate(model, tap, torch.utils.data.DataLoader(held, size), also=beside_entropy())
+        scored = score_objects(model, pairs, batch_size=size, shifts=1).chance["entropy"].mean().item()
+        ranked = se.rank_heads(model, torch.utils.data.DataLoader(pictures, size), block=0, attention=False)
+        found.append([passed["entropy_chance"], scored, ranked[0]["entropy_chance"]])
+    assert np.ptp(found, axis=0).max() < 1e-3                            # but for the rounding of the maps
 
 
 def test_one_broken_map_spoils_no_other():

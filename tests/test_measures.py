@@ -161,7 +161,7 @@ def test_boxes_and_published_jaccard_put_the_best_head_first():
 def test_every_measure_leaves_each_module_in_its_mode(model, seen):
     x, y, masks = seen
     loader, pairs = DataLoader(TensorDataset(x, y), 4), TensorDataset(x, masks)
-    def fails(maps): raise KeyError("no")
+    def fails(maps, pictures): raise KeyError("no")
     with se.AttentionTap(model) as tap:
         for measure in (lambda: evaluation.accuracy(model, loader), lambda: evaluation.score_masks(model, pairs),
                         lambda: evaluation.validate(model, tap, loader), lambda: occlusion_curves(model, loader, (0., .5)),

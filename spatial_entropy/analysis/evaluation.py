@@ -153,9 +153,9 @@ def _scores_of(sums): # the six, over all batches
                 pictures=int(n))
 
 # %% ../../nbs/41_evaluation.ipynb #f8f8bb99
-def _more_sums(maps, also): # also: {name: function of maps (B, H, h, w) that gives (B, H)}
+def _more_sums(maps, pictures, also): # also: as in `validate`
     "For each function the sum of its values, and how many are not NaN: (2·len(also),)"
-    found = [as_float64(f(maps)) for f in also.values()]
+    found = [as_float64(f(maps, pictures)) for f in also.values()]
     pairs = [torch.stack([v.nansum(), (~v.isnan()).sum()]) for v in found]
     return torch.cat(pairs) if pairs else as_float64(torch.zeros(0, device=maps.device))
 
@@ -168,16 +168,17 @@ def _more_scores(sums, also):
 def validate(model: nn.Module, tap: AttentionTap, loader, # batches (x, label)
              device="cpu",
              add=lambda sums: sums, # over processes
-             also=None, # {name: function of maps (B, H, h, w) that gives (B, H)}; NaN is left out
-            ) -> dict: # loss, top1 in %, entropy in nats, regions per map, pictures; those of also
-    "One pass in evaluation mode, which is undone. ValueError: there was not one picture."
+             also=None, # {name: function of (maps (B, H, h, w), pictures (B, …)) that gives (B, H)}
+            ) -> dict: # loss, top1 in %, entropy in nats, regions per map, pictures; and means of also
+    "One pass in evaluation mode, then undone; NaN is left out. ValueError: not one picture."
     also = also or {}
     sums = as_float64(torch.zeros(6 + 2*len(also), device=device))
     with evaluating(model):
         for x, label in loader:
             with fitting(model, x): logits = model(x.to(device)).float()
             maps = tap.maps()
-            sums += torch.cat([_sums_of(logits, label.to(device), maps), _more_sums(maps, also)])
+            sums += torch.cat([_sums_of(logits, label.to(device), maps),
+                               _more_sums(maps, x, also)])
     sums = add(sums)
     return _scores_of(sums[:6]) | _more_scores(sums[6:], also)
 

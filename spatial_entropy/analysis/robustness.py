@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from .intervals import bootstrap
 from .evaluation import check_given, evaluating, usable_device
-from .heads import checksums
+from .chance import checksums
 from ..attention.tap import AttentionTap
 from ..measure.regions import check_count, check_seed
 

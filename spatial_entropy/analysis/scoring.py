@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from .chance import entropy_against_chance
+from .chance import entropy_against_chance, numbered_seeds
 from .evaluation import check_pairs, names_of
 from .heads import Heads, head_maps, without_nan, written
 from .intervals import Interval, bootstrap
@@ -69,13 +69,13 @@ def _counts_of(maps, masks, valid):
         counts.append(whole.flatten(-2)[:, None] - counts[0])
     return s, torch.stack(counts, 1)
 
-def _score_batch(maps, masks, before, surrogates, valid=None):
+def _score_batch(maps, masks, before, surrogates, seeds, valid=None): # seeds: one a picture
     "{score: (own, chance)} of maps (B, L, H, h, w): (B, L, H) and (B, shifts, L, H), on the CPU."
     flat = maps.flatten(1, 2)
     back = lambda value: value.view(maps.shape[:3]).float().cpu()
     found = _with_masks(*_counts_of(flat, masks, valid), before, back)
     if surrogates:
-        e = entropy_against_chance(flat, surrogates)
+        e = entropy_against_chance(flat, surrogates, seeds)
         found["entropy"] = back(e.entropy), back(e.chance)[:, None]
         found["density"] = back(e.density), torch.full_like(found["entropy"][1], torch.nan)
     return found
@@ -288,23 +288,26 @@ def score_objects(model, # any model that AttentionTap reads
                   batch_size: int = 32, workers: int = 0, device=None,
                   shifts: int = 4, # other pictures' masks that each map is scored with
                   surrogates: int = 4, # of each map, for the chance level of E; 0 for no E
-                  seed: int = 0, # of the order in which masks are exchanged
+                  seed: int = 0, # of the order in which masks are exchanged, and of surrogates
                   progress=iter, # wraps the iteration over batches, such as tqdm
                  ) -> ObjectScores:
     """Score every head of a model on pictures with masks, each score beside its chance level.
 
-    Void leaves all but `jaccard_published`. ValueError: below two pictures, pictures
+    Surrogates have a seed for each picture, made of `seed` and its number, whatever the batches
+    are. Void leaves all but `jaccard_published`. ValueError: below two pictures, pictures
     of another size than the model's, or grids that differ.
     """
     _check_pairs(model, pairs)
     _check_counts(shifts, batch_size, workers, surrogates, seed)
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
     kept, parts, before = [], [], MasksBefore(shifts)
+    seeds = torch.tensor(numbered_seeds(len(pairs), seed))[order].split(max(2, batch_size))
     batches = _batches_of(pairs, max(2, batch_size), workers, order, kept)
-    for maps in progress(head_maps(model, batches, block, query, device=device)):
+    found = progress(head_maps(model, batches, block, query, device=device))
+    for maps, own_seeds in zip(found, seeds):
         stacked, (_, *truth) = _stacked(maps), kept.pop(0)
         masks, valid = (*(t.to(stacked.device) for t in truth), None)[:2]
-        parts.append(_score_batch(stacked, masks, before, surrogates, valid))
+        parts.append(_score_batch(stacked, masks, before, surrogates, own_seeds, valid))
     return ObjectScores(*_in_order(parts, order), names_of(pairs), [*maps], query)
 
 # %% ../../nbs/48_scoring.ipynb #6a2f03db
@@ -419,11 +422,12 @@ def score_maps(maps: Tensor, # (n, H, h, w) or (n, blocks, H, h, w)
                batch_size: int = 32, # maps at a time; the whole is never copied
                shifts: int = 4, # other pictures' masks that each map is scored with
                surrogates: int = 4, # of each map, for the chance level of E; 0 for no E
-               seed: int = 0, # of the order in which masks are exchanged
+               seed: int = 0, # of the order in which masks are exchanged, and of surrogates
               ) -> ObjectScores:
     """Score maps that are there already, whoever made them, each score beside its chance level.
 
-    Void pixels leave every score but `jaccard_published`. Raises TypeError or ValueError for maps
+    Surrogates have a seed for each picture, made of `seed` and its number, whatever the batches
+    are. Void pixels leave every score but `jaccard_published`. Raises TypeError or ValueError for maps
     and masks that do not belong together.
     """
     _check_own(maps, masks, names, valid)
@@ -431,10 +435,12 @@ def score_maps(maps: Tensor, # (n, H, h, w) or (n, blocks, H, h, w)
     by_block, parts, before = maps if maps.ndim == 5 else maps[:, None], [], MasksBefore(shifts)
     if softmax is None: softmax = are_weights(maps)
     order = torch.randperm(len(maps), generator=torch.Generator().manual_seed(seed))
+    seeds = torch.tensor(numbered_seeds(len(maps), seed))
     for at in order.split(max(2, batch_size)):
         some = _similarities(by_block[at.to(maps.device)], softmax)
         there = None if valid is None else valid[at.to(valid.device)]
-        parts.append(_score_batch(some, masks[at.to(masks.device)], before, surrogates, there))
+        parts.append(_score_batch(some, masks[at.to(masks.device)], before, surrogates, seeds[at],
+                                  there))
     names = [str(n) for n in (range(len(maps)) if names is None else names)]
     return ObjectScores(*_in_order(parts, order), names, [*range(by_block.shape[1])])
 

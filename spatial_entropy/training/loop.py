@@ -221,11 +221,11 @@ def _beside(pictures, most=_CHANCE):
     "What stands beside E, as in `evaluate`; its chance level of `most` pictures at most."
     also, first, most = beside_entropy(), 0, min(most, pictures)
     chance = also["entropy_chance"]
-    def of_some(maps):
+    def of_some(maps, pixels):
         nonlocal first
         chosen, first = _some(first, len(maps), most, pictures), first + len(maps)
         found = as_float64(maps.new_full(maps.shape[:2], torch.nan, dtype=torch.float32))
-        if chosen.any(): found[chosen] = chance(maps[chosen]).to(found)
+        if chosen.any(): found[chosen] = chance(maps[chosen], pixels[chosen]).to(found)
         return found
     return also | dict(entropy_chance=of_some)
 
