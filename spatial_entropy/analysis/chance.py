@@ -73,8 +73,9 @@ def surrogate_maps(maps: Tensor, # (..., h, w) similarities, any real dtype, fin
     The spectrum is off by about 14 % for smooth noise and 40 % for an object on noise. The signs
     of the spectrum are random; then spectrum and values are set in turn, as in Schreiber and
     Schmitz (1996). The same seed draws the same signs: over batches pass a list, such as
-    `picture_seeds`, else the maps at one place of all batches share them. Raises ValueError for a NaN or infinite cell, n below 1, a seed below 0, and as
-    many seeds as the first axis does not have; TypeError for what is no tensor of real numbers.
+    `picture_seeds`, else the maps at one place of all batches share them. Raises ValueError for a
+    NaN or infinite cell, n below 1, a seed below 0, and as many seeds as the first axis does not
+    have; TypeError for what is no tensor of real numbers.
     """
     check_maps(maps)
     check_real(maps)

@@ -19,8 +19,10 @@ from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
 # %% ../../nbs/43_heads.ipynb #4fcc87d3
-from .chance import entropy_against_chance, map_density, picture_seeds
-from .evaluation import check_given, evaluating, fitting, placed
+from .chance import (
+    entropy_against_chance, map_density, picture_seeds)
+from .evaluation import (
+    check_given, evaluating, fitting, moved, onto_cells, placed, refuse_holes)
 from .masks import as_bool, mask_jaccard, pointing
 from ..measure.operators import label_regions, spatial_entropy
 from ..pictures import Drawing
@@ -50,6 +52,10 @@ def _check_pictures(x, packed): # packed: pictures as lists of patches, of any s
     if not isinstance(x, Tensor):
         raise TypeError(f"loader: got a batch of {type(x).__name__}, expected a tensor "
                         "(B, 3, S, S), (pictures, ...) or a dictionary with pixel_values")
+    if x.ndim == 2 and not packed:
+        raise ValueError(f"loader: got patches {tuple(x.shape)}, as the processor of a "
+                         "vision-language model lists them; rank_text_heads ranks such a model's "
+                         "heads, and its vision tower is shown pictures (B, 3, S, S)")
     if x.ndim != 4 and not packed:
         raise ValueError(f"loader: got pictures of shape {tuple(x.shape)}, expected batches "
                          "(B, 3, S, S); wrap the data set in torch.utils.data.DataLoader")
@@ -106,23 +112,24 @@ def _run_of(model, tower, batch, x): # batch: a mapping, perhaps empty
 # %% ../../nbs/43_heads.ipynb #581d4294
 @torch.no_grad()
 def _maps_by_block(run, tap, softmax): # softmax: attention weights instead of similarities
-    "{block: maps (B, H, h, w)} of one forward pass."
+    "{block: maps (B, H, h, w)} of one forward pass, and which cells hold a patch, or None."
     tap.softmax = softmax
     run()
-    maps = tap.maps()
-    return maps if isinstance(maps, dict) else {tap.blocks[0]: maps}
+    by_block = lambda found: found if isinstance(found, dict) else {tap.blocks[0]: found}
+    return by_block(tap.maps()), by_block(tap.valid())
 
-def _stream(model, loader, block, query, device, kinds): # kinds of softmax; a forward pass each
-    "Every batch, and for each kind its maps by block."
+def _stream(model, loader, block, query, device, kinds, # kinds of softmax; a forward pass each
+            whole=False): # refuse maps of which cells hold no patch
+    "Every batch, for each kind its maps by block, and which of their cells hold a patch."
     check_given(model, loader)
     to = placed(model, device)
     with evaluating(model), AttentionTap(model, block, query) as tap:
         for batch in loader:
-            x = _pictures_of(batch)
-            if not len(x): continue
-            x = x.to(**to) if x.is_floating_point() else x.to(to["device"])
-            run = _run_of(model, tap.found.model, _mapping_of(batch), x)
-            yield batch, [_maps_by_block(run, tap, softmax) for softmax in kinds]
+            if not len(x := _pictures_of(batch)): continue
+            run = _run_of(model, tap.found.model, _mapping_of(batch), x := moved(x, to))
+            maps, shown = zip(*[_maps_by_block(run, tap, softmax) for softmax in kinds])
+            for valid in shown[0].values() if whole else (): refuse_holes(valid)
+            yield batch, maps, shown[0]
 
 # %% ../../nbs/43_heads.ipynb #ed4387f2
 def head_maps(model: nn.Module, # any model that AttentionTap reads
@@ -130,15 +137,19 @@ def head_maps(model: nn.Module, # any model that AttentionTap reads
               block="all", # which blocks: "all", a number, or several
               query="auto", # what the classifier reads; or "cls", "mean", "register", (y, x)
               softmax: bool = False, # attention weights instead of similarities
-              device=None): # where to run: the model is moved there; default: where it is
+              device=None, # where to run: the model is moved there; default: where it is
+              *, whole: bool = False): # refuse maps of which cells hold no patch
     """Yield {block: maps (B, H, h, w)} for every batch, without gradients.
 
     Memory for one batch only. The model is tapped and in evaluation mode until the last batch, or
-    until the generator is closed. Raises TypeError or ValueError for what is no batch of pictures,
-    and what `AttentionTap` raises.
+    until the generator is closed. Cells that hold no patch (packed pictures of several sizes) hold
+    the mean of the others, of attention 0, so that only E and attention are theirs: rank_heads
+    leaves such cells out, and `whole` refuses them, as masks need. Raises TypeError or ValueError
+    for what is no batch of pictures, and what `AttentionTap` raises.
     """
-    with closing(_stream(model, loader, block, query, device, [softmax])) as batches:
-        for _, (maps,) in batches: yield maps
+    with closing(_stream(model, loader, block, query, device, [softmax],
+                         whole)) as batches:
+        for _, (maps,), _ in batches: yield maps
 
 # %% ../../nbs/43_heads.ipynb #ce7eecb0
 _high_is_good = {"attention", "jaccard", "jaccard_published", "pointing", "pixel_auc", "pixel_ap",
@@ -172,6 +183,7 @@ class _Rows:
 
     def _check_column(self, name, said): # said: what the argument is called
         "Raises ValueError for a column that is not there."
+        if not self.rows: raise ValueError("rows: got none, expected a row for each head")
         if name in self.rows[0]: return
         raise ValueError(f"{said}: got {name!r}, expected one of {', '.join(self.rows[0])}; "
                          f"say which with {said}=")
@@ -289,6 +301,50 @@ def _measurements(s, # similarities (B, H, h, w)
                        pointing=pointing(s, masks, valid))
     return {k: as_float64(v).masked_fill(E.isnan(), torch.nan) for k, v in values.items()}
 
+# %% ../../nbs/43_heads.ipynb #1d3ff28a
+def _rectangle(shown): # (h, w) bool
+    "Rows and columns (first, beyond the last) that hold the patches; None: they are no rectangle."
+    ends = lambda on: (on.nonzero()[0].item(), on.nonzero()[-1].item() + 1)
+    if not shown.any(): return None
+    (top, bottom), (left, right) = ends(shown.any(1)), ends(shown.any(0))
+    if (bottom - top)*(right - left) == shown.sum(): return top, bottom, left, right
+
+def _rectangles(shown, B): # (B, H, h, w) bool, or None
+    "{rectangle: numbers of the pictures that have it}; the whole grid is ()."
+    if shown is None or shown.all(): return {(): list(range(B))}
+    found = {}
+    for i, cells in enumerate(shown[:, 0].cpu()): found.setdefault(_rectangle(cells), []).append(i)
+    return found
+
+# %% ../../nbs/43_heads.ipynb #3c4a2dd3
+def _with_holes(s, p, surrogates, masks, shown):
+    "The same where patches are hidden here and there: no chance level, no score of masks."
+    values = _measurements(s, p, None)
+    values["density"] = values["density"]*shown[0, 0].numel()/shown.sum((-2, -1)).clamp_min(1)
+    names = (*("entropy_chance", "below_chance")*bool(surrogates),
+             *("jaccard", "pointing")*(masks is not None))
+    return values | {name: torch.full_like(values["entropy"], torch.nan) for name in names}
+
+def _part(t, at, box): # box: as of `_rectangle`, () or None for all
+    "Of maps (B, H, h, w) those of some pictures, cut; None of None."
+    top, bottom, left, right = box or (None,)*4
+    return None if t is None else t[at][..., top:bottom, left:right]
+
+def _by_grid(s, p, masks, valid, surrogates, seeds, # as of `_measurements`
+             shown): # (B, H, h, w) bool: which cells hold a patch; None: all
+    "The measurements of each picture on the cells that it has."
+    found = {}
+    for box, at in _rectangles(shown, len(s)).items():
+        some = [_part(t, at, box) for t in (s, p)]
+        truth = [None if t is None else t[at] for t in (masks, valid)]
+        own = None if seeds is None else [seeds[i] for i in at]
+        if box is None: values = _with_holes(*some, surrogates, masks, shown[at])
+        else: values = _measurements(*some, *truth, surrogates, own)
+        for name, v in values.items():
+            whole = found.setdefault(name, v.new_full((len(s), s.shape[1]), torch.nan))
+            whole[at] = v
+    return found
+
 # %% ../../nbs/43_heads.ipynb #3477f522
 class Means:
     "Running means of (B, H) numbers by layer; NaN is left out."
@@ -319,18 +375,33 @@ class Means:
 def _is_mask(found): return isinstance(found, Tensor) and found.ndim == 3
 
 def _found_mask(batch):
-    "A bool mask that follows the pictures of a batch, or None."
+    "A mask of no floats that follows the pictures of a batch, or None."
     found = None
     if isinstance(batch, Mapping): found = batch.get("mask")
     elif isinstance(batch, (tuple, list)) and len(batch) > 1: found = batch[1]
-    return found if _is_mask(found) and found.dtype == torch.bool else None
+    return found if _is_mask(found) and not found.is_floating_point() else None
 
-def _found_valid(batch):
+def _found_valid(batch, mask):
     "What follows the mask, False where a pixel is void, as `mask_pairs` gives it; or None."
-    if isinstance(batch, Mapping): return batch.get("valid")
-    if not isinstance(batch, (tuple, list)) or len(batch) < 3: return None
-    alike = _is_mask(batch[2]) and batch[2].dtype == torch.bool and batch[2].shape == batch[1].shape
-    return batch[2] if alike else None
+    if isinstance(batch, Mapping): found = batch.get("valid")
+    else: found = batch[2] if isinstance(batch, (tuple, list)) and len(batch) > 2 else None
+    if not _is_mask(found) or found.shape != mask.shape: return None
+    try: return as_bool(found)
+    except ValueError:
+        raise ValueError(f"loader: got {found.dtype} {tuple(found.shape)} after the masks, "
+                         "expected booleans, or 0 and 1, where void is 0") from None
+
+# %% ../../nbs/43_heads.ipynb #6d6fa775
+def _check_masks(masks):
+    "Raises ValueError for what says no masks."
+    if masks is None or callable(masks) or isinstance(masks, str) and masks == "auto": return
+    raise ValueError(f"masks: got {type(masks).__name__}, expected 'auto' (bool masks that follow "
+                     "the pictures of each batch), None, or a function of the batch")
+
+def _onto(model, x, grid, mask): # x: pictures, perhaps packed
+    "A mask as it lies on the cells of maps."
+    if x.ndim != 4 or model is None: return mask
+    return onto_cells(_bare(model), x.shape[-2:], grid, mask)
 
 def _masks_of(batch, masks, n): # n pictures
     "The masks (n, S, S) of a batch, or None."
@@ -340,7 +411,8 @@ def _masks_of(batch, masks, n): # n pictures
     if not _is_mask(found) or len(found) != n:
         got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise ValueError(f"masks: got {got}, expected ({n}, S, S) bool")
-    return as_bool(found)
+    try: return as_bool(found)
+    except ValueError as e: raise ValueError(f"{e}; masks=None leaves them out") from None
 
 # %% ../../nbs/43_heads.ipynb #2b08e69e
 def _check_by(by, attention, masks, surrogates=0):
@@ -351,25 +423,29 @@ def _check_by(by, attention, masks, surrogates=0):
     if masks is not None: known += ["jaccard", "pointing"]
     if by not in known: raise ValueError(f"by: got {by!r}, expected one of {', '.join(known)}")
 
-def _means_of(batches, # of (batch, [similarities]) or (batch, [similarities, weights])
-              masks, # as in rank_heads
-              needed, # the column that needs masks, or None
-              surrogates=0):
-    "The means over all batches. Raises ValueError where masks are needed and there are none."
+# %% ../../nbs/43_heads.ipynb #e06bb2a0
+def _truth_in(batch, masks, n, by): # n pictures
+    "Masks and valid pixels of a batch, or None. ValueError: masks are needed, and there are none."
+    mask = _masks_of(batch, masks, n)
+    if mask is None and by in ("jaccard", "pointing"):
+        raise ValueError(f"by: got {by!r}, but the loader gives no masks; expected "
+                         "(pictures, masks (B, S, S) bool), or masks=")
+    return mask, None if mask is None or callable(masks) else _found_valid(batch, mask)
+
+def _means_of(batches, # as `_stream` gives them, of one kind or two
+              masks, by, surrogates=0, model=None): # as in rank_heads
+    "The means over all batches. Raises ValueError where there are none."
     means = Means()
-    for batch, (s, *p) in batches:
-        maps = len(next(iter(s.values())))
-        seeds = picture_seeds(_pictures_of(batch), maps) if surrogates else None
-        mask = _masks_of(batch, masks, 0 if masks is None else len(_pictures_of(batch)))
-        void = mask is not None and masks == "auto"
-        valid = _found_valid(batch) if void else None
-        if mask is None and needed is not None:
-            raise ValueError(f"by: got {needed!r}, but the loader gives no masks; expected "
-                             "(pictures, masks (B, S, S) bool), or masks=")
+    for batch, (s, *p), shown in batches:
+        maps, x = len(next(iter(s.values()))), _pictures_of(batch)
+        seeds = picture_seeds(x, maps) if surrogates else None
+        truth = _truth_in(batch, masks, len(x), by)
         for layer in s:
-            weights = p[0][layer] if p else None
-            means.add(layer, _measurements(s[layer], weights, mask, valid, surrogates, seeds))
-    return means
+            weights, grid = p[0][layer] if p else None, s[layer].shape[-2:]
+            own = [None if t is None else _onto(model, x, grid, t) for t in truth]
+            means.add(layer, _by_grid(s[layer], weights, *own, surrogates, seeds, shown[layer]))
+    if means.sums: return means
+    raise ValueError("loader: it gave no picture")
 
 # %% ../../nbs/43_heads.ipynb #58e3d456
 def rank_heads(model: nn.Module, # any model that AttentionTap reads
@@ -379,25 +455,25 @@ def rank_heads(model: nn.Module, # any model that AttentionTap reads
                by: str = "entropy", # or below_chance, regions, empty, attention, jaccard, pointing
                device=None, # where to run: the model is moved there; default: where it is
                *, attention: bool = True, # the softmax mass too, by a second forward pass
-               masks="auto", # bool masks that follow the pictures; None; or a function of the batch
-              surrogates: int = 2, # of each map, for the chance level of E; 0: none, and faster
+               masks="auto", # masks that follow the pictures; None; or a function of the batch
+               surrogates: int = 2, # of each map, for the chance level of E; 0: none, and faster
               ) -> Heads: # best head first
     """Score every head over a loader of any length; gradients off, the model's mode restored.
 
     Low is good for entropy (arXiv 2206.04636; nats), regions and empty (share of maps), high for
-    below_chance (entropy_chance less entropy, nats), attention, jaccard and pointing (0–1); empty
-    heads come last. Pictures without an object leave the scores of masks. Void pixels, where
-    batches are (pictures, masks, valid), leave pointing, and are background to the Jaccard index,
-    as published. In windowed layers attention counts 1 for each window. Surrogates are drawn on the
-    CPU, from a seed that is made of each picture's pixels, whatever the batches are. ValueError: no picture came, `by` was not measured; and what `AttentionTap` raises.
+    the others (0–1; below_chance, entropy_chance less entropy, in nats); empty heads come last.
+    Pictures without an object leave the scores of masks. Void pixels, where batches are (pictures,
+    masks, valid), leave pointing, and are background to the Jaccard index, as published. In
+    windowed layers attention counts 1 for each window. Surrogates have a seed that is made of each
+    picture's pixels, whatever the batches are. Packed pictures are measured on their own cells;
+    where patches are hidden, chance and scores of masks are NaN. ValueError: no picture came, `by`
+    was not measured, masks of labels; and what `AttentionTap` raises.
     """
+    _check_masks(masks)
     _check_by(by, attention, masks, surrogates)
     kinds = [False, True] if attention else [False]
     with closing(_stream(model, loader, block, query, device, kinds)) as batches:
-        needed = by if by in ("jaccard", "pointing") else None
-        means = _means_of(batches, masks, needed, surrogates)
-    if not means.sums: raise ValueError("loader: it gave no picture")
-    return Heads(means.rows("entropy"), by)
+        return Heads(_means_of(batches, masks, by, surrogates, model).rows("entropy"), by)
 
 # %% ../../nbs/43_heads.ipynb #ba22c473
 _column_labels = dict(entropy="spatial entropy, nats", entropy_chance="E of surrogates, nats",
@@ -412,10 +488,10 @@ _column_labels = dict(entropy="spatial entropy, nats", entropy_chance="E of surr
                       above_chance="above chance", below_chance="below chance, nats")
 
 def _number_text(v):
-    "A number in three characters; a dash for NaN."
+    "A number in three characters and a minus; a dash for NaN."
     if v != v: return "–"
-    if not 0 <= v < 10: return f"{v:.0f}"
-    return f"{v:.2f}".removeprefix("0")
+    text = f"{abs(v):.2f}".removeprefix("0") if abs(v) < 9.995 else f"{abs(v):.0f}"
+    return f"-{text}" if v < 0 and text != ".00" else text
 
 def _text_color(colour): # red, green, blue, alpha
     "Dark on light, light on dark."

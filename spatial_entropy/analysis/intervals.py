@@ -29,9 +29,13 @@ class Interval:
         return self.low > 0 or self.high < 0
 
 # %% ../../nbs/47_intervals.ipynb #0c4926dd
+def _array(values):
+    "A float64 array of numbers, an array or a tensor."
+    return np.asarray(getattr(values, "detach", lambda: values)(), dtype=np.float64)
+
 def _numbers(values, name):
     "A float64 array; NaN is left out. Raises ValueError when fewer than two numbers are left."
-    a = np.asarray(values, dtype=np.float64).ravel()
+    a = _array(values).ravel()
     if np.isinf(a).any(): raise ValueError(f"{name}: got an infinite value, expected finite ones")
     a = a[~np.isnan(a)]
     if len(a) < 2: raise ValueError(f"{name}: got {len(a)} number(s), expected at least 2")
@@ -130,33 +134,43 @@ def paired(ours, # numbers, one for each seed (or picture)
 
     Raises ValueError for lists of different lengths and for fewer than two pairs.
     """
-    a, b = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    a, b = _array(ours), _array(theirs)
     if a.shape != b.shape or a.ndim != 1:
         raise ValueError(f"got {a.shape} and {b.shape} numbers, expected two lists in one order")
     return student(a - b, level), sign_flip_test(a - b)
 
-# %% ../../nbs/47_intervals.ipynb #eeac212d
-def bootstrap_both(values, # (seeds, pictures) numbers; the same pictures for each seed
-                   level: float = .95, resamples: int = 4000, seed: int = 0,
-                  ) -> Interval: # n is the number of seeds
-    """A mean over seeds and pictures, and its bootstrap interval over both; NaN is left out.
-
-    Few seeds make it too narrow, as with `bootstrap`: look at the seeds as well.
-    Raises ValueError for what is not (seeds, pictures), for fewer than two of either or fewer than
-    two numbers, and for an infinite one.
-    """
-    a = np.asarray(values, np.float64)
-    _check_draws(level, seed, resamples)
+# %% ../../nbs/47_intervals.ipynb #62977df6
+def _of_both(values):
+    "Seeds and pictures with a number. Raises ValueError for fewer than two of either."
+    a = _array(values)
     if a.ndim != 2 or min(a.shape) < 2:
         raise ValueError(f"values: got shape {a.shape}, "
                          "expected (seeds, pictures), two of each or more")
     _numbers(a, "values")                                 # refuses what has no mean
-    rng = np.random.default_rng(seed)
-    known, filled = ~np.isnan(a), np.nan_to_num(a)
+    kept = a[~np.isnan(a).all(1)][:, ~np.isnan(a).all(0)]
+    if min(kept.shape) > 1: return kept
+    raise ValueError(f"values: got numbers of {kept.shape[0]} seed(s) and {kept.shape[1]} "
+                     "picture(s), expected two of each or more")
+
+# %% ../../nbs/47_intervals.ipynb #eeac212d
+def bootstrap_both(values, # (seeds, pictures) numbers; the same pictures for each seed
+                   level: float = .95, resamples: int = 4000, seed: int = 0,
+                  ) -> Interval: # n is the number of seeds with a number
+    """A mean over seeds and pictures, and its bootstrap interval over both; NaN is left out.
+
+    Seeds and pictures of NaN alone do not count; neither does a resample without a number.
+    Few seeds make it too narrow, as with `bootstrap`: look at the seeds as well.
+    Raises ValueError for what is not (seeds, pictures), for fewer than two of either or fewer than
+    two numbers, and for an infinite one.
+    """
+    _check_draws(level, seed, resamples)
+    a = _of_both(values)
+    rng, known, filled = np.random.default_rng(seed), ~np.isnan(a), np.nan_to_num(a)
     means = []
     for _ in range(resamples):
         rows = np.bincount(rng.integers(len(a), size=len(a)), minlength=len(a))
         columns = np.bincount(rng.integers(a.shape[1], size=a.shape[1]), minlength=a.shape[1])
-        means.append(rows@filled@columns/max(rows@known@columns, 1))
-    low, high = np.quantile(means, [(1 - level)/2, (1 + level)/2])
+        count = rows@known@columns
+        means.append(rows@filled@columns/count if count else np.nan)
+    low, high = np.nanquantile(means, [(1 - level)/2, (1 + level)/2])
     return Interval(float(np.nanmean(a)), float(low), float(high), len(a))

@@ -50,8 +50,8 @@ def mask_jaccard(maps: torch.Tensor, # (B, H, h, w) similarities before the soft
 
     `.amax(1)` is the best head of every image. An empty mask met by an attended patch gives 0.
     Void pixels count as background, as published; `grid_jaccard` leaves them out. NaN for maps with
-    NaN cells. Raises TypeError for what is no tensor, ValueError when the batch sizes differ, and
-    for masks of anything but 0 and 1.
+    NaN or infinite cells. Raises TypeError for what is no tensor, ValueError when the batch sizes
+    differ, and for masks of anything but 0 and 1.
     """
     check_maps(maps)
     check_tensor(masks, "masks", "(B, S, T) of booleans")
@@ -61,7 +61,7 @@ def mask_jaccard(maps: torch.Tensor, # (B, H, h, w) similarities before the soft
     masks = as_bool(masks)[:, None].to(maps.device)
     on = attended(maps, tuple(masks.shape[-2:]), mass)
     found = (on & masks).sum((-2, -1))/(on | masks).sum((-2, -1)).clamp_min(1)
-    return found.masked_fill(as_float(maps).isnan().any(-1).any(-1), torch.nan)
+    return found.where(as_float(maps).isfinite().all(-1).all(-1), torch.nan)
 
 # %% ../../nbs/40_masks.ipynb #998853f9
 def _membership(size: int, n: int, like) -> Tensor: # (n, size) of 0 and 1
@@ -117,7 +117,7 @@ def pointing_on_grid(s, # (B, H, N) maps by cell
     chosen = (s == s.amax(-1, keepdim=True)) & known
     count = chosen.sum(-1)
     there = (count > 0) & (on.sum(-1) > 0)
-    return torch.where(there & ~s.isnan().any(-1), (hit*chosen).sum(-1)/count, torch.nan)
+    return torch.where(there & s.isfinite().all(-1), (hit*chosen).sum(-1)/count, torch.nan)
 
 def pointing(maps: Tensor, # (B, H, h, w) similarities or attention
              masks: Tensor, # (B, S, T) bool or shares in 0–1
@@ -126,7 +126,7 @@ def pointing(maps: Tensor, # (B, H, h, w) similarities or attention
     """Probability that a pixel of the brightest cell lies on the object.
 
     Equally bright cells count equally. NaN where a picture has no pixel on the object, where the
-    brightest cells are all void, and for maps with NaN cells.
+    brightest cells are all void, and for maps with NaN or infinite cells.
     Raises TypeError or ValueError for maps and masks that do not belong together.
     """
     return pointing_on_grid(*paired_on_grid(maps, masks, valid))

@@ -39,7 +39,7 @@ def _auc(s, on, off):
     height = torch.where(last, (hits + _before(last, hits))/2, 0)        # of the trapezium
     area = (height*torch.where(last, misses - _before(last, misses), 0)).sum(-1)
     whole = on.sum(-1)*off.sum(-1)
-    return torch.where((whole > 0) & ~s.isnan().any(-1), area/whole, torch.nan)
+    return torch.where((whole > 0) & s.isfinite().all(-1), area/whole, torch.nan)
 
 def pixel_auc(maps: Tensor, # (B, H, h, w) similarities or attention
               masks: Tensor, # (B, S, T) bool or shares in 0–1
@@ -47,7 +47,8 @@ def pixel_auc(maps: Tensor, # (B, H, h, w) similarities or attention
              ) -> Tensor: # (B, H) float64 in 0–1; 0.5 is chance
     """Area under the ROC curve of a map as a classifier of its picture's pixels; ties count half.
 
-    NaN where a picture has no pixel on, or none off, the object, and for maps with NaN cells.
+    NaN where a picture has no pixel on, or none off, the object, and for maps with NaN or infinite
+    cells.
     Raises ValueError for maps and masks that do not belong together.
     """
     return _auc(*paired_on_grid(maps, masks, valid))
@@ -58,7 +59,7 @@ def _ap(s, on, off):
     precision = hits/(hits + misses).clamp_min(1e-300)
     area = (precision*torch.where(last, hits - _before(last, hits), 0)).sum(-1)
     whole = on.sum(-1)
-    return torch.where((whole > 0) & ~s.isnan().any(-1), area/whole, torch.nan)
+    return torch.where((whole > 0) & s.isfinite().all(-1), area/whole, torch.nan)
 
 def pixel_ap(maps: Tensor, # (B, H, h, w) similarities or attention
              masks: Tensor, # (B, S, T) bool or shares in 0–1
@@ -66,7 +67,7 @@ def pixel_ap(maps: Tensor, # (B, H, h, w) similarities or attention
             ) -> Tensor: # (B, H) float64 in 0–1; the object's share of the picture is chance
     """Average precision of a map as a detector of object pixels.
 
-    NaN where a picture has no pixel on the object, and for maps with NaN cells.
+    NaN where a picture has no pixel on the object, and for maps with NaN or infinite cells.
     Raises ValueError for maps and masks that do not belong together.
     """
     return _ap(*paired_on_grid(maps, masks, valid))
@@ -119,7 +120,7 @@ def energy_pointing(maps: Tensor, # (B, H, h, w) similarities or attention
 def _jaccard(s, on, off, mass=.6):
     kept = keep_mass(s.softmax(-1)[..., None], mass)[..., 0]
     both, false = (kept*on).sum(-1), (kept*off).sum(-1)
-    union, there = on.sum(-1) + false, (on.sum(-1) > 0) & ~s.isnan().any(-1)
+    union, there = on.sum(-1) + false, (on.sum(-1) > 0) & s.isfinite().all(-1)
     return torch.where(there, both/union.clamp_min(1e-300), torch.nan)
 
 def grid_jaccard(maps: Tensor, # (B, H, h, w) similarities before the softmax
@@ -130,8 +131,8 @@ def grid_jaccard(maps: Tensor, # (B, H, h, w) similarities before the softmax
     """Jaccard index of each head's attended patches with the object, without the void pixels.
 
     Without `valid` it equals `mask_jaccard`, but for a picture without a pixel on the object, which
-    gives NaN. NaN too for maps with NaN cells. Raises ValueError for maps and masks that do not
-    belong together, and for a mass outside (0, 1].
+    gives NaN. NaN too for maps with NaN or infinite cells. Raises ValueError for maps and masks
+    that do not belong together, and for a mass outside (0, 1].
     """
     return _jaccard(*paired_on_grid(maps, masks, valid), mass)
 
@@ -176,9 +177,12 @@ def max_box_accuracy(overlaps: Tensor, # (pictures, thresholds)
     return dict(max_box_acc_v2=right.amax(1).mean().item(), threshold=int(right[1].argmax()))
 
 # %% ../../nbs/46_objects.ipynb #518a038a
+def _exact(given): # a tensor's or an array's own type; of numbers all digits
+    return None if hasattr(given, "dtype") else torch.float64
+
 def as_thresholds(given) -> Tensor: # (T,)
-    "A list of numbers in 0–1 as a tensor. Raises ValueError for what is none."
-    try: found = torch.as_tensor(given)
+    "A list of numbers in 0–1 as a float64 tensor. Raises ValueError for what is none."
+    try: found = as_float64(torch.as_tensor(given, dtype=_exact(given)))
     except (TypeError, ValueError, RuntimeError): found = torch.tensor(torch.nan)
     if found.ndim == 1 and len(found) and ((found >= 0) & (found <= 1)).all(): return found
     said = one_line(" ".join(repr(given).split()), 80)

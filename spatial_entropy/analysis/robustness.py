@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from .intervals import bootstrap
-from .evaluation import check_given, evaluating, usable_device
+from .evaluation import (
+    check_given, covered, evaluating, logits_of, moved, placed, refuse_holes, usable_device)
 from .chance import checksums
 from ..attention.tap import AttentionTap
 from ..measure.regions import check_count, check_seed
@@ -167,7 +168,9 @@ class Corruptions:
         return "\n".join([clean, head, *lines])
 
 # %% ../../nbs/64_robustness.ipynb #0adac36b
-def _guesses(model, x, device): return model(x.to(device)).argmax(-1).cpu()
+def _guesses(model, x, device):
+    to = placed(model, None) | dict(device=device)
+    return logits_of(model(moved(x, to))).argmax(-1).cpu()
 
 def _seed_of(number, name, severity, seed):
     "A seed for one picture, corruption and severity."
@@ -228,10 +231,13 @@ def _order_by(values, # (B, N)
     at = values.gather(1, shuffled).argsort(dim=1, descending=True, stable=True)
     return shuffled.gather(1, at)
 
-def _removed(order, count, grid, size): # order: (B, N) cells
+def _removed(order, count, grid, size, # order: (B, N) cells
+             spread=None): # pixels that the cells cover; None: size
     "Which pixels (B, 1, S, T) lie in the first cells of an order."
     cells = torch.zeros(order.shape).scatter(1, order[:, :count], 1.)
-    return F.interpolate(cells.unflatten(1, grid)[:, None], size=size, mode="nearest") > 0
+    (h, w), (S, T) = spread or size, size
+    gone = F.interpolate(cells.unflatten(1, grid)[:, None], size=(h, w), mode="nearest") > 0
+    return F.pad(gone, (0, max(T - w, 0), 0, max(S - h, 0)))[..., :S, :T]
 
 # %% ../../nbs/64_robustness.ipynb #6a78a86a
 def _marked(batches, marks): # marks: {number: checksum}, of the pictures that were seen before
@@ -244,19 +250,34 @@ def _marked(batches, marks): # marks: {number: checksum}, of the pictures that w
                              "nothing random in their transform)")
         yield numbers, x, label
 
+# %% ../../nbs/64_robustness.ipynb #2870e334
+def _of_one_block(found, block):
+    "What a tap gives of one block. Raises ValueError for several."
+    if not isinstance(found, dict): return found
+    if len(found) == 1: return next(iter(found.values()))
+    raise ValueError(f"block: got {block!r}, which is {len(found)} attention layers, expected one")
+
+def _check_head(head, n):
+    "Raises ValueError for what is none of n heads."
+    if isinstance(head, int) and not isinstance(head, bool) and -n <= head < n: return
+    raise ValueError(f"head: got {head!r}, expected a number from 0 to {n - 1}, or None")
+
 # %% ../../nbs/64_robustness.ipynb #220e2d4b
 def _first_pass(model, batches, block, query, head, device):
     "Maps (n, N), their grid, and the numbers of the pictures; NaN where a map is broken."
-    maps, numbers = [], []
+    maps, numbers, to = [], [], placed(model, None) | dict(device=device)
     with AttentionTap(model, block, query) as tap:
         for number, x, _ in batches:
-            model(x.to(device))
-            found = tap.maps()
+            model(moved(x, to))
+            found = _of_one_block(tap.maps(), block)
+            refuse_holes(_of_one_block(tap.valid(), block))
+            if head is not None: _check_head(head, found.shape[1])
             maps.append(_attention(found, head).cpu())
             numbers.append(number)
     if not maps: raise ValueError("loader: it gave no picture that could be read")
     return torch.cat(maps), tuple(found.shape[-2:]), torch.cat(numbers)
 
+# %% ../../nbs/64_robustness.ipynb #ac3227ac
 def _fine(maps):
     "Which maps have no NaN or infinite cell. Raises ValueError where fewer than two are left."
     fine = maps.isfinite().all(1)
@@ -321,10 +342,11 @@ def _check_shares(shares):
 def _after(model, x, label, rows, counts, grid, device):
     "{order: (B, K) bool}: whether each picture is right after so many cells were removed."
     clean, found = _guesses(model, x, device) == label, {}
+    spread = covered(model, x.shape[-2:], grid)
     for name, order in rows.items():
         right = [clean]
         for count in counts[1:]:
-            gone = _removed(order, count, grid, x.shape[-2:])
+            gone = _removed(order, count, grid, x.shape[-2:], spread)
             right.append(_guesses(model, x.masked_fill(gone, 0), device) == label)
         found[name] = torch.stack(right, 1)
     return found
@@ -354,7 +376,7 @@ def occlusion_curves(model, # any classifier that AttentionTap reads
 
     Chance is another picture's map. Pictures with NaN or infinite cells in their map are left out
     and counted. ValueError: other pictures the second time that the loader is read, fewer than two,
-    shares that do not rise; TypeError: no loader.
+    shares that do not rise, several blocks, no such head; TypeError: no loader, no classifier.
     """
     _check_loader(model, loader, pictures)
     shares = _check_shares(shares)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from .chance import entropy_against_chance, numbered_seeds
-from .evaluation import check_pairs, names_of
+from .evaluation import check_pairs, covered, names_of, onto_cells
 from .heads import Heads, head_maps, without_nan, written
 from .intervals import Interval, bootstrap
 from .masks import paired_on_grid, pixels_on_grid
@@ -184,7 +184,7 @@ class _Ranked(_Viewed):
         """A row for each head: above_chance (of E: below_chance), scores, chance levels, images.
 
         Object scores are in 0–1, entropy in nats. left_out counts pictures without an object and
-        maps with NaN cells. Raises ValueError for a score that is not there.
+        maps with NaN or infinite cells. Raises ValueError for a score that is not there.
         """
         if also is None: also = [n for n in ("entropy",) if n in self.own]
         also = [also] if isinstance(also, str) else list(also)
@@ -220,7 +220,7 @@ class ObjectScores(_Saved, _Ranked):
     `chance[name]` is (pictures, shifts, blocks, heads).
     Names: pixel_auc, pixel_ap, pointing, energy_pointing, jaccard (all 0–1), entropy (nats),
     density (0–1); with void pixels, jaccard_published, which counts them as background.
-    NaN where a picture has no object, and for maps with NaN cells.
+    NaN where a picture has no object, and for maps with NaN or infinite cells.
     """
     own: dict # {score: tensor}
     chance: dict # {score: tensor}, with other pictures' masks; entropy: mean of surrogates
@@ -274,6 +274,16 @@ def _check_counts(shifts, batch_size=1, workers=0, surrogates=0, seed=0):
     check_seed(seed)
 
 # %% ../../nbs/48_scoring.ipynb #b3760b0e
+def _shuffled(n, seed):
+    "Numbers of n pictures in another order, and a seed for the surrogates of each."
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    return order, torch.tensor(numbered_seeds(n, seed))
+
+def _laid(model, maps, x, mask, valid=None): # maps: (..., h, w)
+    "Masks and valid pixels as they lie on the cells of maps, where these are."
+    onto = lambda t: onto_cells(model, x.shape[-2:], maps.shape[-2:], t).to(maps.device)
+    return onto(mask), None if valid is None else onto(valid)
+
 def _in_order(parts, order): # parts: of each batch {score: (own, chance)}
     "Two {score: tensor} of the whole set, own and chance, from batches in a shuffled order."
     back = torch.as_tensor(order).argsort()
@@ -293,20 +303,17 @@ def score_objects(model, # any model that AttentionTap reads
                  ) -> ObjectScores:
     """Score every head of a model on pictures with masks, each score beside its chance level.
 
-    Surrogates have a seed for each picture, made of `seed` and its number, whatever the batches
-    are. Void leaves all but `jaccard_published`. ValueError: below two pictures, pictures
-    of another size than the model's, or grids that differ.
-    """
+    Surrogates have a seed for each picture, made of `seed` and its number. Void leaves all but
+    `jaccard_published`. ValueError: below two pictures, a wrong size, or grids that differ."""
     _check_pairs(model, pairs)
     _check_counts(shifts, batch_size, workers, surrogates, seed)
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
-    kept, parts, before = [], [], MasksBefore(shifts)
-    seeds = torch.tensor(numbered_seeds(len(pairs), seed))[order].split(max(2, batch_size))
-    batches = _batches_of(pairs, max(2, batch_size), workers, order, kept)
-    found = progress(head_maps(model, batches, block, query, device=device))
-    for maps, own_seeds in zip(found, seeds):
-        stacked, (_, *truth) = _stacked(maps), kept.pop(0)
-        masks, valid = (*(t.to(stacked.device) for t in truth), None)[:2]
+    order, seeds = _shuffled(len(pairs), seed)
+    truths, parts, before = [], [], MasksBefore(shifts)
+    batches = _batches_of(pairs, max(2, batch_size), workers, order.tolist(), truths)
+    found = progress(head_maps(model, batches, block, query, device=device, whole=True))
+    for maps, own_seeds in zip(found, seeds[order].split(max(2, batch_size))):
+        stacked = _stacked(maps)
+        masks, valid = _laid(model, stacked, *truths.pop(0))
         parts.append(_score_batch(stacked, masks, before, surrogates, own_seeds, valid))
     return ObjectScores(*_in_order(parts, order), names_of(pairs), [*maps], query)
 
@@ -340,12 +347,14 @@ def _check_drawn(model, pairs, scores, n, name):
     if not extremes(scores, n, name)[0]:
         raise ValueError(f"scores: no picture has {name} beside chance, expected objects in some")
 
-def _draw_pair(axes, x, mask, map_):
+def _draw_pair(axes, x, mask, map_, spread): # spread: pixels (h, w) of x that the cells cover
     "The picture, and below it the map with the object's outline."
-    side = mask.shape[-1]
+    (S, T), (down, across) = mask.shape, (c/s for c, s in zip(spread, x.shape[-2:]))
     axes[0].imshow(_pixels_of(x))
-    axes[1].imshow(map_.cpu(), extent=(0, side, side, 0), cmap="magma")
-    axes[1].contour(mask.float(), [.5], colors="w", linewidths=.8)
+    axes[1].imshow(map_.cpu(), extent=(0, T*across, S*down, 0), cmap="magma")
+    middles = torch.arange(T) + .5, torch.arange(S) + .5              # of the pixels
+    axes[1].contour(*middles, mask.float(), [.5], colors="w", linewidths=.8)
+    axes[1].set(xlim=(0, T), ylim=(S, 0))
 
 # %% ../../nbs/48_scoring.ipynb #418a634c
 def _which(scores, block, query):
@@ -387,7 +396,8 @@ def draw_extremes(model, pairs, scores: ObjectScores, n: int = 6, name: str = "p
         maps = _maps_scored(model, torch.stack([x for x, *_ in items]), scores, block, query)
         for column, (i, (x, mask, *_)) in enumerate(zip(chosen, items)):
             head = (sign*scores.own[name][i]).flatten().nan_to_num(-torch.inf).argmax()
-            _draw_pair(rows[:, column], x, mask, maps[column, head])
+            spread = covered(model, x.shape[-2:], maps.shape[-2:])
+            _draw_pair(rows[:, column], x, mask, maps[column, head], spread)
             said = f"{one_line(scores.names[i], 12)} {own[i] - chance[i]:+.2f}"
             put_caption(rows[1, column], said)
     return fig
@@ -414,6 +424,7 @@ def _similarities(maps, softmax): # softmax: None where the cells tell
     return as_float(maps).clamp_min(torch.finfo(torch.float32).tiny).log()
 
 # %% ../../nbs/48_scoring.ipynb #0f99991a
+@torch.no_grad()
 def score_maps(maps: Tensor, # (n, H, h, w) or (n, blocks, H, h, w)
                masks: Tensor, # (n, S, T) bool or shares in 0–1, True on the object
                names=None, # of the n pictures; default: their numbers
@@ -426,35 +437,36 @@ def score_maps(maps: Tensor, # (n, H, h, w) or (n, blocks, H, h, w)
               ) -> ObjectScores:
     """Score maps that are there already, whoever made them, each score beside its chance level.
 
-    Surrogates have a seed for each picture, made of `seed` and its number, whatever the batches
-    are. Void pixels leave every score but `jaccard_published`. Raises TypeError or ValueError for maps
-    and masks that do not belong together.
-    """
+    Surrogates have a seed for each picture, made of `seed` and its number. Void pixels leave every
+    score but `jaccard_published`. TypeError, ValueError: maps and masks do not belong together."""
     _check_own(maps, masks, names, valid)
     _check_counts(shifts, batch_size, 0, surrogates, seed)
     by_block, parts, before = maps if maps.ndim == 5 else maps[:, None], [], MasksBefore(shifts)
     if softmax is None: softmax = are_weights(maps)
-    order = torch.randperm(len(maps), generator=torch.Generator().manual_seed(seed))
-    seeds = torch.tensor(numbered_seeds(len(maps), seed))
+    order, seeds = _shuffled(len(maps), seed)
     for at in order.split(max(2, batch_size)):
         some = _similarities(by_block[at.to(maps.device)], softmax)
         there = None if valid is None else valid[at.to(valid.device)]
-        parts.append(_score_batch(some, masks[at.to(masks.device)], before, surrogates, seeds[at],
-                                  there))
+        parts.append(_score_batch(some, masks[at.to(masks.device)], before, surrogates, seeds[at], there))
     names = [str(n) for n in (range(len(maps)) if names is None else names)]
     return ObjectScores(*_in_order(parts, order), names, [*range(by_block.shape[1])])
 
 # %% ../../nbs/48_scoring.ipynb #093f6855
-def _check_boxes(boxes, n):
+def _check_boxes(boxes, n, first=0): # first: the number of the first of these pictures
     "Raise ValueError unless each of n pictures has boxes (T, 4) in shares of the picture."
     if len(boxes) != n: raise ValueError(f"boxes: got {len(boxes)} lists, expected {n}, as maps")
-    for i, b in enumerate(boxes):
+    for i, b in enumerate(boxes, first):
         if not isinstance(b, Tensor) or b.ndim != 2 or b.shape[-1] != 4 or not len(b):
             got = tuple(b.shape) if isinstance(b, Tensor) else type(b).__name__
             raise ValueError(f"boxes: got {got} for picture {i}, expected (T, 4), T at least 1")
-        if not ((b >= 0) & (b <= 1)).all() or not (b[:, 2:] > b[:, :2]).all():
-            raise ValueError(f"boxes: got {b[0].tolist()} for picture {i}, expected x0 < x1 and "
-                             "y0 < y1 as shares of the picture, in 0–1")
+        fine = ((b >= 0) & (b <= 1)).all(1) & (b[:, 2:] > b[:, :2]).all(1)
+        if not fine.all():
+            raise ValueError(f"boxes: got {b[~fine][0].tolist()} for picture {i}, expected x0 < x1 "
+                             "and y0 < y1 as shares of the picture, in 0–1")
+
+def _thresholds(given):
+    "Shares of the way from the lowest to the highest cell; by hundredths where None is given."
+    return as_thresholds(torch.arange(101).double()/100 if given is None else given)
 
 def _best_at(right, weights): # (n, ..., 3, T) bool, (R, n): how often each picture is drawn
     "MaxBoxAccV2 (R, ...): the share that is right at the best threshold, mean over δ."
@@ -561,15 +573,15 @@ def score_boxes(maps: Tensor, # (n, H, h, w): attention after the softmax, for p
                ) -> BoxScores:
     """MaxBoxAccV2 (Choe et al. 2020) and CorLoc of each head, beside other pictures' boxes.
 
-    A map with NaN cells has no box. Raises ValueError for maps and boxes that do not belong
-    together.
+    A map with NaN or infinite cells has no box. Raises ValueError for maps and boxes that do not
+    belong together.
     """
     check_maps(maps)
     if maps.ndim != 4 or len(maps) < 2:
         raise ValueError(f"got maps {tuple(maps.shape)}, expected (n, H, h, w), n at least 2")
     _check_boxes(boxes, len(maps))
     _check_counts(shifts, seed=seed)
-    thresholds = as_thresholds(torch.arange(101)/100 if thresholds is None else thresholds)
+    thresholds = _thresholds(thresholds)
     order = torch.randperm(len(maps), generator=torch.Generator().manual_seed(seed)).tolist()
     place = {i: p for p, i in enumerate(order)}
     around = range(min(shifts, len(maps) - 1) + 1)                    # 0: its own
@@ -585,11 +597,21 @@ def _with_boxes(items): # pictures stacked, boxes as lists: there are more here 
     x, boxes = zip(*items)
     return torch.stack(x), list(boxes)
 
-def _keeping(batches, kept): # the pictures of batches; what else is in them is kept
+def _keeping(batches, kept): # kept: (size of its picture, boxes) of each item
+    "The pictures of batches. Raises ValueError for boxes that are none, before they are shown."
     for x, boxes in batches:
-        kept += boxes
+        _check_boxes(boxes, len(x), len(kept))
+        kept += [(x.shape[-2:], own) for own in boxes]
         yield x
 
+def _boxes_onto(model, size, grid, boxes): # (T, 4) shares of the picture
+    "The boxes in shares of what the cells of maps cover, at least a trace of each."
+    (h, w), (down, across) = size, covered(model, size, grid)
+    found = (boxes*torch.tensor([w/across, h/down]*2).to(boxes)).clamp(max=1)
+    start = found[:, :2].clamp(max=1 - 1e-6)
+    return torch.cat([start, found[:, 2:].maximum(start + 1e-6)], 1)
+
+# %% ../../nbs/48_scoring.ipynb #8e415dba
 def _of_one(found): # {block: maps} of each batch
     "The block's number, and all maps. Raises ValueError for several blocks."
     maps = []
@@ -618,8 +640,10 @@ def score_box_pairs(model, # any model that AttentionTap reads
     _check_counts(shifts, batch_size, workers, seed=seed)
     if len(pairs) < 2: raise ValueError(f"pairs: got {len(pairs)} with boxes, expected 2 or more: "
                                         "chance needs the boxes of others")
+    thresholds = _thresholds(thresholds)
     batches = DataLoader(pairs, batch_size, num_workers=workers, collate_fn=_with_boxes)
-    found = head_maps(model, _keeping(batches, boxes := []), block, query, True, device)
+    found = head_maps(model, _keeping(batches, kept := []), block, query, True, device, whole=True)
     number, maps = _of_one(progress(found))
+    boxes = [_boxes_onto(model, size, maps.shape[-2:], own) for size, own in kept]
     scores = score_boxes(maps, boxes, shifts=shifts, seed=seed, thresholds=thresholds)
     return replace(scores, block=number)
