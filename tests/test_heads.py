@@ -3,6 +3,7 @@ import csv
 import math
 from collections import UserDict
 from itertools import islice
+from math import isnan
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,10 +15,12 @@ from hypothesis import strategies as st
 from kinds import STRUCTURE, kinds
 from scipy import ndimage
 from torch.testing import assert_close
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
+import spatial_entropy as se
 from spatial_entropy.analysis import heads as module
 from spatial_entropy.analysis.chance import entropy_against_chance
+from spatial_entropy.analysis.evaluation import score_masks
 from spatial_entropy.analysis.heads import Heads, entropy_heatmap, head_maps, rank_heads
 from spatial_entropy.analysis.localization import elbow, localization_entropy, localization_heads
 from spatial_entropy.analysis.masks import mask_jaccard, pointing
@@ -855,7 +858,112 @@ def test_packed_pictures_are_ranked_by_name():
         next(head_maps(naflex, [patches]))
 
 
-@pytest.mark.parametrize("value, said", [(0., ".00"), (.004, ".00"), (.244, ".24"), (.994, ".99"), (.996, "1.00"), (1., "1.00"), (1.594, "1.59"), (12.6, "13")])
+def naflex_batch(sizes):
+    n, shapes = torch.arange(max(h*w for h, w in sizes)), torch.tensor(sizes)
+    real = n < shapes.prod(1, keepdim=True)
+    where = torch.stack([n // shapes[:, 1:], n % shapes[:, 1:]], -1) * real[..., None]
+    patches = torch.zeros(len(sizes), len(n), 192)
+    for one, (h, w) in zip(patches, sizes): one[:h*w] = torch.randn(h*w, 192, generator=torch.Generator().manual_seed(100*h + w))
+    return dict(patches=patches, patch_coord=where, patch_valid=real)
+
+
+def test_a_packed_picture_is_measured_as_if_it_were_alone():
+    torch.manual_seed(0)
+    model = timm.create_model("naflexvit_base_patch16_gap", embed_dim=48, depth=2, num_heads=3, patch_size=8, img_size=32).eval()
+    masks, sizes = torch.zeros(2, 48, 48, dtype=torch.bool), [(6, 6), (4, 12)]
+    masks[0, :, :24] = masks[1, 10:30] = True
+    ranked = lambda some, masks: rank_heads(model, [naflex_batch(some) | dict(mask=masks)], surrogates=4)
+    both, alone = ranked(sizes, masks), [ranked(sizes[i:i + 1], masks[i:i + 1]) for i in (0, 1)]
+    for row in both:
+        for name in ("entropy", "entropy_chance", "below_chance", "density", "regions", "attention", "jaccard", "pointing"):
+            assert row[name] == pytest.approx(sum(one[row["block"], row["head"]][name] for one in alone)/2, abs=2e-3), name
+    with pytest.raises(ValueError, match=r"maps: 60 cell\(s\) hold no patch.*; give pictures of one size"):
+        next(head_maps(model, [naflex_batch(sizes)], whole=True))
+
+
+def test_where_patches_are_hidden_there_is_no_chance_level():
+    tf = pytest.importorskip("transformers")
+    config = dict(hidden_size=48, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=48, patch_size=8)
+    mae, x = tf.ViTMAEModel(tf.ViTMAEConfig(**config)).eval(), torch.randn(3, 3, 48, 48)
+    torch.manual_seed(0)
+    for weight in (mae.embeddings.cls_token, *mae.encoder.parameters()): torch.nn.init.normal_(weight, std=.2)
+    masks = torch.rand(3, 48, 48) > .5
+    for row in rank_heads(mae, [(x, masks)]):
+        assert all(isnan(row[name]) for name in ("entropy_chance", "below_chance", "jaccard", "pointing"))
+        assert row["entropy"] >= 0 and .2 < row["density"] < .8 and row["images"] == 3
+    for measure in (se.score_objects, score_masks):
+        with pytest.raises(ValueError, match="hold no patch.*mask_ratio=0"): measure(mae, TensorDataset(x, masks))
+
+
+@pytest.mark.parametrize("side, pads", [(41, False), (41, True), (42, False)])
+def test_masks_lie_on_the_patches_where_the_side_is_no_multiple(side, pads):
+    "A mask that is one patch is on one cell, whether the model drops the rest of the picture or pads it."
+    torch.manual_seed(0)
+    if pads:
+        model = timm.create_model("vit_tiny_patch16_224", img_size=42, patch_size=14, embed_dim=24, depth=1, num_heads=2, num_classes=0,
+                                  dynamic_img_size=True, dynamic_img_pad=True).eval()
+    else:
+        tf = pytest.importorskip("transformers")
+        model = tf.Dinov2Model(tf.Dinov2Config(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=42, patch_size=14)).eval()
+    x, masks = torch.randn(4, 3, side, side), torch.zeros(4, side, side, dtype=torch.bool)
+    for i, mask in enumerate(masks): mask[14:28, 14*(i % 2):14*(i % 2) + 14] = True
+    maps = next(head_maps(model, [x]))[0]
+    assert maps.shape[-2:] == ((3, 3) if pads or side == 42 else (2, 2))
+    on = torch.stack([(m[:, 1, i % 2] == m.amax((-2, -1))).double() for i, m in enumerate(maps)])
+    assert_close(se.score_objects(model, TensorDataset(x, masks), surrogates=0).own["pointing"][:, 0].double(), on)
+    rows = rank_heads(model, [(x, masks)], surrogates=0)
+    assert [rows[0, h]["pointing"] for h in (0, 1)] == pytest.approx(on.mean(0).tolist())
+    s = maps.flatten(2).softmax(-1).view(maps.shape)
+    best = torch.zeros(maps.shape[:2])
+    for i in range(4):
+        for h in range(2):
+            cells, kept, at = s[i, h].flatten().sort(descending=True), 0., set()
+            for value, cell in zip(*cells):
+                if kept < .6: at.add(cell.item())
+                kept += value.item()
+            own = maps.shape[-1] + i % 2
+            best[i, h] = (own in at)/len(at | {own})
+    assert score_masks(model, TensorDataset(x, masks))["jaccard_mean_head"] == pytest.approx(best.mean().item(), abs=1e-5)
+    side_ = 14*maps.shape[-1]/side                                    # what the cells cover, in shares
+    box = [torch.tensor([[14*(i % 2)/side, 14/side, (14*(i % 2) + 14)/side, 28/side]]) for i in range(4)]
+    found = se.score_box_pairs(model, [*zip(x, box)], thresholds=[1.])
+    assert side_ == pytest.approx({(41, False): 28/41, (41, True): 42/41, (42, False): 1}[side, pads])
+    assert torch.equal(found.right[:, :, 2, 0].double(), on)          # the brightest cell is the box, or is not
+
+
+def test_masks_of_other_types_count_and_what_is_no_mask_is_refused():
+    x, masks = torch.rand(4, 3, 32, 32), torch.rand(4, 16, 16) > .5
+    valid, rank = torch.rand(4, 16, 16) > .2, lambda *batch, **more: list(rank_heads(vit(), [batch], surrogates=0, **more))
+    assert_rows(rank(x, masks.byte()), rank(x, masks))
+    assert_rows(rank(x, masks, valid.byte()), rank(x, masks, valid))
+    for batch, more, said in (((x, masks.byte()*255), {}, "masks: got values outside 0–1.*masks=None leaves them out"),
+                              ((x, masks, valid.byte()*255), {}, "loader: got torch.uint8 .* after the masks, expected booleans"),
+                              ((x, masks), dict(masks=masks), "masks: got Tensor, expected 'auto'"),
+                              ((x, masks), dict(masks="all"), "masks: got str, expected 'auto'")):
+        with pytest.raises(ValueError, match=said): rank(*batch, **more)
+
+
+def test_a_first_weight_of_whole_numbers_is_not_the_type_of_pictures():
+    class Counting(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.steps = torch.nn.Parameter(torch.zeros(1, dtype=torch.int8), requires_grad=False)
+            self.vit = vit()
+
+        def forward(self, x): return self.vit(x)
+
+    x = torch.rand(2, 3, 32, 32)
+    assert_rows(list(rank_heads(Counting(), [x], surrogates=0)), list(rank_heads(vit(), [x], surrogates=0)))
+
+
+def test_no_heads_and_patches_of_a_language_model_are_said():
+    with pytest.raises(ValueError, match="rows: got none, expected a row for each head"): Heads([])
+    with pytest.raises(ValueError, match=r"loader: got patches \(96, 384\), .*rank_text_heads"):
+        rank_heads(vit(), [dict(pixel_values=torch.rand(96, 384), image_grid_thw=torch.tensor([[1, 8, 12]]))])
+
+
+@pytest.mark.parametrize("value, said", [(0., ".00"), (.004, ".00"), (.244, ".24"), (.994, ".99"), (.996, "1.00"), (1., "1.00"), (1.594, "1.59"), (12.6, "13"),
+                                         (-.49, "-.49"), (-.01, "-.01"), (-.6, "-.60"), (-.001, ".00"), (-12.6, "-13"), (9.997, "10")])
 def test_a_number_of_a_heat_map_is_that_of_its_cell(value, said):
     fig = entropy_heatmap(Heads([dict(block=0, head=0, entropy=value)]))
     assert said in [t.get_text() for t in fig.axes[0].texts]

@@ -13,7 +13,7 @@ from zoo_language import IMAGE, PAD, SPECS, made
 
 import spatial_entropy as se
 from spatial_entropy.commands import main
-from spatial_entropy.language.demo import demo_language_model
+from spatial_entropy.language.demo import demo_language_model, questions
 from spatial_entropy.language.looking import heads_of, query_of
 from spatial_entropy.training.files import to_install
 
@@ -179,6 +179,13 @@ def test_a_model_of_any_size_of_picture_from_the_card_to_the_picture():
     found = se.look(model, processor, picture, PROMPT, "red mug", heads=[(1, 2)], smooth=0, new_tokens=2)
     assert_close(found.located.map, maps[1][0, 2].double())
     assert found.located.seen.frame == (0, 0, 1, 1) and found.draw()._repr_png_()[:4] == b"\x89PNG"
+
+
+def test_a_head_below_zero_is_refused_before_it_is_drawn():
+    model, processor = demo_language_model()
+    [asked] = questions(1)
+    with pytest.raises(ValueError, match="heads: got 3.-1, expected heads of layers"):
+        se.look(model, processor, Image.fromarray(asked.picture), asked.text, heads=[(3, -1)])
 
 
 def test_what_is_typed_is_read():

@@ -4,6 +4,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
@@ -13,7 +14,7 @@ from spatial_entropy.analysis import evaluation, grounding, heads, intervals, ob
 from spatial_entropy.analysis.masks import attended, mask_jaccard
 from spatial_entropy.analysis.outliers import are_weights, outliers
 from spatial_entropy.analysis.robustness import corruption_accuracy, occlusion_curves
-from spatial_entropy.analysis.scoring import score_boxes, score_maps
+from spatial_entropy.analysis.scoring import draw_extremes, score_boxes, score_maps
 from spatial_entropy.boxes import read_boxes
 from spatial_entropy.data import _drawer, shapes
 from spatial_entropy.language.heads import rank_seen
@@ -345,3 +346,77 @@ def test_pictures_of_short_floats_and_no_maps():
     picture, map_ = torch.rand(3, 8, 8), torch.rand(4, 4)
     assert np.abs(overlay(picture.bfloat16(), map_.bfloat16()) - overlay(picture, map_)).max() < .02
     with pytest.raises(ValueError, match=r"maps: got shape \(0, 4, 4\), expected"): show_maps(torch.rand(0, 4, 4))
+
+
+def test_infinite_cells_have_no_score_and_leave_every_mean():
+    torch.manual_seed(0)
+    maps, masks = torch.randn(8, 2, 7, 7), torch.zeros(8, 14, 14, dtype=torch.bool)
+    masks[:, 4:10, 4:10] = True
+    for value in (torch.inf, -torch.inf):
+        broken = maps.clone()
+        broken[:2, :, 3, 3] = value
+        for score in (mask_jaccard, *(getattr(objects, name) for name in ("pixel_auc", "pixel_ap", "pointing", "energy_pointing", "grid_jaccard"))):
+            assert score(broken, masks)[:2].isnan().all() and torch.equal(score(broken, masks)[2:], score(maps, masks)[2:])
+        for line in score_maps(broken, masks, surrogates=0, shifts=1).summary(): assert line["above_chance"]["n"] == 6
+
+
+def test_thresholds_are_those_that_are_said():
+    m, box = torch.zeros(5, 5), torch.tensor([[.2, .2, .6, .6]])
+    m[1:3, 1:3], m[1, 1] = 51, 255
+    assert_close(objects.boxes_of(m, .2), box.double(), atol=1e-6, rtol=0)
+    assert objects.best_overlaps(m, box, [.2]).item() == pytest.approx(1, abs=1e-5)
+    assert objects.as_thresholds([.1]).item() == .1
+    ten = torch.arange(101.)[None].double()                            # cells that are the default thresholds
+    scored = score_boxes(ten.expand(2, 1, 1, 101), [torch.tensor([[.29, 0., 1., 1.]])]*2)
+    assert scored.right[0, 0, 2, 29] and scored.right.shape[-1] == 101
+    assert objects.best_overlaps(ten, torch.tensor([[.29, 0., 1., 1.]]), torch.arange(101).double()/100)[29] == pytest.approx(1, abs=1e-6)
+
+
+def test_seeds_without_a_number_do_not_pull_an_interval_to_zero():
+    values = .7 + .05*np.random.default_rng(0).standard_normal((3, 50))
+    gone = values.copy()
+    gone[1], gone[:, 7] = NAN, NAN
+    found, of_two = intervals.bootstrap_both(gone), intervals.bootstrap_both(np.delete(values[[0, 2]], 7, 1))
+    assert found == of_two and found.n == 2 and .65 < found.low < found.high < .75
+    sparse = np.full((2, 50), NAN)
+    sparse[0, 0], sparse[1, 1] = .7, .8                               # many a draw has neither
+    assert .7 <= intervals.bootstrap_both(sparse).low
+    with pytest.raises(ValueError, match=r"numbers of 1 seed\(s\) and 50 picture\(s\), expected two"):
+        intervals.bootstrap_both([values[0], [NAN]*50])
+
+
+def test_scores_of_maps_in_a_graph_can_be_printed(tmp_path):
+    maps, masks = torch.randn(4, 2, 5, 5, requires_grad=True), torch.rand(4, 10, 10) > .5
+    found = score_maps(maps, masks, surrogates=1, shifts=1)
+    assert "pixel_auc" in repr(found) and found.summary()
+    found.to_json(tmp_path/"scores.json")
+    values = objects.pixel_auc(maps, masks)[:, 0].detach() + maps.sum()*0
+    assert intervals.bootstrap(values) == intervals.bootstrap(values.detach()) and intervals.paired(values, values)
+
+
+def test_boxes_that_are_none_are_named_before_a_model_runs(model, seen):
+    x, good = seen[0], torch.tensor([[.1, .1, .6, .6]])
+    odd, batches = torch.tensor([[.1, .1, .2, .2], [.5, .5, .4, .6]]), []
+    def counted(found):
+        for one in found:
+            batches.append(1)
+            yield one
+
+    score = lambda boxes, **more: se.score_box_pairs(model, [*zip(x, boxes)], batch_size=4, progress=counted, **more)
+    with pytest.raises(ValueError, match=r"boxes: got \[0.5, 0.5, 0.4.*\] for picture 2, expected x0 < x1"): score([good, good, odd, *[good]*5])
+    with pytest.raises(ValueError, match="thresholds: got"): score([good]*8, thresholds=[50, 60])
+    assert not batches
+    with pytest.raises(ValueError, match="for picture 6, expected"): score([*[good]*6, torch.zeros(0, 4), good])
+    with pytest.raises(ValueError, match=r"boxes: got \[0.5, 0.5, 0.4"): score_boxes(torch.rand(2, 1, 4, 4), [good, odd])
+
+
+def test_extremes_of_wide_pictures_lie_on_their_axes():
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=(32, 64), patch_size=8, embed_dim=24, depth=1, num_heads=2)
+    masks = torch.zeros(4, 32, 64, dtype=torch.bool)
+    masks[:, 16:24, 32:48] = True
+    pairs = TensorDataset(torch.randn(4, 3, 32, 64), masks)
+    axes = draw_extremes(vit, pairs, se.score_objects(vit, pairs, surrogates=0), n=1).axes[1]
+    assert axes.images[0].get_extent() == [0, 64, 32, 0] and axes.get_xlim() == (0, 64) and axes.get_ylim() == (32, 0)
+    line = axes.collections[0].get_paths()[0].vertices
+    assert line.min(0).tolist() == [32, 16] and line.max(0).tolist() == [48, 24]

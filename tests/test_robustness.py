@@ -11,6 +11,8 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 import spatial_entropy as se
+from spatial_entropy.analysis import robustness
+from spatial_entropy.analysis.evaluation import score_masks
 from spatial_entropy.analysis.robustness import COMMON, ORDERS, Occlusion, corrupted, corruption_accuracy, corruption_scores, occlusion_curves
 from spatial_entropy.commands import main
 
@@ -201,10 +203,51 @@ def test_a_map_that_knows_falls_below_the_maps_of_others_and_one_for_all_does_no
 
 @pytest.mark.parametrize("options, said", [
     (dict(shares=(.1, .5)), "shares: got"), (dict(shares=(0., .5, .4)), "rising"), (dict(shares=(0.,)), "two or more"), (dict(shares=(0., 1.2)), "rising"),
-    (dict(pictures=0), "pictures: got 0"), (dict(pictures=1), "at least 2: chance needs the maps of others")])
+    (dict(pictures=0), "pictures: got 0"), (dict(pictures=1), "at least 2: chance needs the maps of others"),
+    (dict(head=7), "head: got 7, expected a number from 0 to 1, or None"), (dict(head="0"), "head: got '0'"),
+    (dict(block="all"), "block: got 'all', which is 2 attention layers, expected one")])
 def test_what_cannot_be_occluded(vit, options, said):
     with pytest.raises(ValueError, match=said):
         occlusion_curves(vit, loader_of(torch.randn(5, 3, 32, 32), torch.zeros(5, dtype=torch.long)), **options)
+
+
+def test_one_block_may_be_a_list(vit):
+    line = loader_of(torch.randn(5, 3, 32, 32), torch.zeros(5, dtype=torch.long))
+    assert occlusion_curves(vit, line, block=[-1]).scores() == occlusion_curves(vit, line).scores()
+
+
+def test_pixels_that_no_patch_sees_are_not_removed():
+    "41 pixels have two patches of 14 a side where the model drops the rest, three where it pads."
+    cell = torch.tensor([[3, 0, 1, 2]])
+    dropped = robustness._removed(cell, 1, (2, 2), (41, 41), (28, 28))[0, 0]
+    padded = robustness._removed(torch.arange(8, -1, -1)[None], 1, (3, 3), (41, 41), (42, 42))[0, 0]
+    assert dropped.sum() == 14**2 and dropped[14:28, 14:28].all()
+    assert padded.shape == (41, 41) and padded.sum() == 13**2 and padded[28:, 28:].all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["timm", "transformers"])
+def test_classifiers_of_either_library_and_any_type_are_measured(family, dtype):
+    torch.manual_seed(0)
+    if family == "timm":
+        model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=2, num_classes=3)
+    else:
+        tf = pytest.importorskip("transformers")
+        model = tf.ViTForImageClassification(tf.ViTConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
+                                                          image_size=32, patch_size=8, num_labels=3))
+    model, x, label = model.eval().to(dtype), torch.randn(6, 3, 32, 32), torch.tensor([0, 1, 2, 0, 1, 2])
+    with torch.no_grad(): out = model(x.to(dtype))
+    right = getattr(out, "logits", out).argmax(-1) == label
+    assert se.accuracy(model, loader_of(x, label)) == pytest.approx(100*right.float().mean().item())
+    assert torch.equal(occlusion_curves(model, loader_of(x, label), (0., .5)).right["most"][:, 0], right)
+    assert score_masks(model, torch.utils.data.TensorDataset(x, x[:, 0] > 0))["mask_pairs"] == 6
+
+
+def test_what_gives_no_logits_is_no_classifier(vit):
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=2)
+    model.forward_head = lambda x: x                                   # (B, N, C)
+    with pytest.raises(TypeError, match=r"model: it gave shape \(2, 17, 24\), expected logits \(B, classes\)"):
+        se.accuracy(model, loader_of(torch.randn(2, 3, 32, 32), torch.zeros(2, dtype=torch.long)))
 
 
 def test_a_model_keeps_its_mode_and_a_progress_bar_knows_its_length(vit):

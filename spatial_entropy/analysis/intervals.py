@@ -31,7 +31,8 @@ class Interval:
 # %% ../../nbs/47_intervals.ipynb #0c4926dd
 def _array(values):
     "A float64 array of numbers, an array or a tensor."
-    return np.asarray(getattr(values, "detach", lambda: values)(), dtype=np.float64)
+    if hasattr(values, "detach"): values = values.detach().double().cpu()
+    return np.asarray(values, dtype=np.float64)
 
 def _numbers(values, name):
     "A float64 array; NaN is left out. Raises ValueError when fewer than two numbers are left."

@@ -352,8 +352,8 @@ def _draw_pair(axes, x, mask, map_, spread): # spread: pixels (h, w) of x that t
     (S, T), (down, across) = mask.shape, (c/s for c, s in zip(spread, x.shape[-2:]))
     axes[0].imshow(_pixels_of(x))
     axes[1].imshow(map_.cpu(), extent=(0, T*across, S*down, 0), cmap="magma")
-    middles = torch.arange(T) + .5, torch.arange(S) + .5              # of the pixels
-    axes[1].contour(*middles, mask.float(), [.5], colors="w", linewidths=.8)
+    middles = [(torch.arange(n) + .5).numpy() for n in (T, S)]        # of the pixels
+    axes[1].contour(*middles, mask.float().numpy(), [.5], colors="w", linewidths=.8)
     axes[1].set(xlim=(0, T), ylim=(S, 0))
 
 # %% ../../nbs/48_scoring.ipynb #418a634c
@@ -444,10 +444,10 @@ def score_maps(maps: Tensor, # (n, H, h, w) or (n, blocks, H, h, w)
     by_block, parts, before = maps if maps.ndim == 5 else maps[:, None], [], MasksBefore(shifts)
     if softmax is None: softmax = are_weights(maps)
     order, seeds = _shuffled(len(maps), seed)
+    of = lambda t, at: None if t is None else t[at.to(t.device)]
     for at in order.split(max(2, batch_size)):
-        some = _similarities(by_block[at.to(maps.device)], softmax)
-        there = None if valid is None else valid[at.to(valid.device)]
-        parts.append(_score_batch(some, masks[at.to(masks.device)], before, surrogates, seeds[at], there))
+        s = _similarities(by_block[at.to(maps.device)], softmax)
+        parts.append(_score_batch(s, of(masks, at), before, surrogates, seeds[at], of(valid, at)))
     names = [str(n) for n in (range(len(maps)) if names is None else names)]
     return ObjectScores(*_in_order(parts, order), names, [*range(by_block.shape[1])])
 
