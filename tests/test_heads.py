@@ -886,7 +886,7 @@ def test_where_patches_are_hidden_there_is_no_chance_level():
     config = dict(hidden_size=48, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=48, patch_size=8)
     mae, x = tf.ViTMAEModel(tf.ViTMAEConfig(**config)).eval(), torch.randn(3, 3, 48, 48)
     torch.manual_seed(0)
-    for weight in (mae.embeddings.cls_token, *mae.encoder.parameters()): torch.nn.init.normal_(weight, std=.2)
+    for weight in mae.parameters(): torch.nn.init.normal_(weight, std=.2)
     masks = torch.rand(3, 48, 48) > .5
     for row in rank_heads(mae, [(x, masks)]):
         assert all(isnan(row[name]) for name in ("entropy_chance", "below_chance", "jaccard", "pointing"))

@@ -366,10 +366,9 @@ def test_thresholds_are_those_that_are_said():
     assert_close(objects.boxes_of(m, .2), box.double(), atol=1e-6, rtol=0)
     assert objects.best_overlaps(m, box, [.2]).item() == pytest.approx(1, abs=1e-5)
     assert objects.as_thresholds([.1]).item() == .1
-    ten = torch.arange(101.)[None].double()                            # cells that are the default thresholds
-    scored = score_boxes(ten.expand(2, 1, 1, 101), [torch.tensor([[.29, 0., 1., 1.]])]*2)
-    assert scored.right[0, 0, 2, 29] and scored.right.shape[-1] == 101
-    assert objects.best_overlaps(ten, torch.tensor([[.29, 0., 1., 1.]]), torch.arange(101).double()/100)[29] == pytest.approx(1, abs=1e-6)
+    three, rest = torch.tensor([[0., 20, 100]]), torch.tensor([[1/3, 0., 1., 1.]])
+    scored = score_boxes(three.expand(2, 1, 1, 3), [rest]*2)           # by hundredths
+    assert scored.right[0, 0, 2].nonzero()[:, 0].tolist() == [*range(1, 21)]
 
 
 def test_seeds_without_a_number_do_not_pull_an_interval_to_zero():
