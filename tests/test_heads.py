@@ -157,6 +157,9 @@ class FakeTap:
         found = {b: m[self.model.now] for b, m in self.model.maps.items()}
         return {b: softmax(m) for b, m in found.items()} if self.softmax else found
 
+    def valid(self):
+        return dict.fromkeys(self.blocks)
+
     def __enter__(self):
         return self
 

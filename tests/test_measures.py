@@ -307,7 +307,7 @@ def test_wide_models_want_their_own_size():
     wide = timm.create_model("vit_tiny_patch16_224", img_size=(64, 32), depth=1, embed_dim=12, num_heads=3, num_classes=2)
     y = torch.zeros(2).long()
     assert evaluation.accuracy(wide, [(torch.randn(2, 3, 64, 32), y)]) >= 0
-    with pytest.raises(RuntimeError) as e: evaluation.accuracy(wide, [(torch.randn(2, 3, 64, 32).double(), y)])
+    with pytest.raises(RuntimeError) as e: evaluation.accuracy(wide, [(torch.zeros(2, 3, 64, 32).byte(), y)])
     assert not isinstance(e.value, evaluation.WrongSize)
     with pytest.raises(evaluation.WrongSize, match="are 32×32, the model wants 32×64"): evaluation.accuracy(wide, [(torch.randn(2, 3, 32, 32), y)])
 
