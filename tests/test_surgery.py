@@ -580,6 +580,29 @@ def test_done_and_undone(key):
     assert {n for n, p in model.named_parameters() if p.requires_grad} >= trained
 
 
+@pytest.mark.parametrize("how", ["assigned", "from the meta device"])
+def test_undone_for_parameters_that_were_replaced(how):
+    """New parameters that stand under the old names get the flags that the old ones had."""
+    with torch.device("meta" if how == "from the meta device" else "cpu"):
+        model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=5, init_values=1e-4)
+    model.blocks[1].norm2.bias.requires_grad_(False)        # as the owner left it
+    surgery = se.drop_last_skip(model)
+    if how == "assigned":
+        model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    else:
+        model.to_empty(device="cpu")
+    assert {n for n, p in model.blocks[1].named_parameters() if not p.requires_grad} == {"norm2.weight", "norm2.bias", "ls1.gamma"}
+    surgery.undo()
+    assert {n for n, p in model.named_parameters() if not p.requires_grad} == {"blocks.1.norm2.bias"}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripting_says_what_to_do():
+    model, _ = make("Block")
+    with se.drop_last_skip(model), pytest.raises(RuntimeError, match=r"runs without its skip, which torch.jit.script cannot compile; use torch.export"):
+        torch.jit.script(model)
+
+
 @pytest.mark.parametrize("key", CASES)
 @torch.no_grad()
 def test_copies_and_pickles_keep_it(key):

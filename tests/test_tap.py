@@ -512,6 +512,34 @@ def test_masked_autoencoder_has_holes():
         assert_close(tap.maps()[i].flatten(1)[:, kept[i]], row[i], atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("softmax", [False, True])
+def test_a_patch_that_a_picture_lacks_has_no_map(softmax):
+    """A query on the grid of the batch, not on that of each picture: NaN, no constant map with E = 0."""
+    model = ZOO["naflexvit_base_patch16_gap"].make((32, 32))
+    _, patches, coord, valid = packed([(4, 4), (2, 6), (3, 3)])
+    with se.AttentionTap(model, query=(3, 1), softmax=softmax) as tap, torch.no_grad():
+        model(patches, patch_coord=coord, patch_valid=valid)
+    maps, shown = tap.maps(), tap.valid()
+    assert maps.isnan().all((1, 2, 3)).tolist() == [False, True, True] and maps[0].isfinite().all()
+    assert shown.flatten(1).any(1).tolist() == [True, False, False]
+    assert se.spatial_entropy(maps).isnan().all(1).tolist() == [False, True, True]
+    with se.AttentionTap(model, query="mean", softmax=softmax) as tap, torch.no_grad():      # and one that is all padding
+        model(patches, patch_coord=coord, patch_valid=valid & torch.tensor([[True], [True], [False]]))
+    assert tap.maps().isnan().any(-1).any(-1).any(-1).tolist() == [False, False, True]
+
+
+def test_a_hidden_patch_has_no_map():
+    tf = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = tf.ViTMAEModel(tf.ViTMAEConfig(hidden_size=48, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8,
+                                           mask_ratio=.75)).eval()
+    noise = torch.stack([torch.arange(16.), -torch.arange(16.)])        # the first four patches are seen, then the last four
+    with se.AttentionTap(model, query=(0, 1)) as tap, torch.no_grad():
+        model(torch.rand(2, 3, 32, 32), noise=noise)
+    assert tap.maps()[0].isfinite().all() and tap.maps()[1].isnan().all()
+    assert tap.valid().flatten(2).sum(2).tolist() == [[4, 4], [0, 0]]
+
+
 # ---- two processes ----
 
 DISTRIBUTED = ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "vit_small_patch16_rope_224", "ViTForImageClassification"]

@@ -37,9 +37,9 @@ def _through(block, parts, x, *args, **kwargs):
 
 # %% ../../nbs/13_surgery.ipynb #b301080c
 def _resting(block, patterns):
-    "The parameters of the parts that no longer take part."
+    "{name: parameter} of the parts that no longer take part."
     wanted = [*patterns, *(f"{pattern}.*" for pattern in patterns)]
-    return [p for n, p in block.named_parameters() if any(fnmatch(n, w) for w in wanted)]
+    return {n: p for n, p in block.named_parameters() if any(fnmatch(n, w) for w in wanted)}
 
 # %% ../../nbs/13_surgery.ipynb #b6116a18
 @dataclass(frozen=True)
@@ -138,9 +138,13 @@ def _without_skip(stock, way):
         return way.forward(self, way, *args, **kwargs)
     def extra_repr(self):
         return ", ".join(filter(None, (stock.extra_repr(self), "no skip around attention")))
+    def unscripted(self):
+        raise RuntimeError(f"{stock.__name__} runs without its skip, which torch.jit.script cannot "
+                           "compile; use torch.export or torch.jit.trace, or undo() first")
     names = ("__module__", "__qualname__", "__doc__")
     body = {name: getattr(stock, name) for name in names}
-    body |= dict(forward=forward, extra_repr=extra_repr, __reduce_ex__=_reduce, _with_skip=stock)
+    body |= dict(forward=forward, extra_repr=extra_repr, __reduce_ex__=_reduce, _with_skip=stock,
+                 __prepare_scriptable__=unscripted)
     return type(stock.__name__, (stock,), body)
 
 # %% ../../nbs/13_surgery.ipynb #5ea5b64b
@@ -580,17 +584,20 @@ def _recount(ddp):
     ddp._ddp_init_helper(trained, sparse, names, False)
 
 # %% ../../nbs/13_surgery.ipynb #22208312
-def _freeze(params):
-    "Freeze parameters and drop their gradients; what their flags were."
-    flags = [(p, p.requires_grad) for p in params]
-    for p in params:
+def _freeze(params): # {name: parameter}
+    "Freeze parameters and drop their gradients; (name, parameter, flag) of what they were."
+    flags = [(name, p, p.requires_grad) for name, p in params.items()]
+    for p in params.values():
         p.requires_grad_(False)
         p.grad = None
     return flags
 
 # %% ../../nbs/13_surgery.ipynb #a0758186
-def _thaw(flags):
-    for p, flag in flags: p.requires_grad_(flag)
+def _thaw(flags, block):
+    "Give the flags back, to the parameters that were frozen and to those in their place now."
+    now = dict(block.named_parameters(remove_duplicate=False))
+    for name, p, flag in flags:
+        for one in (p, now.get(name, p)): one.requires_grad_(flag)
 
 # %% ../../nbs/13_surgery.ipynb #18211964
 class LastSkipSurgery:
@@ -614,7 +621,7 @@ class LastSkipSurgery:
             raise RuntimeError(f"the block has become a {now} since (a tap in it does that, or "
                                "fully_shard); undo that first")
         self._block.__class__ = self._stock
-        _thaw(self._flags)
+        _thaw(self._flags, self._block)
         for ddp in self._wrappers: _recount(ddp)
 
     def __enter__(self): return self

@@ -323,8 +323,11 @@ def _cells_seen(r, rows, seen): # seen: of the layer's keys, or None for all
     of_patch = rows.weight is not None and isinstance(r.site.tap.query, tuple)
     if of_patch and not raster.per_image: seen = _window_of(rows, raster)
     elif raster.asked is not None: seen = raster.asked.any(-1, keepdim=True).expand_as(raster.cells)
-    if seen is None or raster.cells is not None and seen.ndim == 2: return seen
-    return seen[..., prefix:prefix + _cells_of(raster)]
+    if seen is not None and (raster.cells is None or seen.ndim > 2):
+        seen = seen[..., prefix:prefix + _cells_of(raster)]
+    if not of_patch or not raster.per_image: return seen
+    asks = (rows.weight > 0).any(-1, keepdim=True)      # not in a picture without that patch
+    return asks.expand(*asks.shape[:-1], _cells_of(raster)) if seen is None else seen & asks
 
 # %% ../../nbs/12_tap.ipynb #dc353d4e
 class _Alive: pass                                                    # lives as long as a graph
@@ -741,6 +744,7 @@ def _map_of(r, anchor=None):
     s, r.shown = raster.lay(r.row), None
     if seen is not None: r.shown = raster.lay(seen.expand(r.row.shape).to(r.row.dtype)) > 0
     if r.shown is not None and not r.site.tap.softmax: s = _fill(s, r.shown)
+    if r.shown is not None: s = s.masked_fill(~r.shown.any(-1).any(-1)[..., None, None], torch.nan)
     r.map = _anchored(s, anchor)
     return r.map
 
@@ -896,6 +900,7 @@ class _Readable(_Open):
             ) -> torch.Tensor | dict: # (B, H, h, w); of several blocks {layer number: the same}
         """The maps of this thread's latest forward pass, float32, in the graph.
 
+        NaN for a picture of a packed or masked batch that lacks the patch that `query` names.
         Raises RuntimeError, with the cause, when no pass was recorded, when a layer ran several
         times and `run` is None, or when the pass was only traced.
         """
