@@ -10,7 +10,9 @@ from torch.testing import assert_close
 from zoo_language import IMAGE, SPECS, VIDEO, made, noise
 
 import spatial_entropy as se
+from spatial_entropy.attention.queries import asked_of
 from spatial_entropy.attention.tap import cells_off, patches_at, peaks
+from spatial_entropy.attention.text_rows import asked_weights
 from spatial_entropy.language.geometry import language_adapters
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/models.md"
@@ -181,6 +183,45 @@ def test_a_span_is_the_mean_of_its_tokens_and_layers_can_be_chosen():
     for i, m in span.items(): assert_close(m, (each[0][i] + each[1][i]) / 2)
     assert_close(read(model, inputs, slice(-3, -1), layers=-1).maps(), span[1])
     assert set(read(model, inputs, layers=[0]).maps()) == {0}
+
+
+@pytest.mark.parametrize("softmax", [True, False])
+def test_a_span_that_begins_before_the_picture(softmax):
+    """Token 0 sees no image token: its zeros are in a mean of weights, said so; a mean of logits is that of the last token."""
+    model, inputs = made(LLAVA), LLAVA.given()
+    with se.TextImageTap(model, [0, -1], softmax=softmax) as tap, torch.no_grad(): model(**inputs)
+    kept = "all 0, count in the mean" if softmax else "the others' mean counts"
+    with pytest.warns(UserWarning, match=f"^up to 1 of the 2 tokens that ask see no image token; .*{kept}"): maps = tap.maps()
+    with se.TextImageTap(model, softmax=softmax) as last, torch.no_grad(): model(**inputs)
+    for i, m in last.maps().items(): assert_close(maps[i], m/2 if softmax else m, atol=1e-6, rtol=1e-5)
+
+
+def test_logits_of_a_span_in_a_window_are_means_over_the_rows_that_see_them():
+    torch.manual_seed(0)
+    q, k, asked = torch.randn(1, 2, 6, 8), torch.randn(1, 1, 6, 8), asked_of([[0, 2, 5]])
+    got, seen, blind = asked_weights(q, k, asked, 1., softmax=False, window=3, watched=torch.tensor([[2, 3, -1]]), step=2)
+    whole = q @ k.mT
+    for key, rows in enumerate(([0, 2], [2], [2], [5], [5], [5])): assert_close(got[..., key], whole[:, :, rows, key].mean(2))
+    assert blind.tolist() == [[True, False, False]] and seen.all()
+
+
+@pytest.mark.parametrize("reduce", ["share", "entropy", 1])
+def test_maps_of_several_sizes_are_reduced_one_by_one(reduce):
+    spec = next(s for s in SPECS if "Qwen2_5" in s.name)
+    model, both = made(spec), [spec.given(picture=noise(size, i)) for i, size in enumerate(((32, 48), (64, 32)))]
+    n = max(one["input_ids"].shape[1] for one in both)
+    def joined(key):
+        values = [one[key] for one in both]
+        return torch.cat([torch.nn.functional.pad(v, (n - v.shape[1], 0)) if v.shape[0] == 1 and key != "image_grid_thw" else v for v in values])
+    inputs = {key: joined(key) for key in both[0]}
+    with se.TextImageTap(model, reduce=reduce) as tap, torch.no_grad(): model(**inputs)
+    for b, one in enumerate(both):
+        with se.TextImageTap(model, reduce=reduce) as alone, torch.no_grad(): model(**one)
+        for i, m in alone.maps().items(): assert_close(tap.maps(prompt=b)[i], m, atol=1e-5, rtol=1e-4)
+        if reduce != 1:
+            for i, m in tap.maps().items(): assert_close(m[b:b + 1], alone.maps()[i], atol=1e-5, rtol=1e-4)
+    if reduce == 1:
+        with pytest.raises(ValueError, match="read one prompt at a time"): tap.maps()
 
 
 def test_two_taps_do_not_hear_one_another_and_leave_the_model_as_it_was():
@@ -376,7 +417,49 @@ def test_without_a_cache_the_prompt_stays_the_one_that_was_given(query):
     with torch.no_grad(), se.TextImageTap(model, query) as tap:
         model(**inputs)
         model(**longer)                                                                # called by hand, it is another prompt
+        model(**inputs, use_cache=False)
+        model(**longer, use_cache=False)
     assert tap.prompt.ids.shape == longer["input_ids"].shape
+
+
+@pytest.mark.parametrize("query", ["last", "generated"])
+def test_another_picture_is_another_prompt_without_a_cache_too(query):
+    """The ids of the second are those of the first, and one more: nothing of the first may be read."""
+    model, inputs = made(LLAVA), LLAVA.given()
+    ids = torch.cat([inputs["input_ids"], torch.tensor([[5]])], 1)
+    other = inputs | dict(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=-inputs["pixel_values"])
+    with torch.no_grad(), se.TextImageTap(model, query) as tap:
+        model(**inputs, use_cache=False)
+        model(**other, use_cache=False)
+    for i, m in read(model, other, query).maps().items(): assert_close(tap.maps()[i], m)
+    with torch.no_grad(), se.TextImageTap(model, query) as tap:                        # and in two calls of `generate`
+        model.generate(**inputs, max_new_tokens=1, do_sample=False, use_cache=False)
+        model.generate(**other, max_new_tokens=1, do_sample=False, use_cache=False)
+    assert tap.prompt.ids.shape == ids.shape
+    for i, m in read(model, other, query).maps().items(): assert_close(tap.maps()[i], m)
+    assert "generate" not in vars(model)
+
+
+def test_steps_of_a_loop_of_ones_own_are_followed():
+    model, inputs = made(LLAVA), LLAVA.given()
+    with torch.no_grad(), se.TextImageTap(model, "generated") as tap:
+        said = model.generate(**inputs, max_new_tokens=3, do_sample=False, use_cache=False, suppress_tokens=[IMAGE])
+        want, n = tap.maps(), inputs["input_ids"].shape[1]
+        for k in range(n, n + 3): model(**inputs | dict(input_ids=said[:, :k], attention_mask=torch.ones_like(said[:, :k])), use_cache=False)
+        for i, m in tap.maps().items(): assert_close(m, want[i])
+
+
+def test_a_generate_of_ones_own_is_given_back():
+    model, inputs, calls = made(LLAVA), LLAVA.given(), []
+    own = model.generate
+    def generate(**given):
+        calls.append(1)
+        return own(**given)
+    model.generate = generate
+    try:
+        with torch.no_grad(), se.TextImageTap(model) as tap: model.generate(**inputs, max_new_tokens=2, do_sample=False, use_cache=False)
+        assert calls == [1] and tap.maps() and model.generate is generate
+    finally: del model.generate
 
 
 @pytest.mark.filterwarnings("ignore")                                                # how the cache is named

@@ -218,6 +218,29 @@ def test_the_frame_of_a_processor_that_pads():
     assert out[16].min() > .9 and out[0].max() < .6 and out[-1].max() < .6         # a third of it is padding
 
 
+EYES = {"LlavaImageProcessor": dict(do_pad=True), "CLIPImageProcessor": {}, "SiglipImageProcessor": {}, "JanusImageProcessor": {}, "DeepseekVLImageProcessor": {},
+        "Gemma3ImageProcessor": {}, "PixtralImageProcessor": {}, "GotOcr2ImageProcessor": {}, "Idefics3ImageProcessor": dict(do_image_splitting=False),
+        "LlavaNextImageProcessor": {}, "LlavaOnevisionImageProcessor": {}, "Cohere2VisionImageProcessor": dict(crop_to_patches=False)}
+
+
+@pytest.mark.parametrize("size", [(300, 150), (150, 300)])
+@pytest.mark.parametrize("name", EYES)
+def test_the_frame_of_every_family(name, size):
+    """A bright spot of the picture must lie where the frame says that the processor shows it."""
+    transformers, (w, h), spot = pytest.importorskip("transformers"), size, (.7, .3)
+    if not hasattr(transformers, name): pytest.skip(f"this transformers has no {name}")
+    eye, picture = getattr(transformers, name)(**EYES[name]), np.zeros((h, w, 3), np.uint8)
+    top, bottom, left, right = (int((at + by)*side) for at, side in ((spot[1], h), (spot[0], w)) for by in (-.06, .06))
+    picture[top:bottom, left:right] = 255
+    out = eye([Image.fromarray(picture)], return_tensors="pt")["pixel_values"]
+    out = out if isinstance(out, torch.Tensor) else out[0]
+    while out.ndim > 3: out = out[0]                                                   # the whole picture is the first of its tiles
+    grey = out.float().mean(0)
+    y, x = (grey > (grey.max() + grey.min())/2).nonzero().float().add(.5).mean(0).tolist()
+    x0, y0, x1, y1 = frame_of(eye, size)
+    assert (x0 + x/grey.shape[1]*(x1 - x0), y0 + y/grey.shape[0]*(y1 - y0)) == pytest.approx(spot, abs=.02)
+
+
 def check_frame(eye, w, h):
     """Red grows to the right and green downwards; at the middle of each quarter they must say where it is."""
     x, y = np.meshgrid((np.arange(w) + .5) / w, (np.arange(h) + .5) / h)

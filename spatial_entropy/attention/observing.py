@@ -8,6 +8,7 @@ __all__ = ['attention_layers', 'chosen_layers', 'observe', 'observe_method']
 # %% ../../nbs/17_observing.ipynb #05c66540
 import inspect
 import threading
+from copy import deepcopy
 from functools import update_wrapper
 from types import MethodType
 from weakref import WeakKeyDictionary, finalize, ref
@@ -116,16 +117,20 @@ class _ObservedMethod:
     "Stands in for a method of a module; a copy of the module has its own method again."
     def __init__(self, module, name):
         self.module, self.name, self.told = module, name, []
-        self.stock = MethodType(getattr(type(module), name), module)
+        self.own = vars(module).get(name)                   # set on the object, not of its class
+        self.stock = self.own or MethodType(getattr(type(module), name), module)
         update_wrapper(self, self.stock)
 
     def __call__(self, *args, **kwargs):
         named = inspect.signature(self.stock).bind_partial(*args, **kwargs).arguments
         more = named.pop("kwargs", {})
-        for tell in self.told: tell(named | more)
-        return self.stock(*args, **kwargs)
+        ends = [tell(named | more) for tell in self.told]
+        try: return self.stock(*args, **kwargs)
+        finally:
+            for end in filter(None, ends): end()
 
     def __deepcopy__(self, memo):
+        if self.own is not None: return deepcopy(self.own, memo)
         new = memo[id(self.module)]
         return MethodType(getattr(type(new), self.name), new)
 
@@ -134,13 +139,17 @@ class _ObservedMethod:
 
 # %% ../../nbs/17_observing.ipynb #99c78afa
 def observe_method(module, name, tell):
-    "`tell(arguments by name)` at each call of a method that is there; gives what ends it."
+    """`tell(arguments by name)` at each call of a method that is there; gives what ends it.
+
+    What `tell` gives, unless None, is called when the method has returned."""
     if not hasattr(type(module), name): return lambda: None
     if not isinstance(vars(module).get(name), _ObservedMethod):
         setattr(module, name, _ObservedMethod(module, name))
-    told = vars(module)[name].told
+    told, own = vars(module)[name].told, vars(module)[name].own
     told.append(tell)
     def end():
         if tell in told: told.remove(tell)
-        if not told: vars(module).pop(name, None)
+        if told or not isinstance(vars(module).get(name), _ObservedMethod): return
+        vars(module).pop(name)
+        if own is not None: setattr(module, name, own)
     return end

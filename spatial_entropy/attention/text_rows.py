@@ -82,24 +82,44 @@ def weights_of(s, # (B, H, r, m) logits
     return torch.cat([s, sinks], -1).softmax(-1)[..., :-1]
 
 # %% ../../nbs/16_text_rows.ipynb #340cc5bd
+def _sees_none(seen, watched): # (B, 1 or H, 1 or r, m), (B, T) places of keys, below 0: none
+    "(B, 1 or r) which rows see none of some keys."
+    inside = watched.clamp_min(0)[:, None].expand(-1, seen.shape[2], -1)
+    return ~(seen[:, 0].gather(2, inside) & (watched >= 0)[:, None]).any(-1)
+
+class _Mean:
+    "Rows, summed up some at a time; a logit is a mean over the rows that see its key."
+    def __init__(self, softmax, watched):
+        self.softmax, self.watched = softmax, watched
+        self.total, self.share, self.seen, self.blind = 0., 0., None, []
+
+    def add(self, s, seen, weight): # weight: (B, 1, r, 1)
+        counts = weight > 0
+        if seen is not None:
+            own, blind = (seen & counts).any(2), counts[:, 0, :, 0]
+            self.seen = own if self.seen is None else self.seen | own
+            if self.watched is not None: self.blind.append(blind & _sees_none(seen, self.watched))
+            if not self.softmax: counts = counts & seen
+        self.total = self.total + (torch.where(counts, s, 0.)*weight).sum(2)
+        if not self.softmax: self.share = self.share + (counts*weight).sum(2)
+
+# %% ../../nbs/16_text_rows.ipynb #f6d96265
 def asked_weights(q, # (B, H, n, d) all queries of the pass
                   k, # (B, G, m, d)
                   asked, # `Asked`: which of them, and the weights of their mean
                   scale, mask=None, past=0, causal=True, window=None, cap=None, sinks=None,
                   softmax=True, # weights; False: logits, NaN for hidden keys
+                  watched=None, # (B, T) places of some keys, below 0: none
                   step=64): # rows at a time
-    "((B, H, m) mean of the rows, (B, 1 or H, m) whether any row sees a key; None for all)."
-    (B, H, n, d), m, total, any_seen = q.shape, k.shape[2], 0., None
+    """((B, H, m) mean of the rows; (B, 1 or H, m) whether any row sees a key, None for all;
+    (B, r) which rows see none of `watched`, None for none)."""
+    (B, H, n, d), m, mean = q.shape, k.shape[2], _Mean(softmax, watched)
     for i in range(0, asked.at.shape[1], step):
         at, weight = asked.at[:, i:i + step], asked.weight[:, None, i:i + step, None]
         seen, added = keys_seen(at, n, m, past, mask, causal, window, H)
         rows = q if n == 1 else q.gather(2, at[:, None, :, None].expand(B, H, -1, d))
         s = logits_of(rows, k, scale, added, cap)
-        if softmax: s = weights_of(s, seen, sinks)
-        elif seen is not None: s = s.masked_fill(~seen, torch.nan)
-        if asked.at.shape[1] == 1: total = s[:, :, 0]
-        else: total = total + (torch.where(weight > 0, s, 0.)*weight).sum(2)
-        if seen is None: continue
-        own = (seen & (weight > 0)).any(2)
-        any_seen = own if any_seen is None else any_seen | own
-    return total, any_seen
+        mean.add(weights_of(s, seen, sinks) if softmax else s, seen, weight)
+    blind = torch.cat(mean.blind, 1) if mean.blind else None
+    if softmax or mean.seen is None: return mean.total, mean.seen, blind
+    return mean.total/mean.share, mean.seen, blind

@@ -9,6 +9,7 @@ __all__ = ['Prompt', 'Pass', 'the_only', 'Follower']
 import inspect
 from weakref import WeakSet
 import torch
+from ..analysis.heads import checksums
 from . import layouts # noqa: F401 (it fills the table)
 from .geometry import Given, find_language, laid_out
 from ..attention.queries import Asked, asked_in, checked_query
@@ -37,6 +38,7 @@ class Prompt:
         for kind, name in (("image", entry.token), ("video", entry.video)):
             if name: kinds[kind] = getattr(model.config, name)
         self.ids, self.length, self.warned = ids, ids.shape[1], False
+        self.generation, self.pixels = follower.generation, follower.pixels
         name, image = type(model).__name__, kinds["image"]
         if not any((ids == token).any() for token in kinds.values()):
             raise ValueError(f"{name}: the prompt has no image token (id {image}), so there is no "
@@ -46,9 +48,12 @@ class Prompt:
         self.layout = laid_out(name, ids, kinds, entry.pictures(given))
         self.asked = asked_in(follower.query, ids, real, follower.tokenizer, kinds.values())
 
-    def follows(self, ids): # without a cache, each step reads the prompt again
-        "Whether tokens are those of this prompt, and one more."
-        return self.ids.shape == ids[:, :-1].shape and torch.equal(self.ids, ids[:, :-1])
+    def follows(self, ids, follower): # without a cache, each step reads the prompt again
+        "Whether a pass is a step after this prompt: the same tokens, and one more."
+        longer = self.ids.shape == ids[:, :-1].shape and torch.equal(self.ids, ids[:, :-1])
+        if not longer or self.generation is not follower.generation: return False
+        own_loop = follower.query == "generated" and self.pixels == follower.pixels
+        return self.generation is not None or own_loop
 
 # %% ../../nbs/72_prompts.ipynb #1f00c362
 class Pass:
@@ -82,8 +87,7 @@ def _refuse_gap(name, tokens, past, seen):
 def _whole(follower, ids, named):
     "A pass that reads a prompt from its start; None where it owes no row."
     (B, n), before, every = ids.shape, follower.prompt, follower.query == "generated"
-    steps = every or named.get("use_cache") is False      # as `generate` says of each step
-    if steps and before is not None and before.follows(ids):
+    if before is not None and before.follows(ids, follower):
         before.ids = ids
         return Pass(before, n, 0, the_only(n - 1, B)) if every else None
     follower.prompt = Prompt(follower, ids, _real_of(named.get("attention_mask"), ids))
@@ -112,6 +116,8 @@ def _begun(follower, named): # arguments of the model by name
     return _whole(follower, ids.detach().cpu(), named)
 
 # %% ../../nbs/72_prompts.ipynb #6f0b92ad
+_PIXELS = "pixel_values", "pixel_values_videos"
+
 def _light(value): # pixels become a shape
     pixels = isinstance(value, torch.Tensor) and value.is_floating_point()
     return value.detach().to("meta") if pixels else value
@@ -123,6 +129,7 @@ class Follower:
         self.model, (self.path, self.host, self.entry) = model, find_language(model)
         self.query, self.tokenizer = checked_query(query, tokenizer), tokenizer
         self.inputs, self.caches, self.prompt, self.now = {}, WeakSet(), None, None # of pictures
+        self.generation, self.pixels = None, () # the call of `generate` that runs; what it shows
 
     def renewed(self): "A new prompt begins."
 
@@ -131,12 +138,20 @@ class Follower:
         inputs = {k: v for k, v in inputs.items() if v is not None}
         self.inputs |= {k: _light(v) for k, v in inputs.items()} | self.entry.notes(inputs)
 
+    def generates(self, arguments):
+        "`generate` is called; gives what is called when it has returned."
+        before, self.generation = self.generation, object()
+        def end(): self.generation = before
+        return end
+
     def entered(self, module, args, kwargs):
         "The model is called."
         named = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         named = named | named.pop("kwargs", {})
-        if any(named.get(k) is not None for k in ("pixel_values", "pixel_values_videos")):
+        if any(named.get(k) is not None for k in _PIXELS):
             self.inputs = {}
+        own_loop = self.query == "generated" and self.generation is None
+        self.pixels = [checksums(named[k]) for k in _PIXELS if own_loop and named.get(k) is not None]
         self.given({k: v for k, v in named.items() if k not in ("cache", "past_key_values")})
         self.now = _begun(self, named)
 

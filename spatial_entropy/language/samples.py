@@ -56,7 +56,8 @@ def prompted(processor, picture, text): # a PIL picture
 
 # %% ../../nbs/74_samples.ipynb #f484945c
 def _square(p, w, h): # what a processor that pads to a square sees, in pixels
-    if not getattr(p, "do_pad", False) or not type(p).__name__.startswith("LlavaImage"):
+    tiles = getattr(p, "image_grid_pinpoints", None)    # of the whole, and padding is taken off
+    if tiles or not getattr(p, "do_pad", False) or not hasattr(p, "pad_to_square"):
         return 0., 0., float(w), float(h)
     side = max(w, h)
     return (w - side)/2, (h - side)/2, (w + side)/2, (h + side)/2

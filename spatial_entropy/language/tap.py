@@ -33,11 +33,17 @@ def _reduction(reduce):
                      "number, or a function of maps (B, H, h, w)")
 
 # %% ../../nbs/73_text_tap.ipynb #f87efff0
+def _reduced_view(row, places, reduce): # places: {prompt: Place}
+    "{prompt: (1, …)}; maps of one size are reduced together."
+    if len({place.part.grid for place in places.values()}) == 1:
+        return dict(zip(places, reduce(laid(row, places)).split(1)))
+    return {b: reduce(laid(row, {b: place})) for b, place in places.items()}
+
 def _reduced(row, tap): # (B, H, T)
-    "What is kept of a row: itself, or what it is reduced to, by view."
+    "What is kept of a row: itself, or what it is reduced to, by view and prompt."
     if tap.reduce is None: return row
-    views = tap.prompt.layout.views
-    return {name: tap.reduce(laid(row, places)) for name, places in views.items()}
+    return {name: _reduced_view(row, places, tap.reduce)
+            for name, places in tap.prompt.layout.views.items()}
 
 # %% ../../nbs/73_text_tap.ipynb #bd993e59
 def _refuse_shape(site, query):
@@ -49,8 +55,8 @@ def _refuse_shape(site, query):
         f"prompt(s) of {now.n} token(s): the language model reads other tokens than the prompt "
         "holds, so that their places are unknown")
 
-def _row_of_call(site, asked, query, key, mask, kwargs):
-    "The mean row of the tokens that ask, over all keys, and which of these it sees."
+def _row_of_call(site, asked, at, query, key, mask, kwargs): # at: (B, T) of the image tokens
+    "The mean row of the tokens that ask, which keys it sees, and which of them see no picture."
     causal, scale, sinks = (kwargs.get(k) for k in ("is_causal", "scaling", "s_aux"))
     if causal is None: causal = getattr(site.module, "is_causal", True)
     if scale is None: scale = query.shape[-1]**-.5
@@ -60,7 +66,7 @@ def _row_of_call(site, asked, query, key, mask, kwargs):
                                "not read; pass one prompt a row, padded")
     return asked_weights(query, key, asked, scale, mask, site.tap.now.past, causal,
                          kwargs.get("sliding_window"), kwargs.get("softcap"), sinks,
-                         site.tap.softmax)
+                         site.tap.softmax, at)
 
 def _row_of_table(table, asked): # (B, H, n, m), of eager attention
     at = asked.at[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3])
@@ -79,20 +85,27 @@ def _at_image_tokens(row, # (B, H, m)
     return row, (at < 0) | ~seen[:, 0].gather(1, inside)
 
 # %% ../../nbs/73_text_tap.ipynb #9d6d8c62
+def _real_tokens(tap): # (B, T) bool: places of the layout that are not filled up
+    layout = tap.prompt.layout
+    return torch.arange(layout.at.shape[1]) < torch.tensor(layout.counts)[:, None]
+
 class _Site:
     "What one tap keeps of one layer."
     def __init__(self, tap, number, name, module):
         self.tap, self.number, self.name, self.module = tap, number, name, module
-        self.kept, self.unseen = [], [] # a step each
+        self.kept, self.unseen, self.blind = [], [], [] # a step each
 
     def record(self, query, key, mask, kwargs, out):
         now, tap = self.tap.now, self.tap
         if now is None: return                                # a pass in which nothing is asked
         _refuse_shape(self, query)
         asked, at = now.on(query.device)
-        if tap.eager: row, seen = _row_of_table(out[1], asked), None
-        else: row, seen = _row_of_call(self, asked, query, key, mask, kwargs)
         at = at - first_key(now.n, key.shape[2], now.past)
+        if tap.eager: row, seen, blind = _row_of_table(out[1], asked), None, None
+        else:
+            own = torch.where(_real_tokens(tap).to(at.device), at, -1)
+            row, seen, blind = _row_of_call(self, asked, own, query, key, mask, kwargs)
+        self.blind.append(0 if blind is None else blind.sum(1))
         row, unseen = _at_image_tokens(row, seen, at, 0. if tap.softmax else torch.nan)
         self.unseen.append(unseen)
         self.kept.append(_reduced(row, tap))
@@ -104,6 +117,8 @@ def _opened(tap):
     hooks = [host.register_forward_pre_hook(Hook(tap.entered), with_kwargs=True),
              host.register_forward_hook(Hook(tap.left), always_call=True)]
     return [*(observe_method(host, f"get_{kind}_features", tap.given) for kind in kinds),
+            *(observe_method(m, "generate", tap.generates) for m in tap.model.modules()
+              if any(part is host for part in m.modules())),
             *(h.remove for h in hooks), *(observe(site.module, site) for site in tap.sites)]
 
 # %% ../../nbs/73_text_tap.ipynb #7a38d991
@@ -122,7 +137,7 @@ class _Recording(Follower):
         if not self.paused: super().entered(*call)
 
     def renewed(self):
-        for site in self.sites: site.kept, site.unseen = [], []
+        for site in self.sites: site.kept, site.unseen, site.blind = [], [], []
 
     def close(self):
         "Give the model back as it was; the maps stay readable."
@@ -143,7 +158,7 @@ def _chosen_view(layout, view):
     if view in views: return view
     raise ValueError(f"view: got {view!r}, expected one of {', '.join(map(repr, views))}")
 
-def _chosen_prompts(layout, name, prompt):
+def _chosen_prompts(layout, name, prompt, shapes=()): # shapes: of what the maps were reduced to
     "{prompt: Place} of a view. Raises ValueError where they cannot stand in one tensor."
     places, n = layout.views[name], len(layout.counts)
     if prompt is not None and prompt not in places:
@@ -151,7 +166,7 @@ def _chosen_prompts(layout, name, prompt):
                          f"{name!r}")
     if prompt is not None: return {prompt: places[prompt]}
     grids = sorted({p.part.grid for p in places.values()})
-    if len(places) == n and len(grids) == 1: return places
+    if len(places) == n and len(shapes or grids) == 1: return places
     listed = ", ".join(f"{h}×{w}" for h, w in grids)
     raise ValueError(f"{name!r}: {len(places)} of {n} prompts have it, with grids {listed}; read "
                      "one prompt at a time with maps(prompt=…)")
@@ -176,11 +191,10 @@ def _read(tap, view, step, prompt):
     for site in tap.sites:
         steps = _steps_of(site, step, every)
         name = _chosen_view(tap.prompt.layout, view)
-        places = _chosen_prompts(tap.prompt.layout, name, prompt)
+        shapes = () if tap.reduce is None else {v.shape for v in steps[0][name].values()}
+        places = _chosen_prompts(tap.prompt.layout, name, prompt, shapes)
         if tap.reduce is None: values = [laid(row, places) for row in steps]
-        else:
-            rows = [list(tap.prompt.layout.views[name]).index(b) for b in places]
-            values = [kept[name][rows] for kept in steps]
+        else: values = [torch.cat([kept[name][b] for b in places]) for kept in steps]
         found[site.number] = torch.stack(values, 1) if every and step is None else values[0]
     return found[tap.layers[0]] if tap.single else found
 
@@ -188,21 +202,33 @@ def _read(tap, view, step, prompt):
 def _unseen(tap):
     "{layer: share of the image tokens that no asking token sees}, of layers where there are any."
     if tap.prompt is None: return {}
-    counts, lost = torch.tensor(tap.prompt.layout.counts)[:, None], {}
-    real = torch.arange(tap.prompt.layout.at.shape[1]) < counts
+    real, lost = _real_tokens(tap), {}
     for site in tap.sites:
         parts = [(u.cpu() & real).sum().item()/real.sum().item() for u in site.unseen]
         if any(parts): lost[site.number] = max(parts)
     return lost
 
+def _blind(tap):
+    "How many of the tokens that ask see no image token, at most; 0 where none does."
+    blind = torch.stack([torch.as_tensor(b).max().cpu() for site in tap.sites for b in site.blind]
+                        or [torch.tensor(0)])
+    return int(blind.max())
+
+# %% ../../nbs/73_text_tap.ipynb #16c8f97e
 def _warn(tap):
-    lost = _unseen(tap)
-    if not lost or tap.prompt.warned: return
-    tap.prompt.warned = True
-    warnings.warn(f"layer(s) {', '.join(map(str, lost))}: the tokens that ask do not see up to "
-                  f"{max(lost.values()):.0%} of the image tokens (a sliding window, or they stand "
-                  f"before the picture); those cells are {0 if tap.softmax else 'NaN'}",
-                  stacklevel=4)
+    lost, blind = _unseen(tap), _blind(tap)
+    if not lost and not blind or tap.prompt.warned: return
+    tap.prompt.warned, said = True, []
+    if lost:
+        said = [f"layer(s) {', '.join(map(str, lost))}: the tokens that ask do not see up to "
+                f"{max(lost.values()):.0%} of the image tokens (a sliding window, or they stand "
+                f"before the picture); those cells are {0 if tap.softmax else 'NaN'}"]
+    n = int((tap.prompt.asked.weight > 0).sum(1).max())
+    if 0 < blind < n:
+        kept = "their weights, all 0, count in the mean" if tap.softmax else "the others' mean counts"
+        said.append(f"up to {blind} of the {n} tokens that ask see no image token; {kept}; ask with "
+                    "tokens after the picture")
+    warnings.warn("; ".join(said), stacklevel=4)
 
 # %% ../../nbs/73_text_tap.ipynb #daa62ead
 class _Readable(_Recording):
