@@ -350,6 +350,31 @@ def test_a_second_derivative_is_refused_not_zero(twice):
             twice(f, torch.randn(2, 3, 3))
 
 
+def test_a_loss_that_is_built_in_inference_mode_trains():
+    with torch.inference_mode(): losses = [se.SpatialEntropyLoss(), se.SpatialEntropyLoss(mass=.6)]
+    for loss in losses:
+        x = torch.rand(2, 3, 5, 5, requires_grad=True)
+        loss(x).backward()
+        assert x.grad.isfinite().all() and loss.left_out == 0
+
+
+def test_the_clear_answer_takes_what_it_says():
+    for bad in (torch.rand(2, 3, 5, 5), torch.rand(3, 3, 3, 3), torch.rand(5, 5)):
+        with pytest.raises(ValueError, match=r"maps: got shape .*, expected \(M, h, w\)"): clear_entropy(bad)
+    for name in ("times_mean", "floor"):
+        for value in (-1, math.nan, "1"):
+            with pytest.raises(ValueError, match=f"{name}: got .*, expected a number of at least 0"): clear_entropy(torch.rand(3, 5, 5), **{name: value})
+
+
+@pytest.mark.parametrize("connectivity", [8., np.float32(4), "8", True, None])
+def test_a_connectivity_that_is_no_whole_number(connectivity):
+    x = torch.rand(1, 5, 5)
+    for call in (lambda c: se.spatial_entropy(x, c), lambda c: se.label_regions(x > .5, c), se.SpatialEntropyLoss, lambda c: clear_entropy(x, c),
+                 lambda c: clear_labels(x > .5, c)):
+        with pytest.raises(ValueError, match="connectivity: got .*, expected 4 or 8"): call(connectivity)
+        call(np.int64(8))
+
+
 @pytest.mark.filterwarnings("ignore:.*jit.script")
 def test_forward_mode():
     from torch.autograd import forward_ad

@@ -540,6 +540,27 @@ def test_a_hidden_patch_has_no_map():
     assert tap.valid().flatten(2).sum(2).tolist() == [[4, 4], [0, 0]]
 
 
+def test_sides_that_patches_do_not_divide_are_said():
+    """What the convolution drops, or the embedding pads, is no part of the grid: a mask of the whole picture would lie beside it."""
+    tf = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    dino = tf.Dinov2Model(tf.Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=56, patch_size=14)).eval()
+    padding = timm.create_model("vit_tiny_patch16_224", **SMALL | dict(patch_size=8), dynamic_img_size=True, dynamic_img_pad=True).eval()
+    for model, size, patch in ((dino, (41, 50), 14), (padding, (20, 32), 8)):
+        with se.AttentionTap(model) as tap, torch.no_grad():
+            model(torch.randn(1, 3, *size))
+            with pytest.warns(UserWarning, match=r"which the patches do not divide: the grid covers \d+×\d+ .*multiple of the patch"): tap.maps()
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                tap.maps()                                                  # once
+            h, w = tap.maps().shape[-2:]
+            assert tap.frame == pytest.approx((0, 0, w * patch / size[1], h * patch / size[0])) and tap.frame[3] != 1
+    with se.AttentionTap(dino) as tap, warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        dino(torch.randn(1, 3, 42, 28))
+        assert tap.maps().shape[-2:] == (3, 2) and tap.frame == (0, 0, 1, 1)
+
+
 # ---- two processes ----
 
 DISTRIBUTED = ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "vit_small_patch16_rope_224", "ViTForImageClassification"]

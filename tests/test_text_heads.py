@@ -1,4 +1,5 @@
 """The pipeline over the heads of vision-language models, against plain numpy and scipy: eager attention, loops over heads, sets of cells."""
+import copy
 import csv
 import gc
 import json
@@ -18,10 +19,11 @@ import spatial_entropy as se
 from spatial_entropy.analysis import grounding
 from spatial_entropy.analysis.grounding import as_shares, as_truth, box_around, main_region, read_records, score_grounding
 from spatial_entropy.analysis.heads import Heads
+from spatial_entropy.attention.queries import Phrase, checked_query, find_phrase
 from spatial_entropy.language.demo import demo_language_model, inputs_of, questions
 from spatial_entropy.language.heads import looks, rank_seen
-from spatial_entropy.language.locating import best_heads, combined, locate_seen, located_table
-from spatial_entropy.language.samples import Seen, frame_of
+from spatial_entropy.language.locating import LocatedTable, best_heads, combined, locate_seen, located_table
+from spatial_entropy.language.samples import Seen, as_sample, frame_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:spatial_entropy. got maps with NaN", "ignore:layer.* the tokens that ask do not see")
 LLAVA, NAN = SPECS[0], float("nan")
@@ -218,8 +220,9 @@ def test_the_frame_of_a_processor_that_pads():
     assert out[16].min() > .9 and out[0].max() < .6 and out[-1].max() < .6         # a third of it is padding
 
 
-EYES = {"LlavaImageProcessor": dict(do_pad=True), "CLIPImageProcessor": {}, "SiglipImageProcessor": {}, "JanusImageProcessor": {}, "DeepseekVLImageProcessor": {},
-        "Gemma3ImageProcessor": {}, "PixtralImageProcessor": {}, "GotOcr2ImageProcessor": {}, "Idefics3ImageProcessor": dict(do_image_splitting=False),
+EYES = {"LlavaImageProcessor": dict(do_pad=True), "CLIPImageProcessor": {}, "SiglipImageProcessor": {}, "JanusImageProcessor": {},
+        "DeepseekVLImageProcessor": {}, "Gemma3ImageProcessor": {}, "PixtralImageProcessor": {}, "GotOcr2ImageProcessor": {},
+        "Idefics3ImageProcessor": dict(do_image_splitting=False),
         "LlavaNextImageProcessor": {}, "LlavaOnevisionImageProcessor": {}, "Cohere2VisionImageProcessor": dict(crop_to_patches=False)}
 
 
@@ -286,6 +289,79 @@ def test_the_model_is_given_back_as_it_was_though_a_sample_fails():
         assert torch.equal(a.stacked, b.stacked) and not a.stacked.requires_grad
     finally:
         model.eval()
+
+
+def test_bad_records_are_left_out_and_said(tmp_path):
+    """A box outside of its picture, and a picture that is not there, among good ones; an error where there is nothing else."""
+    model, picture = made(LLAVA), picture_of()
+    record = dict(image=picture, expression="mug", box=[1, 1, 9, 9])
+    bad = [record | dict(box=[900, 1, 9, 9]), record | dict(image=str(tmp_path / "nowhere.png"))]
+    with pytest.warns(UserWarning, match="2 of 4 records were left out; the first is number 1: box: got"):
+        ranked = se.rank_text_heads(model, [record, *bad, record | dict(box=[9, 9, 9, 9])], processor_of(), surrogates=0)
+    assert ranked[0]["images"] == 2
+    with pytest.raises(ValueError, match="box: got"): se.rank_text_heads(model, bad, processor_of())
+    seen = []
+    with pytest.raises(ValueError, match="box: got"): list(se.text_maps(model, (seen.append(i) or bad[0] for i in range(99)), processor_of()))
+    assert len(seen) == 10
+
+
+def test_the_expression_is_that_of_the_template():
+    """The template has the same word; what is asked is what stands in its braces."""
+    record = dict(image=picture_of(), expression="the")
+    sample = as_sample(record, 0, processor_of(), "Where is the {} ?", "expression")
+    assert sample.query == Phrase("the", "Where is the ", " ?") and as_sample(record, 0, processor_of(), "Where?", "expression").query == "the"
+    words = ["Where", " is", " the", " the", " ?"]
+    assert find_phrase(sample.query, words) == [3]
+    with pytest.raises(ValueError, match="is 2 times"): find_phrase("the", words)
+    last = as_sample(record | dict(expression="last"), 0, processor_of(), "Where is the {} ?", "expression").query
+    assert checked_query(last, processor_of()) == last != "last"
+
+
+def test_whole_words_come_first():
+    words = ["a", " man", " and", " a", " human", " in", " 12", " of", " 120", "猫", "が"]
+    assert find_phrase("man", words) == [1] and find_phrase("12", words) == [6] and find_phrase("猫", words) == [9]
+    with pytest.warns(UserWarning, match="'hum' is no word of the prompt, only part of one"): assert find_phrase("hum", words) == [4]
+
+
+def test_a_column_is_refused_before_the_first_sample():
+    model, seen = made(LLAVA), []
+    for by, more in (("iou_", {}), ("looks_at", {}), ("jaccard", {}), ("below_chance", dict(surrogates=0))):
+        with pytest.raises(ValueError, match=f"by: got '{by}'.* expected one of block, head, selected"):
+            se.rank_text_heads(model, (seen.append(1) for _ in range(3)), by=by, **more)
+    assert not seen
+    with pytest.warns(UserWarning, match="by: got 'iou', but no sample had a truth"): ranked = se.rank_text_heads(model, [LLAVA.given()], by="iou")
+    assert ranked.by == "selected"
+
+
+def test_the_order_of_layers_changes_nothing():
+    model, samples = made(LLAVA), [LLAVA.given(seed) for seed in range(2)]
+    found = [se.rank_text_heads(model, samples, layers=layers, variant="as_released", surrogates=0, top=3) for layers in ([0, 1], [1, 0])]
+    assert found[0].table() == found[1].table()
+    with pytest.raises(ValueError, match="names a layer twice"): se.TextImageTap(model, layers=[0, -len(made(LLAVA).model.language_model.layers)])
+
+
+def test_a_table_of_samples_with_and_without_truth(tmp_path):
+    rows = [dict(name="a", x0=.1), dict(name="b", x0=.2, iou=.5, iou_chance=.1), dict(name="c", x0=.3)]
+    for order in (rows, rows[::-1]):
+        table = LocatedTable(order)
+        assert all(list(row) == list(table.rows[0]) for row in table) and str(table).count("0.500") == 1
+        table.to_csv(tmp_path / "t.csv")
+        read = list(csv.DictReader((tmp_path / "t.csv").open()))
+        assert sorted((r["name"], r["iou"]) for r in read) == [("a", "nan"), ("b", "0.5"), ("c", "nan")]
+
+
+def test_heads_below_zero_are_refused():
+    model, seen = made(LLAVA), []
+    for heads in ([(0, -1)], [(-1, 0)]):
+        with pytest.raises(ValueError, match="heads: got .*counted from 0"): list(se.locate(model, (seen.append(1) for _ in range(3)), heads))
+    assert not seen
+
+
+def test_one_of_several_models_must_be_passed():
+    model = made(LLAVA)
+    both = torch.nn.ModuleDict(dict(teacher=copy.deepcopy(model), student=model))
+    with pytest.raises(se.UnsupportedModel, match="several vision-language models .teacher.model, student.model.; pass the one"): se.TextImageTap(both)
+    with se.TextImageTap(torch.nn.ModuleDict(dict(student=model))) as tap: assert tap.host is model.model
 
 
 def test_samples_are_not_kept():
@@ -498,6 +574,26 @@ def test_boxes_of_either_form():
     for bad in ([50, 0, 60, 10], [5, 5, 0, 5], [], "box", [1, 2, 3], [NAN, 0, 1, 1]):
         with pytest.raises(ValueError, match="box: got"): as_shares(bad, (100, 200))
     with pytest.raises(ValueError, match="form: got 'yxyx'"): as_shares([0, 0, 1, 1], (9, 9), "yxyx")
+
+
+@pytest.mark.parametrize("record", [dict(expression=""), dict(expression="  "), dict(sentences=["red", ""]), dict(sentences=[dict(tokens=["left"])]),
+                                    dict(sentences=[None]), dict(expression=dict(sent=None))])
+def test_a_record_without_words_is_refused(record, tmp_path):
+    (tmp_path / "refs.json").write_text(json.dumps([dict(image="a.png", expression="red"), dict(image="b.png") | record]))
+    with pytest.raises(ValueError, match="record 1 is .*no expression may be empty.*sent, raw or sentence"): read_records(tmp_path / "refs.json")
+
+
+def test_sentences_have_their_words_under_several_names(tmp_path):
+    (tmp_path / "refs.json").write_text(json.dumps([dict(image="a.png", sentences=[dict(raw="left man", tokens=["left", "man"]), dict(sentence="it"),
+                                                                                   dict(sent="the man", raw="The man")])]))
+    assert [r["expression"] for r in read_records(tmp_path / "refs.json")] == ["left man", "it", "the man"]
+
+
+@pytest.mark.parametrize("bad", [[[10, 20], [50, 60]], [10, 20, 30, 40, 50, 60, 10, 10], [[[1, 2, 3, 4]]], [[1, 2, 3], [4, 5, 6]], 5, None])
+def test_numbers_of_another_shape_are_no_boxes(bad):
+    """Two corners, or eight numbers in a row, are not taken apart in a way that nobody said."""
+    for form in ("xywh", "xyxy"):
+        with pytest.raises(ValueError, match="expected four numbers, or a list of such boxes"): as_shares(bad, (100, 100), form)
 
 
 def test_masks_of_records(tmp_path):

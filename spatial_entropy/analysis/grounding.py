@@ -26,9 +26,12 @@ def _corners(boxes, form):
     "(T, 4) float64 corners. Raises ValueError for what is no box."
     if form not in _FORMS:
         raise ValueError(f'form: got {form!r}, expected "xywh" (of COCO, RefCOCO) or "xyxy"')
-    try: b = torch.as_tensor(boxes, dtype=torch.float64).reshape(-1, 4)
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"box: got {boxes!r}, expected four numbers: {_FORMS[form]}") from None
+    try: b = torch.as_tensor(boxes, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError): b = torch.zeros(0)
+    if b.ndim not in (1, 2) or b.shape[-1] != 4:
+        raise ValueError(f"box: got {boxes!r}, expected four numbers, or a list of such boxes: "
+                         f"{_FORMS[form]}")
+    b = b.view(-1, 4)
     return b if form == "xyxy" else torch.cat([b[:, :2], b[:, :2] + b[:, 2:]], 1)
 
 # %% ../../nbs/49_grounding.ipynb #365a4573
@@ -232,23 +235,30 @@ def _rows_of(path):
     except ValueError as e: raise ValueError(f"{path}: is no JSON ({e})") from None
 
 # %% ../../nbs/49_grounding.ipynb #8efc5d72
+def _said(one): # a text, a number, or one of RefCOCO's own sentences
+    "An expression as text; empty where there is none."
+    names = "sent", "raw", "sentence"
+    if isinstance(one, dict): one = next((one[k] for k in names if one.get(k) is not None), "")
+    return str(one).strip() if isinstance(one, str | int | float) else ""
+
 def _check_record(record, number, path):
-    "Raise ValueError for what names no picture, or has nothing to say of it."
+    "The expressions of a record. Raises ValueError where it names no picture, or lacks one."
     kinds = "image", "expression", "mask"
     image, said, mask = (_named(record, k) if isinstance(record, dict) else None for k in kinds)
-    if isinstance(image, str) and said not in (None, []) and isinstance(mask, str | None): return
+    every = [_said(one) for one in (said if isinstance(said, list) else [said])]
+    if isinstance(image, str) and every and all(every) and isinstance(mask, str | None): return every
     raise ValueError(f"{path}: record {number} is {str(record)[:80]}, expected a dictionary "
-                     "with image and expression, and box or mask where they are known")
+                     "with image and expression, and box or mask where they are known; no "
+                     "expression may be empty, one that is a dictionary holds sent, raw or "
+                     "sentence")
 
 def _plain(record, number, path, folder, form):
     "One record for each of its expressions, with the names of this package."
-    _check_record(record, number, path)
-    said, mask = _named(record, "expression"), _named(record, "mask")
+    said, mask = _check_record(record, number, path), _named(record, "mask")
     shared = dict(image=str(folder/_named(record, "image")), box=_named(record, "box"), form=form,
                   mask=None if mask is None else str(folder/mask))
-    for one in said if isinstance(said, list) else [said]:
-        one = one.get("sent") if isinstance(one, dict) else one   # RefCOCO's own sentences
-        yield shared | dict(expression=str(one), name=f"{Path(shared['image']).stem}: {one}")
+    for one in said:
+        yield shared | dict(expression=one, name=f"{Path(shared['image']).stem}: {one}")
 
 # %% ../../nbs/49_grounding.ipynb #08c22109
 def read_records(path, # a .json list, or .jsonl

@@ -45,7 +45,9 @@ def chosen_layers(layers, own, n): # as of `attention_layers`
                              'list of such numbers, or "all"')
         if b % n not in own:
             raise ValueError(f"layers: layer {b % n} has no attention; these have: {sorted(own)}")
-    return [b % n for b in numbers]
+    numbers = [b % n for b in numbers]
+    if len(set(numbers)) == len(numbers): return numbers
+    raise ValueError(f"layers: got {layers!r}, which names a layer twice")
 
 # %% ../../nbs/17_observing.ipynb #df5014fd
 _observers = WeakKeyDictionary() # attention layer: weak references to who observes it

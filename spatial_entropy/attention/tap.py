@@ -81,6 +81,7 @@ class _Pass:
         self.earlier = []     # what the passes before recorded, at most `keep` - 1 of them
         self.inside = False   # the model's forward is running
         self.trained = 0      # passes so far, with gradients and in training mode
+        self.picture = None   # (height, width) of what the patch embedding is given
         self.begin()
 
     def begin(self, keep=1): # passes that can still be read, this one included
@@ -89,6 +90,7 @@ class _Pass:
             self.earlier = [*self.earlier, self.recorded][1 - keep:]
         self.grad = torch.is_grad_enabled()
         self.grid = None      # the raster of the patch embedding
+        self.covered = None   # ((height, width) of the picture, of what the grid covers of it)
         self.anchor = None    # an output, where parameters are sharded
         self.recorded = {}    # layer number: records of its calls
         self.ran = {}         # layer number: True
@@ -664,6 +666,19 @@ class Hook:
     def __reduce__(self): return Hook, ()
 
 # %% ../../nbs/12_tap.ipynb #e418d8b7
+def _covered_side(n, whole, k, s, pad): # pixels of the convolution's input, and of the picture
+    "How many pixels of a side the patches cover; all of it for no convolution of patches."
+    return n//s*s if k == s and pad == 0 and n >= s and 0 <= n - whole < s else whole
+
+def _covered(conv, args, picture): # picture: (height, width), or None for the convolution's input
+    "((height, width) of a picture, and of what patches cover of it), or None."
+    if torch.compiler.is_compiling() or not isinstance(conv, nn.Conv2d) or not args: return None
+    size, pads = tuple(args[0].shape[-2:]), conv.padding
+    if isinstance(pads, str): pads = (int(pads != "valid"),)*2
+    picture = size if picture is None else picture
+    sides = zip(size, picture, conv.kernel_size, conv.stride, pads)
+    return picture, tuple(_covered_side(*side) for side in sides)
+
 class _PassHooks:
     "What a model's hooks do for its tap. A second run, by checkpointing, does nothing."
     def __init__(self, tap): self.tap = tap
@@ -687,6 +702,12 @@ class _PassHooks:
         if _recomputing(): return
         now = self.tap._passes.now()
         if now.used or not now.inside: now.begin(self.tap.keep) # inside for good, after Ctrl-C
+        now.covered, now.picture = _covered(module, args, now.picture), None
+
+    def picture_entered(self, module, args, kwargs): # what is around the convolution
+        shown = (a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
+        size = next((tuple(a.shape[-2:]) for a in shown if a.ndim == 4), None)
+        if not _recomputing(): self.tap._passes.now().picture = size
 
 # %% ../../nbs/12_tap.ipynb #1fd4af15
 class _GridHooks(_PassHooks):
@@ -709,6 +730,13 @@ def _first_convolution(found): # before the first attention layer
         if module is layer: return None
         if isinstance(module, nn.Conv2d): return module
 
+def _around(found, module):
+    "What calls a module, if it is a module of its own."
+    paths = {m: path for path, m in found.model.named_modules()}
+    parent = paths.get(module, "").rpartition(".")[0]
+    return found.model.get_submodule(parent) if parent else None
+
+# %% ../../nbs/12_tap.ipynb #ff660937
 def _hooked(tap):
     "Hook what begins a pass and what shows the grid; gives the hooks' handles."
     model, adapter, calls = tap.found.model, tap.found.adapter, _GridHooks(tap)
@@ -719,6 +747,9 @@ def _hooked(tap):
     hooks = [model.register_forward_pre_hook(Hook(calls.model_entered)),
              model.register_forward_hook(Hook(calls.model_left), always_call=True)]
     if adapter.given is None and begins not in (None, model):
+        if (around := _around(tap.found, begins)) is not None:
+            entered = Hook(calls.picture_entered)
+            hooks.append(around.register_forward_pre_hook(entered, with_kwargs=True))
         hooks.append(begins.register_forward_pre_hook(Hook(calls.embedding_entered)))
     if adapter.given is not None:
         hooks.append(model.register_forward_pre_hook(Hook(calls.grid_given), with_kwargs=True))
@@ -833,7 +864,7 @@ def _refuse_wrapped(model):
 def _copied(cls):
     "What a copy or a pickle of a tap is: closed, and without maps."
     new = cls.__new__(cls)
-    new.closed, new.single, new.checks, new.keep = True, True, None, 1
+    new.closed, new.single, new.checks, new.keep, new.warned = True, True, None, 1, True
     new.blocks, new._sites, new._hooks, new._passes = [], [], [], _Passes()
     new.query, new.softmax, new.found, new._root = "cls", False, None, None
     new.first = "this is a copy of a tap, which listens nowhere; open one on the model at hand"
@@ -848,7 +879,7 @@ class _Open:
         self.single = isinstance(block, int) and not isinstance(block, bool)
         self.blocks = _chosen(block, len(self.found.layers))
         self.keep, self.checks, self._root, self._passes = 1, None, model, _Passes()
-        self.closed = False
+        self.closed = self.warned = False
         self.first = "run the model on a batch inside `with AttentionTap(model) as tap:` first"
         self._sites = [_Site(self, i) for i in self.blocks]
         self._hooks = _hooked(self)
@@ -870,6 +901,20 @@ class _Open:
     def __reduce_ex__(self, protocol): return _copied, (type(self),)
 
 # %% ../../nbs/12_tap.ipynb #d069254d
+def _frame_of(covered):
+    "(x0, y0, x1, y1), shares of the picture: what its grid covers."
+    (height, width), (h, w) = covered or ((1, 1), (1, 1))
+    return 0., 0., w/width, h/height
+
+def _say_frame(tap, covered):
+    "Warn, once for a tap, where masks and boxes of a whole picture would lie wrongly on its grid."
+    if _frame_of(covered) == (0, 0, 1, 1) or tap.warned: return
+    tap.warned, ((height, width), (h, w)) = True, covered
+    warnings.warn(f"got pictures of {height}×{width} pixels, which the patches do not divide: the "
+                  f"grid covers {h}×{w} (`tap.frame`), and pixels of a mask or a box lie beside "
+                  "their cells; resize or cut pictures and masks to a multiple of the patch",
+                  stacklevel=4)
+
 def _maps_of(tap, run=None):
     "The maps of the latest pass, by layer if there are several."
     if not tap._sites: raise RuntimeError(f"no map was recorded: {tap.first}")
@@ -877,6 +922,7 @@ def _maps_of(tap, run=None):
     records = _of_pass(tap, now.recorded, run, now)
     maps = {r.site.number: _map_of(r, now.anchor) for r in records}
     now.used = True
+    if not torch.compiler.is_compiling(): _say_frame(tap, now.covered)
     return _by_layer(tap, maps)
 
 def _valid_of(tap, run=None):
@@ -917,6 +963,11 @@ class _Readable(_Open):
         Raises RuntimeError as `maps`.
         """
         return _taken(self)
+
+    @property
+    def frame(self): # the whole picture but where its sides are no multiples of the patch
+        "(x0, y0, x1, y1) of the latest pass: which part of the picture, in shares, the grid covers."
+        return _frame_of(self._passes.read().covered)
 
     @property
     def trained(self):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cache
 import torch
 from torch import nn
-from ..attention.families import UnsupportedModel, check_module
+from ..attention.families import SeveralModels, UnsupportedModel, check_module
 from ..attention.rasters import Raster
 
 # %% ../../nbs/70_geometry.ipynb #9c4b28b1
@@ -212,21 +212,34 @@ def _entry_of(cls):
     return None
 
 # %% ../../nbs/70_geometry.ipynb #6134a060
-def find_language(model):
-    """(path, module, entry) of the first module that joins words and pictures.
+def _joining(model): # outermost ones
+    "(path, module, entry) of each module that joins words and pictures."
+    last = None
+    for path, module in model.named_modules():
+        if last is not None and path.startswith(last): continue
+        if (entry := _entry_of(type(module))) is None: continue
+        last = f"{path}." if path else ""
+        yield path, module, entry
 
-    Raises UnsupportedModel, with what an entry needs, for a model that the table does not hold;
-    TypeError for what is no model.
+def find_language(model):
+    """(path, module, entry) of the module that joins words and pictures.
+
+    Raises UnsupportedModel, with what an entry needs, for a model that the table does not hold,
+    SeveralModels where two could be meant, TypeError for what is no model.
     """
     check_module(model)
-    for path, module in model.named_modules():
-        entry = _entry_of(type(module))
-        if entry is None: continue
-        if entry.why: raise UnsupportedModel(f"{type(module).__name__} ({entry.name}): {entry.why}")
-        return path, module, entry
-    raise UnsupportedModel(f"{type(model).__name__}: no entry for this vision-language model. An "
-                           f"entry needs {_NEEDED}")
+    found = list(_joining(model))
+    if not found:
+        raise UnsupportedModel(f"{type(model).__name__}: no entry for this vision-language model. "
+                               f"An entry needs {_NEEDED}")
+    path, module, entry = next((f for f in found if not f[2].why), found[0])
+    if entry.why: raise UnsupportedModel(f"{type(module).__name__} ({entry.name}): {entry.why}")
+    several = [p for p, _, e in found if not e.why]
+    if len(several) == 1: return path, module, entry
+    raise SeveralModels(f"{type(model).__name__} holds several vision-language models "
+                        f"({', '.join(several)}); pass the one to tap")
 
+# %% ../../nbs/70_geometry.ipynb #0011a1cb
 def register_language_adapter(entry: LanguageAdapter) -> LanguageAdapter: # the same
     "Add an entry to the table of vision-language models; it goes before those that are there."
     _language_adapters.insert(0, entry)

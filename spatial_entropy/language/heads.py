@@ -6,6 +6,7 @@
 __all__ = ['looks', 'measured', 'rank_seen', 'rank_text_heads']
 
 # %% ../../nbs/75_text_heads.ipynb #e197434a
+import warnings
 import torch
 from torch import Tensor, nn
 from ..analysis.chance import surrogate_maps
@@ -123,15 +124,37 @@ def _with_another(samples): # an iterable of `Seen`
     yield from ((one, ()) for one in first)
 
 # %% ../../nbs/75_text_heads.ipynb #218297eb
+_ALWAYS = ("block head selected entropy attention passed empty one_cell border same_cell sink images "
+           "broken").split()
+_OF_CHANCE, _OF_TRUTHS = ["entropy_chance", "below_chance"], [n + c for n in SCORES
+                                                              for c in ("", "_chance")]
+
+def _check_by(by, surrogates): # before hours of samples
+    "Raises ValueError for what is never a column of numbers."
+    known = [*_ALWAYS[:4], *_OF_CHANCE*bool(surrogates), *_ALWAYS[4:], *_OF_TRUTHS]
+    if by in known: return
+    why = " (a column of texts)" if by == "looks_at" else ""
+    if by in _OF_CHANCE: why = " with surrogates=0"
+    raise ValueError(f"by: got {by!r}{why}, expected one of {', '.join(known)}")
+
+def _ranked(rows, by):
+    "The heads by a column; by \"selected\" where the column needs truths and none was there."
+    if by in rows[0]: return Heads(rows, by)
+    warnings.warn(f"by: got {by!r}, but no sample had a truth; the heads are ranked by "
+                  "'selected'", stacklevel=3)
+    return Heads(rows, "selected")
+
+# %% ../../nbs/75_text_heads.ipynb #14291833
 def rank_seen(samples, # an iterable of `Seen`
               variant: str = "paper", # or "as_released", as of `localization_heads`
               top: int = 10, # heads selected in a sample, at most
               threshold: float = 1e-3, # how far a cell that counts exceeds the mean
               surrogates: int = 2, # of each map, for the chance level of E; 0 for none
               shifts: int = 4, # earlier samples whose truths make the chance level of the scores
-              by: str = "selected", # any column of numbers
+              by: str = "selected", # any column of numbers; without its truths "selected"
              ) -> Heads:
     "Rank heads by maps that are there. Raises ValueError where no map could be read."
+    _check_by(by, surrogates)
     check_count(top, "top")
     check_count(surrogates, "surrogates", 0)
     check_count(shifts, "shifts", 0)
@@ -144,7 +167,7 @@ def rank_seen(samples, # an iterable of `Seen`
         raise ValueError(f"samples: all maps of all {counted.n} have NaN or infinite cells, which "
                          "half precision gives where attention overflows; load the model in "
                          "bfloat16 or float32")
-    return Heads(rows, by)
+    return _ranked(rows, by)
 
 # %% ../../nbs/75_text_heads.ipynb #878e5cde
 def rank_text_heads(model: nn.Module, # a vision-language model that `TextImageTap` reads

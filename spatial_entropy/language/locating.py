@@ -39,10 +39,11 @@ def as_heads(heads, best: int = 3): # best: how many of a ranking
     if isinstance(heads, Heads): return best_heads(heads, best)
     if isinstance(heads, str) and heads == "sample": return heads
     try:
-        if not isinstance(heads, str): return [(int(layer), int(head)) for layer, head in heads]
+        own = [] if isinstance(heads, str) else [(int(layer), int(head)) for layer, head in heads]
+        if own and all(v >= 0 for head in own for v in head): return own
     except (TypeError, ValueError): pass
     raise ValueError(f'heads: got {heads!r}, expected "sample", a ranking, or (layer, head) in a '
-                     "list, such as [(14, 3)]")
+                     "list, counted from 0, such as [(14, 3)]")
 
 # %% ../../nbs/76_locating.ipynb #7796eed6
 def _own_heads(seen, best, how):
@@ -130,7 +131,11 @@ def _line_of(rows, name):
 @dataclass(repr=False)
 class LocatedTable(Table):
     "A row (a dictionary) for each sample."
-    rows: list
+    rows: list # of the same columns: NaN where a sample has no truth
+
+    def __post_init__(self):
+        names = dict.fromkeys(name for row in self.rows for name in row)
+        self.rows = [dict.fromkeys(names, torch.nan) | row for row in self.rows]
 
     def summary(self) -> list: # of dictionaries: score, mean, chance, n, above_chance
         "Means over samples with truth and chance (accuracy: truth); no line for fewer than two."

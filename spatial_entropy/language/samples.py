@@ -7,12 +7,14 @@ __all__ = ['PROMPT', 'TextSample', 'prompted', 'frame_of', 'as_sample', 'on_mode
 
 # %% ../../nbs/74_samples.ipynb #d30c025f
 import inspect
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from ..analysis.grounding import WHOLE, Truth, as_shares, as_truth
 from ..analysis.evaluation import evaluating
+from ..attention.queries import Phrase
 from ..data import open_labels, open_picture
 from .tap import TextImageTap
 
@@ -94,19 +96,22 @@ def _of_record(record, processor, prompt, query):
     "A sample of a record."
     picture = open_picture(record["image"])
     said, frame = str(record["expression"]), frame_of(processor, picture.size)
-    truth = _truth_of(record, picture.size, frame)
+    truth, (before, *after) = _truth_of(record, picture.size, frame), prompt.split("{}")
+    asks = Phrase(said, before, said.join(after)) if after else said
     return TextSample(prompted(processor, picture, prompt.replace("{}", said)), [truth],
                       [str(record.get("name", said))], [picture], frame,
-                      said if query == "expression" else None)
+                      asks if query == "expression" else None)
 
 # %% ../../nbs/74_samples.ipynb #a5942eae
+def _is_record(found): return isinstance(found, Mapping) and {"image", "expression"} <= set(found)
+
 def as_sample(found, number, processor, prompt, query):
     "A `TextSample` of what `text_maps` is given. Raises TypeError or ValueError."
     if isinstance(found, TextSample): return found
     if isinstance(found, Mapping) and "input_ids" in found: return _of_inputs(found, None, number)
     if isinstance(found, (tuple, list)) and len(found) == 2 and isinstance(found[0], Mapping):
         return _of_inputs(*found, number)
-    if not isinstance(found, Mapping) or not {"image", "expression"} <= set(found):
+    if not _is_record(found):
         raise TypeError(f"samples: number {number} is {type(found).__name__}, expected what a "
                         "processor returned, (that, truths), or a record with image and expression")
     if processor is None:
@@ -164,11 +169,13 @@ def recorded(model, inputs, query="last", layers="all", processor=None, view=Non
 @dataclass
 class Seen:
     "The maps of one prompt, and what is known of it."
-    maps: dict # {layer: (H, h, w)} attention after the softmax
+    maps: dict # {layer: (H, h, w)} attention after the softmax; kept in the order of the layers
     truth: Truth | None = None # what the expression means
     name: str = ""
     picture: object = None # PIL, or None
     frame: tuple = WHOLE # what of it the grid covers
+
+    def __post_init__(self): self.maps = dict(sorted(self.maps.items()))
 
     @property
     def heads(self): # in the order of `stacked`
@@ -181,6 +188,30 @@ class Seen:
 # %% ../../nbs/74_samples.ipynb #05798713
 PROMPT = "Where is {}?"
 
+def _seen_of(model, sample, query, layers, processor, view, new_tokens): # one or several prompts
+    "A list of `Seen`."
+    asks = query if sample.query is None else sample.query
+    new = new_tokens if asks == "generated" else None
+    each, _ = recorded(model, sample.inputs, asks, layers, processor, view, new)
+    return [Seen(maps, *known, sample.frame)
+            for maps, *known in zip(each, sample.truths, sample.names, sample.pictures)]
+
+class _LeftOut:
+    "Records with something wrong, counted; where the first ten are, or all, it is an error."
+    def __init__(self): self.errors, self.good = [], 0
+
+    def add(self, number, error):
+        self.errors.append((number, error))
+        if not self.good and len(self.errors) == 10: raise self.errors[0][1]
+
+    def say(self):
+        if not self.errors: return
+        (number, error), n = self.errors[0], len(self.errors)
+        if not self.good: raise error
+        warnings.warn(f"{n} of {n + self.good} records were left out; the first is number "
+                      f"{number}: {error}", stacklevel=3)
+
+# %% ../../nbs/74_samples.ipynb #5f6e227e
 def text_maps(model: nn.Module, # a vision-language model that `TextImageTap` reads
               samples, # inputs, (inputs, truths), or records; an iterable of any length
               processor=None, # for records, and to find a phrase in the prompt
@@ -192,12 +223,18 @@ def text_maps(model: nn.Module, # a vision-language model that `TextImageTap` re
              ):
     """Yield a `Seen` for each prompt of each sample: every head's map, and what is known.
 
-    Raises TypeError or ValueError for what is no sample, and what `TextImageTap` raises.
+    Raises TypeError or ValueError for what is no sample, and what `TextImageTap` raises. Records
+    that raise OSError or ValueError are left out, with a warning, but not where the first ten do.
     """
+    left_out = _LeftOut()
     for number, found in enumerate(samples):
-        sample = as_sample(found, number, processor, prompt, query)
-        asks = query if sample.query is None else sample.query
-        new = new_tokens if asks == "generated" else None
-        each, _ = recorded(model, sample.inputs, asks, layers, processor, view, new)
-        for maps, *known in zip(each, sample.truths, sample.names, sample.pictures):
-            yield Seen(maps, *known, sample.frame)
+        try:
+            sample = as_sample(found, number, processor, prompt, query)
+            each = _seen_of(model, sample, query, layers, processor, view, new_tokens)
+        except (OSError, ValueError) as error:
+            if processor is None or not _is_record(found): raise
+            left_out.add(number, error)
+            continue
+        left_out.good, sample, found = left_out.good + 1, None, None
+        yield from each
+    left_out.say()

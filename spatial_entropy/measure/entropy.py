@@ -7,8 +7,9 @@ __all__ = ['FLOOR', 'LEAST', 'region_mass', 'clear_entropy']
 
 # %% ../../nbs/02_entropy.ipynb #2b5693d8
 import torch
-from .regions import (
-    as_float, as_float64, centered, check_connectivity, check_maps, check_real, clear_labels, fit)
+from spatial_entropy.measure.regions import (
+    as_float, as_float64, centered, check_connectivity, check_maps, check_real,
+    clear_labels, fit)
 
 # %% ../../nbs/02_entropy.ipynb #deb57f46
 def _shares(excess, # (..., h, w) mass of each cell, at least 0
@@ -54,6 +55,16 @@ def _gradient(P, labels, # shares (M, R), labels (M, h, w)
     return g - times_mean*g.mean((-2, -1), keepdim=True)
 
 # %% ../../nbs/02_entropy.ipynb #4d8fff53
+def _check(maps, connectivity, times_mean, floor):
+    check_maps(maps)
+    check_real(maps)
+    if maps.ndim != 3:
+        raise ValueError(f"maps: got shape {tuple(maps.shape)}, expected (M, h, w); flatten the "
+                         "axes before the grid, or use spatial_entropy")
+    check_connectivity(connectivity)
+    check_number(times_mean, "times_mean", "1 is the paper's")
+    check_number(floor, "floor", f"{FLOOR} is the default")
+
 def clear_entropy(maps: torch.Tensor, # (M, h, w) similarities, any real dtype
                   connectivity: int = 8, # 8 as in the paper, or 4
                   times_mean: float = 1., # k: cells above k times the mean count
@@ -63,12 +74,10 @@ def clear_entropy(maps: torch.Tensor, # (M, h, w) similarities, any real dtype
 
     Computed in float64, handed back in float32, or float64 for float64 maps. `spatial_entropy` (the
     page operators) is the fast one, with autograd. NaN or infinite cells: E is NaN, the gradient 0.
-    Raises TypeError or ValueError for what is not a (M, h, w) tensor of real numbers, and for
-    another connectivity.
+    Raises TypeError or ValueError for what is not a (M, h, w) tensor of real numbers, for another
+    connectivity, and for a negative times_mean or floor.
     """
-    check_maps(maps)
-    check_real(maps)
-    check_connectivity(connectivity)
+    _check(maps, connectivity, times_mean, floor)
     s, unit = fit(maps)
     fine = as_float64(s).abs().amax((-2, -1), keepdim=True).isfinite()
     s = torch.where(fine, s, 0) if s.is_floating_point() else s

@@ -192,7 +192,7 @@ def label_regions(mask: Tensor, # (..., h, w) bool, or numbers of which non-zero
     check_maps(mask, "mask")
     check_connectivity(connectivity)
     on = mask.detach() if mask.dtype == torch.bool else mask.detach() != 0
-    return _labels_of(_four(on), connectivity).view(mask.shape)
+    return _labels_of(_four(on), int(connectivity)).view(mask.shape)
 
 # %% ../../nbs/24_operators.ipynb #a7ee9c8d
 def _check_options(connectivity, times_mean, mass, floor):
@@ -219,7 +219,7 @@ def _prepare(maps, connectivity, times_mean, mass, floor):
     k = float(times_mean) if mass is None else 0.
     s = _readable(maps, k)
     if mass is not None: s = torch.where(keep_mass(maps, mass), s, s*0)
-    return _four(s), connectivity, k, float(floor), s.requires_grad and torch.is_grad_enabled()
+    return _four(s), int(connectivity), k, float(floor), s.requires_grad and torch.is_grad_enabled()
 
 # %% ../../nbs/24_operators.ipynb #51e782ce
 def _entropies(prepared):
@@ -321,7 +321,9 @@ class SpatialEntropyLoss(nn.Module):
         self.connectivity = connectivity
         self.threshold = dict(times_mean=times_mean, mass=mass, floor=floor)
         _check_options(connectivity, **self.threshold)
-        self.register_buffer("left_out", torch.zeros((), dtype=torch.int64), persistent=False)
+        with torch.inference_mode(False): # so that training can raise it later
+            none = torch.zeros((), dtype=torch.int64)
+        self.register_buffer("left_out", none, persistent=False)
 
     def forward(self, maps: Tensor # (..., h, w), usually (B, H, h, w)
                ) -> Tensor: # a scalar in nats

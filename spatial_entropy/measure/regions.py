@@ -85,7 +85,7 @@ def check_maps(maps, name="maps"):
 # %% ../../nbs/01_regions.ipynb #ecb42578
 def check_connectivity(connectivity):
     "Raise ValueError for anything but 4 or 8 neighbours."
-    if connectivity not in (4, 8):
+    if not isinstance(connectivity, Integral) or connectivity not in (4, 8):
         raise ValueError(f"connectivity: got {connectivity!r}, expected 4 or 8")
 
 def check_count(value, name, least=1):
