@@ -125,6 +125,7 @@ def _meant(text, said): # text: of the prompt
                       "hold more than it", stacklevel=3)
     return found[0]
 
+# %% ../../nbs/15_queries.ipynb #a27c7c0c
 def find_phrase(said, # a phrase of the prompt, or a `Phrase`
                 pieces): # the text of each token
     """The numbers of the tokens that hold a phrase. Raises ValueError unless it is there once.

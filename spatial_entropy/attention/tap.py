@@ -679,6 +679,7 @@ def _covered(conv, args, picture): # picture: (height, width), or None for the c
     sides = zip(size, picture, conv.kernel_size, conv.stride, pads)
     return picture, tuple(_covered_side(*side) for side in sides)
 
+# %% ../../nbs/12_tap.ipynb #8aa480a5
 class _PassHooks:
     "What a model's hooks do for its tap. A second run, by checkpointing, does nothing."
     def __init__(self, tap): self.tap = tap
@@ -965,17 +966,20 @@ class _Readable(_Open):
         return _taken(self)
 
     @property
-    def frame(self): # the whole picture but where its sides are no multiples of the patch
-        "(x0, y0, x1, y1) of the latest pass: which part of the picture, in shares, the grid covers."
-        return _frame_of(self._passes.read().covered)
-
-    @property
     def trained(self):
         "Passes so far, with gradients and in training mode; compiled ones are not counted."
         return self._passes.read().trained
 
+# %% ../../nbs/12_tap.ipynb #de7c350e
+class _Framed(_Readable):
+    "And says which part of the picture its grid covers."
+    @property
+    def frame(self): # the whole, but where its sides are no multiples of the patch
+        "(x0, y0, x1, y1) of the latest pass, in shares of the picture."
+        return _frame_of(self._passes.read().covered)
+
 # %% ../../nbs/12_tap.ipynb #12cc0014
-class AttentionTap(_Readable):
+class AttentionTap(_Framed):
     """The similarity maps of one attention layer or several, read in the model's own forward pass.
 
     ``with AttentionTap(model) as tap: model(x); s = tap.maps()`` gives (B, H, h, w), in the graph,

@@ -123,8 +123,8 @@ def _light(value): # pixels become a shape
     return value.detach().to("meta") if pixels else value
 
 # %% ../../nbs/72_prompts.ipynb #416bc49c
-class Follower:
-    "Follows the prompts that a model reads."
+class _Shown:
+    "What a model is shown, and whether it generates."
     def __init__(self, model, query, tokenizer):
         self.model, (self.path, self.host, self.entry) = model, find_language(model)
         self.query, self.tokenizer = checked_query(query, tokenizer), tokenizer
@@ -144,6 +144,9 @@ class Follower:
         def end(): self.generation = before
         return end
 
+# %% ../../nbs/72_prompts.ipynb #3144be6c
+class Follower(_Shown):
+    "Follows the prompts that a model reads."
     def entered(self, module, args, kwargs):
         "The model is called."
         named = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments

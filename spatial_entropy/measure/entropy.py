@@ -7,9 +7,9 @@ __all__ = ['FLOOR', 'LEAST', 'region_mass', 'clear_entropy']
 
 # %% ../../nbs/02_entropy.ipynb #2b5693d8
 import torch
-from spatial_entropy.measure.regions import (
-    as_float, as_float64, centered, check_connectivity, check_maps, check_number, check_real,
-    clear_labels, fit)
+from .regions import (
+    as_float, as_float64, centered, check_connectivity, check_maps, check_real, clear_labels, fit)
+from .regions import check_number
 
 # %% ../../nbs/02_entropy.ipynb #deb57f46
 def _shares(excess, # (..., h, w) mass of each cell, at least 0
@@ -65,6 +65,7 @@ def _check(maps, connectivity, times_mean, floor):
     check_number(times_mean, "times_mean", "1 is the paper's")
     check_number(floor, "floor", f"{FLOOR} is the default")
 
+# %% ../../nbs/02_entropy.ipynb #dd7afa92
 def clear_entropy(maps: torch.Tensor, # (M, h, w) similarities, any real dtype
                   connectivity: int = 8, # 8 as in the paper, or 4
                   times_mean: float = 1., # k: cells above k times the mean count

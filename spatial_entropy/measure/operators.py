@@ -297,6 +297,9 @@ def _can_count(maps):
 def _mean_of(E): return E.nansum()/(~E.isnan()).sum().clamp_min(1)
 
 # %% ../../nbs/24_operators.ipynb #5f2b45de
+@torch.inference_mode(False) # so that training can raise it later
+def _none(): return torch.zeros((), dtype=torch.int64)
+
 def _add_to(count, broken):
     "`count`, moved to where the maps are, and raised in place."
     if count.device != broken.device:
@@ -321,9 +324,7 @@ class SpatialEntropyLoss(nn.Module):
         self.connectivity = connectivity
         self.threshold = dict(times_mean=times_mean, mass=mass, floor=floor)
         _check_options(connectivity, **self.threshold)
-        with torch.inference_mode(False): # so that training can raise it later
-            none = torch.zeros((), dtype=torch.int64)
-        self.register_buffer("left_out", none, persistent=False)
+        self.register_buffer("left_out", _none(), persistent=False)
 
     def forward(self, maps: Tensor # (..., h, w), usually (B, H, h, w)
                ) -> Tensor: # a scalar in nats
