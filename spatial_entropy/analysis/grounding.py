@@ -246,7 +246,8 @@ def _check_record(record, number, path):
     kinds = "image", "expression", "mask"
     image, said, mask = (_named(record, k) if isinstance(record, dict) else None for k in kinds)
     every = [_said(one) for one in (said if isinstance(said, list) else [said])]
-    if isinstance(image, str) and every and all(every) and isinstance(mask, str | None): return every
+    named = isinstance(image, str) and isinstance(mask, str | None)
+    if named and every and all(every): return every
     raise ValueError(f"{path}: record {number} is {str(record)[:80]}, expected a dictionary "
                      "with image and expression, and box or mask where they are known; no "
                      "expression may be empty, one that is a dictionary holds sent, raw or "

@@ -705,11 +705,6 @@ class _PassHooks:
         if now.used or not now.inside: now.begin(self.tap.keep) # inside for good, after Ctrl-C
         now.covered, now.picture = _covered(module, args, now.picture), None
 
-    def picture_entered(self, module, args, kwargs): # what is around the convolution
-        shown = (a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
-        size = next((tuple(a.shape[-2:]) for a in shown if a.ndim == 4), None)
-        if not _recomputing(): self.tap._passes.now().picture = size
-
 # %% ../../nbs/12_tap.ipynb #1fd4af15
 class _GridHooks(_PassHooks):
     "And what shows the grid: a module's output, or the inputs."
@@ -723,6 +718,12 @@ class _GridHooks(_PassHooks):
         named = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         given = self.tap.found.adapter.given
         self.tap._passes.now().grid = given(module, named | named.get("kwargs", {}))
+
+    def picture_entered(self, module, args, kwargs): # what is around the convolution
+        if _recomputing() or torch.compiler.is_compiling(): return
+        shown = (a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
+        size = next((tuple(a.shape[-2:]) for a in shown if a.ndim == 4), None)
+        self.tap._passes.now().picture = size
 
 # %% ../../nbs/12_tap.ipynb #de9c14a7
 def _first_convolution(found): # before the first attention layer

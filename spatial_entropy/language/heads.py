@@ -124,8 +124,8 @@ def _with_another(samples): # an iterable of `Seen`
     yield from ((one, ()) for one in first)
 
 # %% ../../nbs/75_text_heads.ipynb #218297eb
-_ALWAYS = ("block head selected entropy attention passed empty one_cell border same_cell sink images "
-           "broken").split()
+_ALWAYS = ("block head selected entropy attention passed empty one_cell border same_cell sink "
+           "images broken").split()
 _OF_CHANCE, _OF_TRUTHS = ["entropy_chance", "below_chance"], [n + c for n in SCORES
                                                               for c in ("", "_chance")]
 

@@ -154,7 +154,8 @@ class Follower(_Shown):
         if any(named.get(k) is not None for k in _PIXELS):
             self.inputs = {}
         own_loop = self.query == "generated" and self.generation is None
-        self.pixels = [checksums(named[k]) for k in _PIXELS if own_loop and named.get(k) is not None]
+        shown = [named[k] for k in _PIXELS if named.get(k) is not None]
+        self.pixels = list(map(checksums, shown)) if own_loop else []
         self.given({k: v for k, v in named.items() if k not in ("cache", "past_key_values")})
         self.now = _begun(self, named)
 

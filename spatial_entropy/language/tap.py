@@ -225,9 +225,10 @@ def _warn(tap):
                 f"before the picture); those cells are {0 if tap.softmax else 'NaN'}"]
     n = int((tap.prompt.asked.weight > 0).sum(1).max())
     if 0 < blind < n:
-        kept = "their weights, all 0, count in the mean" if tap.softmax else "the others' mean counts"
-        said.append(f"up to {blind} of the {n} tokens that ask see no image token; {kept}; ask with "
-                    "tokens after the picture")
+        kept = "the others' mean counts"
+        if tap.softmax: kept = "their weights, all 0, count in the mean"
+        said.append(f"up to {blind} of the {n} tokens that ask see no image token; {kept}; ask "
+                    "with tokens after the picture")
     warnings.warn("; ".join(said), stacklevel=4)
 
 # %% ../../nbs/73_text_tap.ipynb #daa62ead
