@@ -9,7 +9,7 @@ __all__ = ['Prompt', 'Pass', 'the_only', 'Follower']
 import inspect
 from weakref import WeakSet
 import torch
-from ..analysis.heads import checksums
+from ..analysis.chance import checksums
 from . import layouts # noqa: F401 (it fills the table)
 from .geometry import Given, find_language, laid_out
 from ..attention.queries import Asked, asked_in, checked_query
