@@ -29,7 +29,8 @@ def pair(text):
     if not (key and equals):
         said = f"got {text!r}, expected key=value, such as patch_size=8"
         raise argparse.ArgumentTypeError(said)
-    try: return key, json.loads(value.lower() if value in ("True", "False") else value)
+    value = {"True": "true", "False": "false", "None": "null"}.get(value, value)
+    try: return key, json.loads(value)
     except (ValueError, RecursionError): return key, value  # a number or a nest too long for JSON
 
 # %% ../nbs/80_commands.ipynb #b7bbfe6e
@@ -98,8 +99,8 @@ def _help_of(f):
 def _options_of(f, kind):
     "What else argparse has to know of a field of this plain type."
     if kind is bool: return dict(action=argparse.BooleanOptionalAction)
-    if kind is dict: return dict(nargs="+", type=pair, metavar="KEY=VALUE")
-    if kind is list: return dict(nargs="+", metavar="NAME")
+    if kind is dict: return dict(nargs="+", action="extend", type=pair, metavar="KEY=VALUE")
+    if kind is list: return dict(nargs="+", action="extend", metavar="NAME")
     if const := f.metadata["const"]: return dict(nargs="?", const=const, metavar="NAME")
     return dict(type=kind, metavar=kind.__name__.upper())
 
@@ -145,7 +146,7 @@ def _add_evaluate(p):
     p.add_argument("--masks", **own, help="a folder with images/ and masks/, paired by file name")
     p.add_argument("--boxes", **own, help="a folder with images/ and boxes.csv, or XML files as "
                    "VOC has them in annotations/")
-    p.add_argument("--corruptions", **own, nargs="*", metavar="NAME", help="accuracy under the "
+    p.add_argument("--corruptions", **own, nargs="*", action="extend", metavar="NAME", help="accuracy under the "
                    "common corruptions too, at five severities; all 15 where none is named")
     p.add_argument("--occlusion", **own, action="store_true",
                    help="accuracy as patches of most attention are removed too, beside chance")
@@ -196,8 +197,9 @@ def _add_look(p):
                    ".svg; the numbers go beside it, as .json (look.png)")
     p.add_argument("--query", default="last", help="which tokens ask: last, generated, a number, a "
                    "span such as 4:7, or a phrase of the prompt (last)")
-    p.add_argument("--layers", **own, type=int, nargs="+", metavar="N", help="which layers (all)")
-    p.add_argument("--heads", **own, nargs="+", metavar="LAYER.HEAD", help="the heads to draw "
+    p.add_argument("--layers", **own, type=int, nargs="+", action="extend", metavar="N",
+                   help="which layers (all)")
+    p.add_argument("--heads", **own, nargs="+", action="extend", metavar="LAYER.HEAD", help="the heads to draw "
                    "together (those of low entropy in this sample)")
     _add_look_more(p, own)
 

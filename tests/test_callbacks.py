@@ -1,5 +1,6 @@
 """The regulariser in other people's loops: each framework for two steps or more, and what a loop can do to it."""
 import copy
+import math
 import os
 import pickle
 import socket
@@ -496,6 +497,11 @@ def test_lightning_resumes(pl, tmp_path):
     assert same(whole, rest) and not same(whole, half)
     state = torch.load(tmp_path / "half.ckpt", weights_only=True)["callbacks"]["SpatialEntropyLightning"]
     assert state["epoch"] == pytest.approx(3 / 8)
+    fit(pl, lit(pl), callback, max_epochs=1)                            # a fit of its own, after the resumed one
+    assert callback.regularizer.logs()["entropy"] > 0 and callback._state is None
+    callback.load_state_dict({**state, "left_out": torch.tensor(9)} if "left_out" in state else state)
+    fit(pl, lit(pl), callback, max_epochs=1)
+    assert callback._state is None
 
 
 @lightning_warnings
@@ -856,6 +862,18 @@ def test_metric_leaves_broken_maps_out():
     kept = torch.cat([m[None, None] for i, m in enumerate(maps.flatten(0, 1)) if i != 7])
     got = {k: v.item() for k, v in metric.compute().items()}
     assert got == pytest.approx(directly(kept) | dict(left_out=1), rel=1e-5)
+
+
+def test_metrics_of_four_and_of_eight_neighbours_stay_apart_in_a_collection():
+    torchmetrics = pytest.importorskip("torchmetrics")
+    square, diagonal = torch.zeros(1, 1, 4, 4), torch.eye(4)[None, None]
+    square[..., :2, :2] = 1                                            # the same for both; the other is not
+    both = torchmetrics.MetricCollection({"eight": metric_of(1), "four": metric_of(1, connectivity=4)})
+    for maps in (square, diagonal):
+        both.update(maps)
+    found = both.compute()
+    assert found["eight_regions"] == 1 and found["four_regions"] == 2.5
+    assert found["eight_entropy"] == 0 and found["four_entropy"] == pytest.approx(math.log(4) / 2, rel=1e-5)
 
 
 def test_metric_forward_collection_and_copies():

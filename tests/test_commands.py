@@ -293,3 +293,13 @@ def test_the_sequence_at_the_top_of_the_page_leaves_what_it_says(photos, tmp_pat
         assert code == 0, err
         commands += 1
     assert commands == 5 and "runs/first exists (finished): this is first-2" in said
+
+
+def test_a_flag_of_several_values_can_be_given_twice():
+    from spatial_entropy.commands import _parser
+    of = lambda *line: _parser().parse_args(line)
+    twice = of("train", "--model-kwargs", "depth=2", "fc_norm=None", "--model-kwargs", "patch_size=8", "--trackers", "csv", "--trackers", "json")
+    assert twice.model_kwargs == [("depth", 2), ("fc_norm", None), ("patch_size", 8)] and twice.trackers == ["csv", "json"]
+    assert of("evaluate", "r", "--corruptions", "fog", "--corruptions", "snow").corruptions == ["fog", "snow"]
+    asked = of("look", "demo", "a.png", "-p", "?", "--heads", "1.2", "--layers", "1", "--heads", "0.3", "--layers", "0")
+    assert asked.heads == ["1.2", "0.3"] and asked.layers == [1, 0]

@@ -386,3 +386,16 @@ def test_the_files_are_what_they_say(photos, undisturbed):
     assert found["runs"] == found["of"] == 4 and {x["arm"] for x in found["summary"]} == set(ARMS)
     page = (folder / "index.html").read_text()
     assert "total variation, n = 2" in page and (folder / "maps.png").stat().st_size > 20000 and (folder / "curves.png").stat().st_size > 20000
+
+
+def test_an_error_fits_into_a_pipe(photos, tmp_path):
+    run, *_ = planned(grid_of(photos), tmp_path)
+    with patch.object(comparing, "_do", side_effect=ValueError("no such class " * 10_000)):
+        said = comparing._tried(run, None, None)
+    assert said.startswith(f"{run.folder.name}: no such class") and len(said) < 3000
+
+
+def test_small_numbers_keep_their_digits(tmp_path):
+    from spatial_entropy.training.files import write_rows
+    write_rows(tmp_path / "a.csv", [dict(lr=4.123456789e-7, loss=1.23456789, none=0., minus=-2e-9, nan=float("nan"))])
+    assert (tmp_path / "a.csv").read_text().splitlines()[1] == "4.12346e-07,1.234568,0.0,-2e-09,nan"

@@ -170,3 +170,8 @@ def test_the_picture_has_every_seed():
     (ax,) = [ax for ax in figure.axes if ax.axison]
     assert len(ax.lines) == 7 + 1 and ax.get_title() == "top-1, %"
     assert np.isnan(ax.lines[-1].get_ydata()[-1]) and np.isfinite(ax.lines[-1].get_ydata()[:-1]).all()
+
+
+def test_an_arm_called_as_the_third_effect_is_refused():
+    with pytest.raises(ValueError, match="an arm called interaction"):
+        se.two_by_two("plain", "interaction", "loss", "both")

@@ -112,7 +112,8 @@ class _LoggedTerm(_TermDuringFit):
     "Drives the schedule, logs, and keeps its place in the checkpoint."
     def on_fit_start(self, trainer, pl_module):
         super().on_fit_start(trainer, pl_module)
-        if self._state is not None: self.regularizer.load_state_dict(self._state)
+        state, self._state = self._state, None                    # of this fit, and of no later one
+        if state is not None: self.regularizer.load_state_dict(state)
 
     def on_train_start(self, trainer, pl_module):
         if self.regularizer.epochs is None: return

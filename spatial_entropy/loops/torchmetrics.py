@@ -90,13 +90,15 @@ class SpatialEntropyMetric(Metric):
             raise ValueError(f'per: got {per!r}, expected "all", "block" or "head"')
         self.heads, self.per, self.connectivity = heads, per, connectivity
         start = torch.zeros(5, sum(_sizes(heads)), dtype=torch.float64)
-        self.add_state("sums", start, dist_reduce_fx="sum")
+        self._name = f"sums_{connectivity}"        # a collection merges what has equal states
+        self.add_state(self._name, start, dist_reduce_fx="sum")
 
     def update(self, maps): # (B, H, h, w) similarities; of several blocks a dict of them
         parts = [_sums(m, self.connectivity) for m in _maps_by_block(maps, self.heads)]
-        new = torch.cat([part.to(self.sums) for part in parts], 1)
-        self.sums = self.sums + new                # a reset in inference mode must not hinder it
+        held = getattr(self, self._name)
+        new = torch.cat([part.to(held) for part in parts], 1)
+        setattr(self, self._name, held + new)      # a reset in inference mode must not hinder it
 
     def compute(self) -> dict: # scalars: entropy, … and entropy_block3, entropy_block3_head0, …
         "Means, NaN without a map."
-        return _all_means(self.sums, self.heads, self.per)
+        return _all_means(getattr(self, self._name), self.heads, self.per)

@@ -201,7 +201,8 @@ def _tried(run, masks, console):
     try: _do(run, masks, console)
     except Interrupted: raise
     except Exception as e:                  # whatever it is, the other runs have a right to theirs
-        return f"{run.folder.name}: {' '.join(str(e).split()) or type(e).__name__}"
+        said = " ".join(str(e).split()) or type(e).__name__
+        return f"{run.folder.name}: {one_line(said, 2000)}" # a pipe takes so much and waits
 
 def _end_with_parent():
     "Ask this process to save and end when the one that started it is gone."

@@ -47,6 +47,9 @@ def _measured(path):
 def two_by_two(neither: str, first: str, second: str, both: str, # names of arms
               ) -> dict: # {effect: {arm: weight}}
     "The contrasts of two parts that are each off or on; called as the arms with one part alone."
+    if "interaction" in (first, second):
+        raise ValueError("got an arm called interaction, which is what the third effect is called; "
+                         "write the weights out, as {arm: weight}")
     return {first: {first: .5, neither: -.5, both: .5, second: -.5},
             second: {second: .5, neither: -.5, both: .5, first: -.5},
             "interaction": {both: 1, first: -1, second: -1, neither: 1}}

@@ -248,10 +248,12 @@ def newest_whole(paths, # sealed folders, oldest first
     return None
 
 # %% ../../nbs/50_files.ipynb #7a0f9a67
-def _rounded(v): return round(v, 6) if isinstance(v, float) else v
+def _rounded(v):
+    if not isinstance(v, float): return v
+    return round(v, 6) if not 0 < abs(v) < 1e-3 else float(f"{v:.6g}")
 
 def write_rows(path, rows):
-    "Write a CSV file, whole: the columns of all rows as they appear; floats keep 6 decimals."
+    "Write a CSV file, whole: the columns of all rows as they appear; 6 decimals, of small floats 6 digits."
     columns = list(dict.fromkeys(k for row in rows for k in row))
     def write(p):
         with open(p, "w", newline="", encoding="utf-8") as f:
