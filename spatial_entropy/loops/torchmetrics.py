@@ -93,12 +93,14 @@ class SpatialEntropyMetric(Metric):
         self._name = f"sums_{connectivity}"        # a collection merges what has equal states
         self.add_state(self._name, start, dist_reduce_fx="sum")
 
+    @property
+    def sums(self): return getattr(self, self._name) # (5, heads)
+
     def update(self, maps): # (B, H, h, w) similarities; of several blocks a dict of them
         parts = [_sums(m, self.connectivity) for m in _maps_by_block(maps, self.heads)]
-        held = getattr(self, self._name)
-        new = torch.cat([part.to(held) for part in parts], 1)
-        setattr(self, self._name, held + new)      # a reset in inference mode must not hinder it
+        new = torch.cat([part.to(self.sums) for part in parts], 1)
+        setattr(self, self._name, self.sums + new) # a reset in inference mode must not hinder it
 
     def compute(self) -> dict: # scalars: entropy, … and entropy_block3, entropy_block3_head0, …
         "Means, NaN without a map."
-        return _all_means(getattr(self, self._name), self.heads, self.per)
+        return _all_means(self.sums, self.heads, self.per)
