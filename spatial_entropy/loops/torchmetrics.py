@@ -64,6 +64,10 @@ def _all_means(sums, heads, per):
         column += n
     return results
 
+def _check_per(per):
+    if per not in ("all", "block", "head"):
+        raise ValueError(f'per: got {per!r}, expected "all", "block" or "head"')
+
 # %% ../../nbs/36_torchmetrics.ipynb #50083ebf
 def _sizes(heads):
     "Heads of each block. Raises ValueError for anything else."
@@ -86,12 +90,10 @@ class SpatialEntropyMetric(Metric):
                  connectivity: int = 8, # 8 as in the paper, or 4
                  **kwargs): # of torchmetrics.Metric: compute_on_cpu, sync_on_compute, …
         super().__init__(**kwargs)
-        if per not in ("all", "block", "head"):
-            raise ValueError(f'per: got {per!r}, expected "all", "block" or "head"')
+        _check_per(per)
         self.heads, self.per, self.connectivity = heads, per, connectivity
-        start = torch.zeros(5, sum(_sizes(heads)), dtype=torch.float64)
         self._name = f"sums_{connectivity}"        # a collection merges what has equal states
-        self.add_state(self._name, start, dist_reduce_fx="sum")
+        self.add_state(self._name, torch.zeros(5, sum(_sizes(heads)), dtype=torch.float64), "sum")
 
     @property
     def sums(self): return getattr(self, self._name) # (5, heads)

@@ -253,7 +253,7 @@ def _rounded(v):
     return round(v, 6) if not 0 < abs(v) < 1e-3 else float(f"{v:.6g}")
 
 def write_rows(path, rows):
-    "Write a CSV file, whole: the columns of all rows as they appear; 6 decimals, of small floats 6 digits."
+    "A CSV file, whole: all rows' columns as they appear; 6 decimals, of small floats 6 digits."
     columns = list(dict.fromkeys(k for row in rows for k in row))
     def write(p):
         with open(p, "w", newline="", encoding="utf-8") as f:
