@@ -146,7 +146,8 @@ def _add_evaluate(p):
     p.add_argument("--masks", **own, help="a folder with images/ and masks/, paired by file name")
     p.add_argument("--boxes", **own, help="a folder with images/ and boxes.csv, or XML files as "
                    "VOC has them in annotations/")
-    p.add_argument("--corruptions", **own, nargs="*", action="extend", metavar="NAME", help="accuracy under the "
+    p.add_argument("--corruptions", **own, nargs="*", action="extend", metavar="NAME",
+                   help="accuracy under the "
                    "common corruptions too, at five severities; all 15 where none is named")
     p.add_argument("--occlusion", **own, action="store_true",
                    help="accuracy as patches of most attention are removed too, beside chance")
@@ -199,7 +200,8 @@ def _add_look(p):
                    "span such as 4:7, or a phrase of the prompt (last)")
     p.add_argument("--layers", **own, type=int, nargs="+", action="extend", metavar="N",
                    help="which layers (all)")
-    p.add_argument("--heads", **own, nargs="+", action="extend", metavar="LAYER.HEAD", help="the heads to draw "
+    p.add_argument("--heads", **own, nargs="+", action="extend", metavar="LAYER.HEAD",
+                   help="the heads to draw "
                    "together (those of low entropy in this sample)")
     _add_look_more(p, own)
 
