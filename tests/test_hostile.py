@@ -805,6 +805,7 @@ def test_any_picture(world, content, name, reader):
         ("--model-kwargs embed_dim=0", "cannot be built"),
         ("--model-kwargs num_heads=0", "cannot be built"),
         ("--model-kwargs depth=1e400", "model_kwargs: got"),
+        ("--model-kwargs depth=1 --model-kwargs depth=1", "model_kwargs: got 'depth' twice"),
         ("--model-kwargs embed_dim=100000000", "cannot be built"),
         ("--model-kwargs a=" + "[" * 5000, "model_kwargs: got"),
         (
@@ -821,7 +822,10 @@ def test_any_picture(world, content, name, reader):
     ],
 )
 def test_a_value_that_cannot_be(world, more, said):
-    code, err = ends_well(["train", *words({**tiny, "data": "photos"}), *more.split()], world, [])
+    named = {word.partition("=")[0] for word in more.split()}
+    kept = {k: v for k, v in tiny["model_kwargs"].items() if k not in named}
+    line = words({**tiny, "data": "photos", "model_kwargs": kept})
+    code, err = ends_well(["train", *line, *more.split()], world, [])
     assert code == 2 and said in err
 
 
