@@ -3,9 +3,10 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from io import StringIO
 from unittest.mock import patch
 
@@ -198,6 +199,29 @@ def test_only_the_evaluation_of_the_grid_counts(photos, undisturbed):
     metrics.write_text(whole, encoding="utf-8")
     comparing.keep_scores(run.folder, split="train")
     assert compare(grid_of(photos), folder, console=quiet()) == (rows, [])      # measured again, not trained
+
+
+def test_a_run_without_its_weights_keeps_its_scores_and_is_not_trained_again(photos, undisturbed, tmp_path):
+    folder = tmp_path / "without"
+    shutil.copytree(undisturbed[0], folder)
+    for run in planned(grid_of(photos), folder):
+        (run.folder / "model.safetensors").unlink()
+        shutil.rmtree(run.folder / "checkpoints")
+    (folder / "maps.png").unlink()
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.parent != folder}
+    with patch.object(comparing, "_do", side_effect=AssertionError("trained again")):
+        rows, failed = compare(grid_of(photos), folder, console=quiet())
+    assert rows == undisturbed[1] and not failed
+    page = (folder / "index.html").read_text(encoding="utf-8")
+    assert "weights of these runs are not kept" in page and "maps.png" not in page
+    (folder / "masks").mkdir()
+    with pytest.raises(ValueError, match="its weights are gone, and its scores are not those of .*split val, masks"):
+        compare(replace(grid_of(photos), masks=folder / "masks"), folder, console=quiet())
+    assert before == {p: p.read_bytes() for p in before}
+    weights = folder / "plain-seed1" / "model.safetensors"      # other weights are told from none
+    shutil.copy(undisturbed[0] / "plain-seed2" / "model.safetensors", weights)
+    runs = planned(grid_of(photos), folder)
+    assert [comparing._scores(run, None) is None for run in runs] == [run.folder == weights.parent for run in runs]
 
 
 def test_a_run_that_was_looked_at_too_early_is_trained_to_its_end(photos, undisturbed, tmp_path):

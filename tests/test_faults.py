@@ -97,8 +97,21 @@ def test_not_one_whole_checkpoint(half):
     (half / "run" / ".lock").unlink()                        # of the killed run
     before = sorted((half / "run").rglob("*"))
     code, said = typed(["train", "--resume", str(half / "run")])
-    assert code == 2 and "not one of its 4 checkpoint(s) is whole; to start it from scratch, remove" in said
+    assert code == 2 and "not one of its 4 checkpoint(s) is whole; to start it from scratch, remove" in said and "and its metrics.csv" in said
     assert sorted((half / "run").rglob("*")) == before
+
+
+def test_a_run_whose_checkpoints_were_deleted_is_not_written_over(half):
+    shutil.rmtree(half / "run" / "checkpoints")
+    (half / "run" / ".lock").unlink()
+    before = {p: p.read_bytes() for p in (half / "run").rglob("*") if p.is_file()}
+    assert (half / "run" / "metrics.csv") in before
+    code, said = typed(["train", "--resume", str(half / "run")])
+    assert code == 2 and "epochs, but no checkpoint is left to go on from; to train it again" in said and one_sentence(said)
+    assert {p: p.read_bytes() for p in (half / "run").rglob("*") if p.is_file()} == before
+    (half / "run" / "metrics.csv").unlink()
+    code, said = typed(["train", "--resume", str(half / "run")])
+    assert code == 0 and jobs.epochs_done(half / "run") == settings["epochs"]
 
 
 def test_a_checkpoint_of_another_model(half, tmp_path_factory):

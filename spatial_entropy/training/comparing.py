@@ -27,7 +27,7 @@ from .config import (TrainConfig, checked_settings, is_drawn,
                                              read_tree, shown)
 from .evaluating import keep_scores, to_measure, trained_on
 from .files import hold, use, write_json, write_rows, write_whole
-from .jobs import load_settings, machine_settings
+from .jobs import epochs_done, load_settings, machine_settings
 from .loop import one_of_each, resume, train
 from .models import digest_in, load_run
 
@@ -157,13 +157,6 @@ def _check_same(run):
             f"{shown(getattr(run.config, name))}; give another --output, or move the folder away")
 
 # %% ../../nbs/60_comparing.ipynb #360ee369
-def _epochs_done(folder):
-    "How many epochs are in a run's metrics.csv; 0 where it cannot be read."
-    try:
-        with (folder/"metrics.csv").open(encoding="utf-8") as file:
-            return max((int(row["epoch"]) for row in csv.DictReader(file)), default=0)
-    except (OSError, ValueError, KeyError, TypeError): return 0
-
 def _wanted(run, masks):
     "What an evaluation has to say of what was measured, to be that of a comparison."
     config = run.config
@@ -174,10 +167,21 @@ def _scores(run, masks):
     "What was measured of a run at its end; None where that is still to do."
     try: found = json.loads((run.folder/"evaluation.json").read_text(encoding="utf-8"))
     except (OSError, ValueError): return None
-    digest = digest_in(run.folder/"model.safetensors")
-    if not digest or found.get("weights_sha256") != digest: return None
+    weights, of = run.folder/"model.safetensors", found.get("weights_sha256")
+    if not of or weights.exists() and digest_in(weights) != of: return None
     if any(found.get(k) != v for k, v in _wanted(run, masks).items()): return None
-    return found if _epochs_done(run.folder) >= run.config.epochs else None
+    return found if epochs_done(run.folder) >= run.config.epochs else None
+
+# %% ../../nbs/60_comparing.ipynb #b383c651
+def _check_weights(run, masks):
+    "Raises ValueError for a run that was trained, whose weights are gone, and that lacks scores."
+    left = (run.folder/"model.safetensors").exists() or any((run.folder/"checkpoints").glob("*"))
+    trained = (run.folder/"config.yaml").exists() and epochs_done(run.folder) >= run.config.epochs
+    if trained and not left and _scores(run, masks) is None:
+        wanted = ", ".join(f"{k} {v}" for k, v in _wanted(run, masks).items() if v)
+        raise ValueError(
+            f"{run.folder}: is trained, but its weights are gone, and its scores are not those of "
+            f"{wanted}; move the folder away, then it is trained again")
 
 # %% ../../nbs/60_comparing.ipynb #e46d87e2
 class Interrupted(Exception):
@@ -433,7 +437,7 @@ def _mass_on(run, x):
     return (rise/rise.sum((-2, -1), keepdim=True).clamp_min(1e-12)).mean(1)
 
 # %% ../../nbs/60_comparing.ipynb #76a17be0
-def draw_arms(runs: list, # of Planned, all done
+def draw_arms(runs: list, # of Planned, all done, their weights there
               n: int = 6): # pictures; gives a figure
     "The same pictures under all arms: a row each, the mass of the maps laid over the picture."
     one_each = {}
@@ -452,6 +456,9 @@ def draw_arms(runs: list, # of Planned, all done
 _style = ("body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
           "table{border-collapse:collapse}td,th{padding:.3em .8em;border-bottom:1px solid #bbb;"
           "text-align:left;white-space:pre-line}img{max-width:100%}")
+_maps = """<h2>The same pictures under each arm</h2>
+<p>Bright: what rises above each map's mean, a mean over the heads of the last block.</p>
+<img src="maps.png" alt="Pictures, and below them the maps of each arm laid over them">"""
 
 # %% ../../nbs/60_comparing.ipynb #9bd8b343
 def _html_row(texts, tag):
@@ -467,18 +474,17 @@ def _html_tables(lines):
         found.append("<table>" + "\n".join(body) + "</table>")
     return "\n".join(found)
 
-def _page(lines, arms, failed):
+def _page(lines, arms, failed, maps=True): # maps: whether there is a picture of them
     "The page as text."
     missing = "".join(f"<p>Not done: {escape(said)}</p>" for said in failed)
+    seen = _maps if maps else "<p>No maps: the weights of these runs are not kept.</p>"
     return f"""<!doctype html><meta charset="utf-8"><title>Comparison</title><style>{_style}</style>
 <h1>{escape(", ".join(arms))}</h1>
 <p>Means over n seeds; ± is half of the 95 % interval, Δ the paired difference to
 {escape(arms[0])}.</p>
 {_html_tables(lines)}{missing}
 <h2>Curves</h2><img src="curves.png" alt="Accuracy, entropy and loss over the epochs of each arm">
-<h2>The same pictures under each arm</h2>
-<p>Bright: what rises above each map's mean, a mean over the heads of the last block.</p>
-<img src="maps.png" alt="Pictures, and below them the maps of each arm laid over them">
+{seen}
 """
 
 # %% ../../nbs/60_comparing.ipynb #bb0a0934
@@ -488,7 +494,10 @@ def _write_figure(path, figure):
     plt.close(figure)
 
 def write_report(grid: Grid, output, failed=()) -> list: # the rows of table.csv
-    "Write table.csv, summary.json, curves.png, maps.png and index.html of the runs that are done."
+    """Write table.csv, summary.json, curves.png, maps.png and index.html of the runs that are done.
+
+    Maps are drawn of runs whose weights are there; where none has them, maps.png stays as it is.
+    """
     output, runs = Path(output), planned(grid, output)
     rows = table(runs, grid.masks)
     if not rows: return rows
@@ -497,17 +506,19 @@ def write_report(grid: Grid, output, failed=()) -> list: # the rows of table.csv
     write_rows(output/"table.csv", rows)
     write_json(output/"summary.json", {"summary": lines, "runs": len(rows), "of": len(runs)})
     _write_figure(output/"curves.png", draw_curves(done))
-    _write_figure(output/"maps.png", draw_arms(done))
-    page = _page(lines, list(grid.arms), failed)
+    drawn = [run for run in done if (run.folder/"model.safetensors").exists()]
+    if drawn: _write_figure(output/"maps.png", draw_arms(drawn))
+    page = _page(lines, list(grid.arms), failed, (output/"maps.png").exists())
     write_whole(output/"index.html", lambda f: f.write_text(page, encoding="utf-8"))
     return rows
 
 # %% ../../nbs/60_comparing.ipynb #77f9f339
 def check_runs(grid: Grid, output) -> list: # of Planned
-    "The runs of a grid. Raises ValueError where a folder holds a run with other settings."
+    "The runs of a grid. ValueError: a folder has other settings, or no weights to be measured."
     runs = planned(grid, output)
     for run in runs:
         if (run.folder/"config.yaml").exists(): _check_same(run)
+        _check_weights(run, grid.masks)
     return runs
 
 class _Told:

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['machine_settings', 'Place', 'try_forward', 'step_name', 'checkpoints', 'Job', 'save_checkpoint', 'load_settings',
-           'weights_of', 'prepare']
+           'weights_of', 'epochs_done', 'prepare']
 
 # %% ../../nbs/57_jobs.ipynb #3b9cab76
-import copy, json, os, platform, re
+import copy, csv, json, os, platform, re
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
@@ -343,7 +343,7 @@ def _checkpoint(folder, say):
     found = newest_whole(paths, lambda said: say(f"passed over a damaged checkpoint: {said}"))
     if found or not paths: return found
     raise Damaged(f"{folder}: not one of its {len(paths)} checkpoint(s) is whole; "
-                  f"to start it from scratch, remove {folder/'checkpoints'}")
+                  f"to start it from scratch, remove {folder/'checkpoints'} and its metrics.csv")
 
 # %% ../../nbs/57_jobs.ipynb #de58dc9a
 machine_settings = ("device", "workers", "grad_accum_steps", "checkpoint_hist", "recovery_interval",
@@ -654,12 +654,28 @@ def _take(job, ours, place):
     state = "finished" if done >= total else "going on"
     job.say(f"{job.folder}: {state} after update {done} of {total}")
 
+# %% ../../nbs/57_jobs.ipynb #d3d9d858
+def epochs_done(folder) -> int: # 0 where it cannot be read
+    "How many epochs are in a run's metrics.csv."
+    try:
+        with (Path(folder)/"metrics.csv").open(encoding="utf-8") as file:
+            return max((int(row["epoch"]) for row in csv.DictReader(file)), default=0)
+    except (OSError, ValueError, KeyError, TypeError): return 0
+
+def _check_unbegun(folder):
+    "Raises ValueError for a run that had begun, and whose checkpoints are gone."
+    if n := epochs_done(folder):
+        raise ValueError(f"{folder}: its metrics.csv has {n} epochs, but no checkpoint is left to "
+                         "go on from; to train it again from the start, move metrics.csv away")
+
 # %% ../../nbs/57_jobs.ipynb #e15166c1
 def _restore(job, found, allow_changes):
     "Bring a job to the place of a checkpoint, or leave it at the start when there is none."
     job.facts = load_settings(job.folder)[1] or _facts_of(job)
     _check_data(job)
-    if not found: return job.say(f"{job.folder}: no checkpoint yet; starting from scratch")
+    if not found:
+        _check_unbegun(job.folder)
+        return job.say(f"{job.folder}: no checkpoint yet; starting from scratch")
     path, record = found
     groups = job.optimizer.param_groups
     fresh = [{k: v for k, v in g.items() if k != "params"} for g in groups]
