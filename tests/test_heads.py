@@ -21,7 +21,7 @@ import spatial_entropy as se
 from spatial_entropy.analysis import heads as module
 from spatial_entropy.analysis.chance import entropy_against_chance
 from spatial_entropy.analysis.evaluation import score_masks
-from spatial_entropy.analysis.heads import Heads, entropy_heatmap, head_maps, rank_heads
+from spatial_entropy.analysis.heads import Heads, entropy_heatmap, framed_maps, head_maps, rank_heads
 from spatial_entropy.analysis.localization import elbow, localization_entropy, localization_heads
 from spatial_entropy.analysis.masks import mask_jaccard, pointing
 from spatial_entropy.analysis.outliers import outliers
@@ -149,6 +149,8 @@ class Fake(torch.nn.Module):
 
 
 class FakeTap:
+    frame = 0, 0, 1, 1
+
     def __init__(self, model, block="all", query="auto", softmax=False):
         self.model, self.softmax, self.blocks = model, softmax, list(model.maps)
         self.found = SimpleNamespace(model=model)
@@ -881,7 +883,9 @@ def test_a_packed_picture_is_measured_as_if_it_were_alone():
         for name in ("entropy", "entropy_chance", "below_chance", "density", "regions", "attention", "jaccard", "pointing"):
             assert row[name] == pytest.approx(sum(one[row["block"], row["head"]][name] for one in alone)/2, abs=2e-3), name
     with pytest.raises(ValueError, match=r"maps: 60 cell\(s\) hold no patch.*; give pictures of one size"):
-        next(head_maps(model, [naflex_batch(sizes)], whole=True))
+        next(framed_maps(model, [naflex_batch(sizes)]))
+    maps, frame = next(framed_maps(model, [naflex_batch(sizes[1:])]))
+    assert maps[0].shape[-2:] == (4, 12) and frame == (0, 0, 1, 1)        # of one size: its own grid, which covers all of it
 
 
 def test_where_patches_are_hidden_there_is_no_chance_level():

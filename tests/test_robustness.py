@@ -219,8 +219,8 @@ def test_one_block_may_be_a_list(vit):
 def test_pixels_that_no_patch_sees_are_not_removed():
     "41 pixels have two patches of 14 a side where the model drops the rest, three where it pads."
     cell = torch.tensor([[3, 0, 1, 2]])
-    dropped = robustness._removed(cell, 1, (2, 2), (41, 41), (28, 28))[0, 0]
-    padded = robustness._removed(torch.arange(8, -1, -1)[None], 1, (3, 3), (41, 41), (42, 42))[0, 0]
+    dropped = robustness._removed(cell, 1, ((2, 2), (0, 0, 28/41, 28/41)), (41, 41))[0, 0]
+    padded = robustness._removed(torch.arange(8, -1, -1)[None], 1, ((3, 3), (0, 0, 42/41, 42/41)), (41, 41))[0, 0]
     assert dropped.sum() == 14**2 and dropped[14:28, 14:28].all()
     assert padded.shape == (41, 41) and padded.sum() == 13**2 and padded[28:, 28:].all()
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from .intervals import bootstrap
 from .evaluation import (
-    check_given, covered, evaluating, logits_of, moved, placed, refuse_holes, usable_device)
+    check_given, evaluating, logits_of, moved, placed, refuse_holes, usable_device)
 from .chance import checksums
 from ..attention.tap import AttentionTap
 from ..measure.regions import check_count, check_seed
@@ -231,13 +231,14 @@ def _order_by(values, # (B, N)
     at = values.gather(1, shuffled).argsort(dim=1, descending=True, stable=True)
     return shuffled.gather(1, at)
 
-def _removed(order, count, grid, size, # order: (B, N) cells
-             spread=None): # pixels that the cells cover; None: size
+def _removed(order, count, where, size): # order: (B, N) cells; where: their grid, and its frame
     "Which pixels (B, 1, S, T) lie in the first cells of an order."
     cells = torch.zeros(order.shape).scatter(1, order[:, :count], 1.)
-    (h, w), (S, T) = spread or size, size
-    gone = F.interpolate(cells.unflatten(1, grid)[:, None], size=(h, w), mode="nearest") > 0
-    return F.pad(gone, (0, max(T - w, 0), 0, max(S - h, 0)))[..., :S, :T]
+    (grid, (x0, y0, x1, y1)), (S, T) = where, size
+    left, top, right, bottom = (round(v) for v in (x0*T, y0*S, x1*T, y1*S))
+    cells, shape = cells.unflatten(1, grid)[:, None], (bottom - top, right - left)
+    gone = F.interpolate(cells, size=shape, mode="nearest") > 0
+    return F.pad(gone, (left, T - right, top, S - bottom))           # cut where it is negative
 
 # %% ../../nbs/64_robustness.ipynb #6a78a86a
 def _marked(batches, marks): # marks: {number: checksum}, of the pictures that were seen before
@@ -264,8 +265,8 @@ def _check_head(head, n):
 
 # %% ../../nbs/64_robustness.ipynb #220e2d4b
 def _first_pass(model, batches, block, query, head, device):
-    "Maps (n, N), their grid, and the numbers of the pictures; NaN where a map is broken."
-    maps, numbers, to = [], [], placed(model, None) | dict(device=device)
+    "Maps (n, N), NaN where one is broken, and {picture: (grid, frame) of its map}, in that order."
+    maps, where, to = [], {}, placed(model, None) | dict(device=device)
     with AttentionTap(model, block, query) as tap:
         for number, x, _ in batches:
             model(moved(x, to))
@@ -273,9 +274,9 @@ def _first_pass(model, batches, block, query, head, device):
             refuse_holes(_of_one_block(tap.valid(), block))
             if head is not None: _check_head(head, found.shape[1])
             maps.append(_attention(found, head).cpu())
-            numbers.append(number)
+            where |= dict.fromkeys(number.tolist(), (tuple(found.shape[-2:]), tap.frame))
     if not maps: raise ValueError("loader: it gave no picture that could be read")
-    return torch.cat(maps), tuple(found.shape[-2:]), torch.cat(numbers)
+    return torch.cat(maps), where
 
 # %% ../../nbs/64_robustness.ipynb #ac3227ac
 def _fine(maps):
@@ -339,27 +340,26 @@ def _check_shares(shares):
     if len(s) > 1 and s[0] == 0 and all(a < b <= 1 for a, b in zip(s, s[1:])): return s
     raise ValueError(f"shares: got {s}, expected rising numbers from 0 to 1 at most, two or more")
 
-def _after(model, x, label, rows, counts, grid, device):
+def _after(model, x, label, rows, counts, where, device): # where: of the cells, as in `_removed`
     "{order: (B, K) bool}: whether each picture is right after so many cells were removed."
     clean, found = _guesses(model, x, device) == label, {}
-    spread = covered(model, x.shape[-2:], grid)
     for name, order in rows.items():
         right = [clean]
         for count in counts[1:]:
-            gone = _removed(order, count, grid, x.shape[-2:], spread)
+            gone = _removed(order, count, where, x.shape[-2:])
             right.append(_guesses(model, x.masked_fill(gone, 0), device) == label)
         found[name] = torch.stack(right, 1)
     return found
 
-def _second_pass(model, batches, orders, known, counts, grid, device):
-    "The same of all pictures; `known`: the number of the picture of each row of the orders."
-    parts, at = [], {int(i): row for row, i in enumerate(known)}
+def _second_pass(model, batches, orders, where, counts, device):
+    "The same of all pictures; `where`: {picture: of its cells}, one for each row of the orders."
+    parts, at = [], {i: row for row, i in enumerate(where)}
     for numbers, x, label in batches:
         kept = torch.tensor([int(i) in at for i in numbers])
         if not kept.any(): continue
-        rows = torch.tensor([at[int(i)] for i in numbers[kept]])
-        chosen = {name: order[rows] for name, order in orders.items()}
-        parts.append(_after(model, x[kept], label[kept], chosen, counts, grid, device))
+        known = numbers[kept].tolist()                               # of one size, as a batch is
+        chosen = {name: order[[at[i] for i in known]] for name, order in orders.items()}
+        parts.append(_after(model, x[kept], label[kept], chosen, counts, where[known[0]], device))
     return {name: torch.cat([p[name] for p in parts]) for name in orders}
 
 # %% ../../nbs/64_robustness.ipynb #71902425
@@ -384,10 +384,10 @@ def occlusion_curves(model, # any classifier that AttentionTap reads
     marks, n = {}, _batches(loader, pictures)
     once = lambda: progress(_Steps(_marked(_some(loader, pictures), marks), n))
     with _judged(model, device):
-        maps, grid, numbers = _first_pass(model, once(), block, query, head, device)
+        maps, where = _first_pass(model, once(), block, query, head, device)
         fine, counts = _fine(maps), [round(s*maps.shape[1]) for s in shares]
-        right = _second_pass(model, once(), _orders(maps[fine], seed), numbers[fine], counts,
-                             grid, device)
+        known = {i: where[i] for i, good in zip(where, fine) if good}
+        right = _second_pass(model, once(), _orders(maps[fine], seed), known, counts, device)
     return Occlusion(right, shares, int((~fine).sum()))
 
 # %% ../../nbs/64_robustness.ipynb #047fd6ca

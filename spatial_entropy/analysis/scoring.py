@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from .chance import entropy_against_chance, numbered_seeds
-from .evaluation import check_pairs, covered, names_of, onto_cells
-from .heads import Heads, head_maps, without_nan, written
+from .evaluation import check_pairs, names_of, onto_cells
+from .heads import Heads, framed_maps, without_nan, written
 from .intervals import Interval, bootstrap
 from .masks import paired_on_grid, pixels_on_grid
 from .objects import (
@@ -245,10 +245,10 @@ class ObjectScores(_Saved, _Ranked):
 
 # %% ../../nbs/48_scoring.ipynb #3d448ca4
 def _batches_of(pairs, batch_size, workers, order, kept):
-    "Batches (pictures, masks) in the given order; each is also put into `kept`."
+    "Batches (pictures, masks) in the given order; what follows the pictures is put into `kept`."
     loader = DataLoader(pairs, batch_size, sampler=order, num_workers=workers)
     for batch in loader:
-        kept.append(batch)
+        kept.append(batch[1:])
         yield batch
 
 def _stacked(maps):
@@ -279,9 +279,9 @@ def _shuffled(n, seed):
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     return order, torch.tensor(numbered_seeds(n, seed))
 
-def _laid(model, maps, x, mask, valid=None): # maps: (..., h, w)
+def _laid(frame, maps, mask, valid=None): # frame, maps: as `framed_maps` gives them
     "Masks and valid pixels as they lie on the cells of maps, where these are."
-    onto = lambda t: onto_cells(model, x.shape[-2:], maps.shape[-2:], t).to(maps.device)
+    onto = lambda t: onto_cells(frame, t).to(maps.device)
     return onto(mask), None if valid is None else onto(valid)
 
 def _in_order(parts, order): # parts: of each batch {score: (own, chance)}
@@ -310,10 +310,10 @@ def score_objects(model, # any model that AttentionTap reads
     order, seeds = _shuffled(len(pairs), seed)
     truths, parts, before = [], [], MasksBefore(shifts)
     batches = _batches_of(pairs, max(2, batch_size), workers, order.tolist(), truths)
-    found = progress(head_maps(model, batches, block, query, device=device, whole=True))
-    for maps, own_seeds in zip(found, seeds[order].split(max(2, batch_size))):
+    found = progress(framed_maps(model, batches, block, query, device=device))
+    for (maps, frame), own_seeds in zip(found, seeds[order].split(max(2, batch_size))):
         stacked = _stacked(maps)
-        masks, valid = _laid(model, stacked, *truths.pop(0))
+        masks, valid = _laid(frame, stacked, *truths.pop(0))
         parts.append(_score_batch(stacked, masks, before, surrogates, own_seeds, valid))
     return ObjectScores(*_in_order(parts, order), names_of(pairs), [*maps], query)
 
@@ -347,11 +347,11 @@ def _check_drawn(model, pairs, scores, n, name):
     if not extremes(scores, n, name)[0]:
         raise ValueError(f"scores: no picture has {name} beside chance, expected objects in some")
 
-def _draw_pair(axes, x, mask, map_, spread): # spread: pixels (h, w) of x that the cells cover
+def _draw_pair(axes, x, mask, map_, frame): # frame: what of the picture the cells cover
     "The picture, and below it the map with the object's outline."
-    (S, T), (down, across) = mask.shape, (c/s for c, s in zip(spread, x.shape[-2:]))
+    (S, T), (x0, y0, x1, y1) = mask.shape, frame
     axes[0].imshow(_pixels_of(x))
-    axes[1].imshow(map_.cpu(), extent=(0, T*across, S*down, 0), cmap="magma")
+    axes[1].imshow(map_.cpu(), extent=(x0*T, x1*T, y1*S, y0*S), cmap="magma")
     middles = [(torch.arange(n) + .5).numpy() for n in (T, S)]        # of the pixels
     axes[1].contour(*middles, mask.float().numpy(), [.5], colors="w", linewidths=.8)
     axes[1].set(xlim=(0, T), ylim=(S, 0))
@@ -369,14 +369,14 @@ def _which(scores, block, query):
     return scores.blocks if block is None else block, "auto" if asked is None else asked
 
 def _maps_scored(model, x, scores, block, query):
-    "Maps (B, L·H, h, w) of the heads that were scored. Raises ValueError for others."
-    maps = next(iter(head_maps(model, [x], *_which(scores, block, query))))
+    "Maps (B, L·H, h, w) of the heads that were scored, and their frame. ValueError: other heads."
+    maps, frame = next(framed_maps(model, [x], *_which(scores, block, query)))
     named = lambda blocks: ", ".join(map(str, blocks))
     if scores.query is not None and [*maps] != scores.blocks:
         raise ValueError(f"block: got {block!r}, layer {named(maps)}, but the scores are of layer "
                          f"{named(scores.blocks)}; leave it out")
     maps, there = _stacked(maps), next(iter(scores.own.values())).shape[1:]
-    if maps.shape[1:3] == there: return maps.flatten(1, 2)
+    if maps.shape[1:3] == there: return maps.flatten(1, 2), frame
     raise ValueError(f"scores: got those of (blocks, heads) {tuple(there)}, expected those of "
                      f"the model's {tuple(maps.shape[1:3])}")
 
@@ -393,11 +393,11 @@ def draw_extremes(model, pairs, scores: ObjectScores, n: int = 6, name: str = "p
     (own, chance), sign = scores.per_picture(name), -1 if name in LOWER else 1
     for rows, chosen in zip((axes[:2], axes[2:]), extremes(scores, n, name)):
         items = [pairs[i] for i in chosen]
-        maps = _maps_scored(model, torch.stack([x for x, *_ in items]), scores, block, query)
+        x = torch.stack([x for x, *_ in items])
+        maps, frame = _maps_scored(model, x, scores, block, query)
         for column, (i, (x, mask, *_)) in enumerate(zip(chosen, items)):
             head = (sign*scores.own[name][i]).flatten().nan_to_num(-torch.inf).argmax()
-            spread = covered(model, x.shape[-2:], maps.shape[-2:])
-            _draw_pair(rows[:, column], x, mask, maps[column, head], spread)
+            _draw_pair(rows[:, column], x, mask, maps[column, head], frame)
             said = f"{one_line(scores.names[i], 12)} {own[i] - chance[i]:+.2f}"
             put_caption(rows[1, column], said)
     return fig
@@ -597,30 +597,31 @@ def _with_boxes(items): # pictures stacked, boxes as lists: there are more here 
     x, boxes = zip(*items)
     return torch.stack(x), list(boxes)
 
-def _keeping(batches, kept): # kept: (size of its picture, boxes) of each item
+def _keeping(batches, kept): # kept: the boxes of each item
     "The pictures of batches. Raises ValueError for boxes that are none, before they are shown."
     for x, boxes in batches:
         _check_boxes(boxes, len(x), len(kept))
-        kept += [(x.shape[-2:], own) for own in boxes]
+        kept += boxes
         yield x
 
-def _boxes_onto(model, size, grid, boxes): # (T, 4) shares of the picture
-    "The boxes in shares of what the cells of maps cover, at least a trace of each."
-    (h, w), (down, across) = size, covered(model, size, grid)
-    found = (boxes*torch.tensor([w/across, h/down]*2).to(boxes)).clamp(max=1)
+def _boxes_onto(frame, boxes): # (T, 4) shares of the picture
+    "The boxes in shares of the frame, which the cells of maps cover: at least a trace of each."
+    first, last = (torch.tensor([*corner]*2).to(boxes) for corner in (frame[:2], frame[2:]))
+    found = ((boxes - first)/(last - first)).clamp(0, 1)
     start = found[:, :2].clamp(max=1 - 1e-6)
     return torch.cat([start, found[:, 2:].maximum(start + 1e-6)], 1)
 
 # %% ../../nbs/48_scoring.ipynb #8e415dba
-def _of_one(found): # {block: maps} of each batch
-    "The block's number, and all maps. Raises ValueError for several blocks."
-    maps = []
-    for batch in found:
+def _of_one(found): # ({block: maps}, frame) of each batch
+    "The block's number, all maps, and the frame of each. Raises ValueError for several blocks."
+    maps, frames = [], []
+    for batch, frame in found:
         if len(batch) > 1:
             raise ValueError(f"block: got {len(batch)} attention layers, expected one")
         [(block, m)] = batch.items()
         maps.append(m.float().cpu())
-    return block, torch.cat(maps)
+        frames += [frame]*len(m)
+    return block, torch.cat(maps), frames
 
 # %% ../../nbs/48_scoring.ipynb #cfcd06be
 def score_box_pairs(model, # any model that AttentionTap reads
@@ -642,8 +643,8 @@ def score_box_pairs(model, # any model that AttentionTap reads
                                         "chance needs the boxes of others")
     thresholds = _thresholds(thresholds)
     batches = DataLoader(pairs, batch_size, num_workers=workers, collate_fn=_with_boxes)
-    found = head_maps(model, _keeping(batches, kept := []), block, query, True, device, whole=True)
-    number, maps = _of_one(progress(found))
-    boxes = [_boxes_onto(model, size, maps.shape[-2:], own) for size, own in kept]
+    found = framed_maps(model, _keeping(batches, kept := []), block, query, True, device)
+    number, maps, frames = _of_one(progress(found))
+    boxes = [_boxes_onto(frame, own) for frame, own in zip(frames, kept)]
     scores = score_boxes(maps, boxes, shifts=shifts, seed=seed, thresholds=thresholds)
     return replace(scores, block=number)

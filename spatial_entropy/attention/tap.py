@@ -672,7 +672,7 @@ def _covered_side(n, whole, k, s, pad): # pixels of the convolution's input, and
 
 def _covered(conv, args, picture): # picture: (height, width), or None for the convolution's input
     "((height, width) of a picture, and of what patches cover of it), or None."
-    if torch.compiler.is_compiling() or not isinstance(conv, nn.Conv2d) or not args: return None
+    if not isinstance(conv, nn.Conv2d) or not args: return None
     size, pads = tuple(args[0].shape[-2:]), conv.padding
     if isinstance(pads, str): pads = (int(pads != "valid"),)*2
     picture = size if picture is None else picture
@@ -720,7 +720,7 @@ class _GridHooks(_PassHooks):
         self.tap._passes.now().grid = given(module, named | named.get("kwargs", {}))
 
     def picture_entered(self, module, args, kwargs): # what is around the convolution
-        if _recomputing() or torch.compiler.is_compiling(): return
+        if _recomputing(): return
         shown = (a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
         size = next((tuple(a.shape[-2:]) for a in shown if a.ndim == 4), None)
         self.tap._passes.now().picture = size
@@ -913,9 +913,9 @@ def _say_frame(tap, covered):
     if _frame_of(covered) == (0, 0, 1, 1) or tap.warned: return
     tap.warned, ((height, width), (h, w)) = True, covered
     warnings.warn(f"got pictures of {height}×{width} pixels, which the patches do not divide: the "
-                  f"grid covers {h}×{w} (`tap.frame`), and pixels of a mask or a box lie beside "
-                  "their cells; resize or cut pictures and masks to a multiple of the patch",
-                  stacklevel=4)
+                  f"grid covers {h}×{w} (`tap.frame`). Scores such as score_objects lay masks and "
+                  "boxes on that part; where you lay them yourself, use the frame, or resize or "
+                  "cut pictures and masks to a multiple of the patch", stacklevel=4)
 
 def _maps_of(tap, run=None):
     "The maps of the latest pass, by layer if there are several."
@@ -976,7 +976,10 @@ class _Framed(_Readable):
     "And says which part of the picture its grid covers."
     @property
     def frame(self): # the whole, but where its sides are no multiples of the patch
-        "(x0, y0, x1, y1) of the latest pass, in shares of the picture."
+        """(x0, y0, x1, y1) of the latest pass, in shares of the picture; of a compiled model, too.
+
+        Packed pictures have none of their own: theirs is (0, 0, 1, 1), and `valid` tells their cells.
+        """
         return _frame_of(self._passes.read().covered)
 
 # %% ../../nbs/12_tap.ipynb #12cc0014
