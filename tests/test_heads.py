@@ -1,6 +1,7 @@
 """Head scores against slow oracles: plain Python loops over maps, scipy's labels, float64."""
 import csv
 import math
+import os
 from collections import UserDict
 from itertools import islice
 from math import isnan
@@ -602,6 +603,49 @@ def test_the_table(tmp_path):
     assert [{k: float(v) for k, v in r.items()} for r in back] == list(t)
     big = Heads(rows(range(24), [16] * 24))
     assert repr(big).splitlines()[-1] == "… and 372 more" and "372 more" in big._repr_html_() and len(str(big).splitlines()) == 385
+
+
+def test_a_column_of_texts_sorts_nothing():
+    t = Heads([r | dict(looks_at="border cell" if r["head"] else "") for r in rows()])
+    for call, said in ((lambda: t.sort("looks_at"), "by"), (lambda: Heads(t.rows, "looks_at"), "by"), (lambda: t.grid("looks_at"), "value"),
+                       (lambda: entropy_heatmap(t, "looks_at"), "value")):
+        with pytest.raises(ValueError, match=f"^{said}: got 'looks_at' .not all of it is numbers., expected one of block, head, .*images, broken; say which"):
+            call()
+    some = Heads([r | dict(jaccard=None if r["head"] else .5) for r in rows()])
+    with pytest.raises(ValueError, match="by: got 'jaccard' .not all of it is numbers."):
+        some.sort("jaccard")
+    known = [np.float32(.3), torch.tensor(.2), 1, NAN]                            # numbers of NumPy and torch count
+    assert [r["head"] for r in Heads([dict(block=0, head=h, entropy=v) for h, v in enumerate(known)])] == [1, 0, 2, 3]
+
+
+def test_a_table_is_written_whole_or_not_at_all(tmp_path):
+    file, link, lost = tmp_path/"heads.csv", tmp_path/"link.csv", tmp_path/"lost.csv"
+    Heads(rows()).to_csv(file)
+    before = file.read_bytes()
+    link.symlink_to(file)
+    lost.symlink_to(tmp_path/"target.csv")
+    with pytest.raises(ValueError, match="fields not in fieldnames"):
+        Heads([*rows(), dict(rows()[0], head=9, more=1)]).to_csv(file)              # in the middle of the file
+    assert file.read_bytes() == before and len(list(tmp_path.iterdir())) == 3
+    for i in range(2):
+        with module.written(link) as f: f.write(f"new {i}\n")
+    with module.written(lost) as f: f.write("there\n")
+    assert file.read_text() == "new 1\n" and link.is_symlink() and lost.is_symlink() and (tmp_path/"target.csv").read_text() == "there\n"
+    with pytest.raises(OSError, match="path: .* cannot be written"):
+        Heads(rows()).to_csv(tmp_path)
+    with module.written("/dev/null") as f: f.write("a")                             # a device stays one
+    assert not os.path.isfile("/dev/null") and len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_writer_that_is_killed_leaves_the_old_table(tmp_path):
+    (tmp_path/"t.csv").write_text("old")
+    if not (child := os.fork()):
+        with module.written(tmp_path/"t.csv") as f:
+            f.write("n"*100_000)
+            f.flush()
+            os._exit(9)
+    os.waitpid(child, 0)
+    assert (tmp_path/"t.csv").read_text() == "old"
 
 
 def test_ties_and_unknown_values_have_an_order():

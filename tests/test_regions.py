@@ -85,3 +85,11 @@ def test_keep_mass_is_smallest_and_enough(mass):
     held = (maps * kept).sum((-2, -1))
     weakest = torch.where(kept, maps, torch.inf).amin((-2, -1))
     assert (held >= mass * total * (1 - 2e-6)).all() and (held - weakest < mass * total).all()
+
+
+def test_a_mass_of_one_keeps_every_cell_above_zero():
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        maps = torch.tensor([[1., 1e-7, 0.], [1e-12, 1e-30, 0.]], dtype=dtype)
+        assert torch.equal(se.keep_mass(maps, 1), maps > 0) and torch.equal(se.keep_mass(maps, 1.), maps > 0)
+        assert se.keep_mass(maps, .999).sum() == 1
+    assert not se.keep_mass(torch.tensor([[1., torch.nan], [2., 3.]]), 1.).any() and not se.keep_mass(torch.zeros(2, 2), 1.).any()

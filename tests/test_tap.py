@@ -559,6 +559,15 @@ def test_sides_that_patches_do_not_divide_are_said():
         warnings.simplefilter("error")
         dino(torch.randn(1, 3, 42, 28))
         assert tap.maps().shape[-2:] == (3, 2) and tap.frame == (0, 0, 1, 1)
+    for model, patch in ((dino, 14), (padding, 8)):                         # compiled: the same, whatever the sizes
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        with se.AttentionTap(compiled) as tap, torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for size in ((41, 50), (43, 56)) if model is dino else ((20, 32),):     # the second is a size that may change
+                compiled(torch.randn(1, 3, *size))
+                h, w = tap.maps().shape[-2:]
+                assert tap.frame == pytest.approx((0, 0, w*patch/size[1], h*patch/size[0]))
 
 
 # ---- two processes ----

@@ -6,13 +6,14 @@
 __all__ = ['head_maps', 'framed_maps', 'written', 'without_nan', 'Table', 'Heads', 'Means', 'rank_heads', 'entropy_heatmap']
 
 # %% ../../nbs/43_heads.ipynb #88a16f19
-import csv, json
+import csv, json, os, secrets
 from collections.abc import Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from html import escape
 from inspect import Parameter, signature
 from math import isnan
+from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -26,7 +27,8 @@ from .evaluation import (
 from .masks import as_bool, mask_jaccard, pointing
 from ..measure.operators import label_regions, spatial_entropy
 from ..pictures import Drawing
-from ..measure.regions import as_float64, above_mean, check_count
+from ..measure.regions import (
+    above_mean, as_float64, check_count, is_number)
 from ..attention.tap import AttentionTap
 
 # %% ../../nbs/43_heads.ipynb #8647464f
@@ -192,10 +194,12 @@ class _Rows:
         return sorted({row["block"] for row in self.rows})
 
     def _check_column(self, name, said): # said: what the argument is called
-        "Raises ValueError for a column that is not there."
+        "Raises ValueError for a column that is not there, or not of numbers."
         if not self.rows: raise ValueError("rows: got none, expected a row for each head")
-        if name in self.rows[0]: return
-        raise ValueError(f"{said}: got {name!r}, expected one of {', '.join(self.rows[0])}; "
+        known = [k for k in self.rows[0] if all(is_number(row.get(k)) for row in self.rows)]
+        if name in known: return
+        why = " (not all of it is numbers)" if name in self.rows[0] else ""
+        raise ValueError(f"{said}: got {name!r}{why}, expected one of {', '.join(known)}; "
                          f"say which with {said}=")
 
 # %% ../../nbs/43_heads.ipynb #bbf81d45
@@ -231,14 +235,32 @@ def _as_html(rows, n): # n: at most so many rows
     return f"<table><thead>{line(head, 'th')}</thead><tbody>{body}</tbody></table>{more}"
 
 # %% ../../nbs/43_heads.ipynb #3df3d189
+def _whole_or_old(path):
+    "Where to write, and what to rename it to: a pipe or a device is written itself."
+    if path.exists() and not path.is_file(): return path, None
+    whole = Path(os.path.realpath(path))                            # a link stays one
+    if whole.exists(): whole.open("r+").close()                      # may it be written?
+    return whole.with_name(f".{whole.name[:32]}.{secrets.token_hex(8)}.tmp"), whole
+
 @contextmanager
 def written(path):
-    "A file of text to write, its line ends kept. Raises OSError that says what is wrong with it."
-    try: file = open(path, "w", newline="", encoding="utf-8")
+    """A file of text to write, its line ends kept: `path` is the old file until all is written.
+
+    Raises OSError that says what is wrong with the path."""
+    try:
+        new, whole = _whole_or_old(Path(path))
+        file = new.open("x" if whole else "w", newline="", encoding="utf-8")
     except OSError as e:
         raise type(e)(f"path: {path} cannot be written ({e.strerror}); expected a file in a folder "
                       "that is there") from None
-    with file: yield file
+    try:
+        with file:
+            yield file
+            file.flush()
+            if whole: os.fsync(file.fileno())
+        if whole: os.replace(new, whole)
+    finally:
+        if whole: new.unlink(missing_ok=True)
 
 # %% ../../nbs/43_heads.ipynb #fcaf9a36
 def without_nan(value):

@@ -978,7 +978,7 @@ class _Framed(_Readable):
     def frame(self): # the whole, but where its sides are no multiples of the patch
         """(x0, y0, x1, y1) of the latest pass, in shares of the picture; of a compiled model, too.
 
-        Packed pictures have none of their own: theirs is (0, 0, 1, 1), and `valid` tells their cells.
+        Packed pictures share none: theirs is (0, 0, 1, 1), and `valid` tells the cells of each.
         """
         return _frame_of(self._passes.read().covered)
 

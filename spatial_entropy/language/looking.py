@@ -45,9 +45,9 @@ def _answer_of(processor, said):
     return getattr(processor, "tokenizer", processor).decode(said, skip_special_tokens=True).strip()
 
 def _check_heads(heads, maps):
-    "Raises ValueError for a head that is not there."
+    "Raises ValueError for a head that is not there; `as_heads` refused those below 0."
     chosen = [] if heads == "sample" else heads
-    wrong = [f"{i}.{h}" for i, h in chosen if i not in maps or not 0 <= h < len(maps[i])]
+    wrong = [f"{i}.{h}" for i, h in chosen if i not in maps or h >= len(maps[i])]
     if not wrong: return
     known = ", ".join(f"{i} (of {len(m)} heads)" for i, m in list(maps.items())[:40])
     raise ValueError(f"heads: got {', '.join(wrong)}, expected heads of layers {known}")

@@ -215,7 +215,8 @@ def _keep_mass(maps: torch.Tensor, mass: float) -> torch.Tensor:
     share = as_float64(value)
     share = share/torch.where(share[..., :1] > 0, share[..., :1], 1) # no sum can overflow now
     before = share.cumsum(-1) - share
-    kept = (before < mass*share.sum(-1, keepdim=True)*(1 - 1e-6)) & (value > 0)
+    enough = share.sum(-1, keepdim=True)*(mass*(1 - 1e-6) if mass < 1 else torch.inf)
+    kept = (before < enough) & (value > 0)                          # of a mass of 1 all above 0
     return torch.zeros_like(kept).scatter(-1, order, kept).view(maps.shape)
 
 # %% ../../nbs/01_regions.ipynb #3d4fc5b8

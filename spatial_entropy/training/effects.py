@@ -7,14 +7,14 @@ __all__ = ['two_by_two', 'IntervalTable', 'Comparison', 'effects', 'read_compari
 
 # %% ../../nbs/65_effects.ipynb #b1b96e2f
 import csv, json, math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import wrap
 import numpy as np
-from ..analysis.intervals import sign_flip_test, student
+from ..analysis.intervals import sign_flip_test
 from ..measure.regions import check_count
 from ..pictures import Drawing, one_line
-from .comparing import MEASURES, with_below_chance
+from .comparing import MEASURES, mean_of, plus_minus, with_below_chance
 
 # %% ../../nbs/65_effects.ipynb #dc2deb77
 _texts = "run", "arm", "part"
@@ -64,10 +64,10 @@ def _weights(contrast):
 # %% ../../nbs/65_effects.ipynb #9f8f93c6
 def _cell(line):
     "A mean, half of its interval, and a star where a difference is clear."
-    text, half = f"{line['mean']:{line['sign']}.{line['digits']}f}", line["high"] - line["mean"]
-    if math.isnan(half): return text
+    text = plus_minus(line, line["digits"], line["sign"])
+    if math.isnan(line["high"]): return text
     clear = line["sign"] and (line["low"] > 0 or line["high"] < 0)
-    return f"{text} ± {half:.{line['digits']}f}" + ("*" if clear else " "*len(line["sign"]))
+    return text + ("*" if clear else " "*len(line["sign"]))
 
 def _as_markdown(rows):
     safe = [[cell.strip().replace("|", r"\|").replace("*", r"\*") for cell in row] for row in rows]
@@ -104,11 +104,8 @@ class IntervalTable:
 # %% ../../nbs/65_effects.ipynb #fc55acc4
 def _interval(values):
     "mean, low, high, n and p of a few numbers; NaN ends and p for fewer than two."
-    values = values[~np.isnan(values)]
-    if len(values) < 2:
-        mean = float(values[0]) if len(values) else math.nan
-        return dict(mean=mean, low=math.nan, high=math.nan, n=len(values), p=math.nan)
-    return asdict(student(values)) | dict(p=sign_flip_test(values))
+    known = values[~np.isnan(values)]
+    return mean_of(known.tolist()) | dict(p=sign_flip_test(known) if len(known) > 1 else math.nan)
 
 def _titled(study, measure): return study.titles.get(measure, (measure, 3))
 
