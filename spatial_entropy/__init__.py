@@ -32,7 +32,8 @@ _modules = { # module: the names that users need of it
 
 # %% ../nbs/89_names.ipynb #5bd990d5
 _modules |= { # judging, a run, and what is done by hand
-    "analysis.evaluation": "accuracy", "analysis.heads": "rank_heads head_maps entropy_heatmap",
+    "analysis.evaluation": "accuracy",
+    "analysis.heads": "rank_heads head_maps framed_maps entropy_heatmap",
     "analysis.localization": "localization_entropy localization_heads",
     "analysis.chance": "entropy_against_chance surrogate_maps",
     "analysis.objects": "pixel_auc pixel_ap energy_pointing against_others",

@@ -982,6 +982,55 @@ def test_masks_lie_on_the_patches_where_the_side_is_no_multiple(side, pads):
     assert torch.equal(found.right[:, :, 2, 0].double(), on)          # the brightest cell is the box, or is not
 
 
+@pytest.mark.filterwarnings("ignore:got pictures of")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_pixels_that_a_model_drops_change_no_score(compiled):
+    "Pictures with a rest beside the patches are scored as if they, their masks and boxes were cut; also where sizes differ, and where the model is compiled."
+    tf = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = tf.Dinov2ForImageClassification(tf.Dinov2Config(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14,
+                                                            num_labels=3)).eval()
+    x, masks, label = torch.randn(8, 3, 41, 41), torch.rand(8, 41, 41) > .5, torch.arange(8) % 3
+    corner = torch.tensor([[.1, .2, .5, .6]])*28                                    # pixels, of what the patches cover
+    sides = [41]*4 + [35]*4                                                         # two cells a side, both
+    cut, mixed = x[..., :28, :28], [p[:, :s, :s] for p, s in zip(x, sides)]
+    whole, model_ = TensorDataset(cut, masks[:, :28, :28]), torch.compile(model, backend="eager") if compiled else model
+    want, got = se.score_objects(model, whole), se.score_objects(model_, TensorDataset(x, masks))
+    assert_close([got.own, got.chance], [want.own, want.chance], equal_nan=True)
+    assert score_masks(model_, TensorDataset(x, masks)) == pytest.approx(score_masks(model, whole))
+    for a, b in zip(rank_heads(model_, [(x, masks)], surrogates=0), rank_heads(model, [whole.tensors], surrogates=0)): assert a == pytest.approx(b)
+    if compiled: return                                                             # to compile for more sizes takes long
+    want = se.score_box_pairs(model, [(p, corner/28) for p in cut], batch_size=4)
+    got = se.score_box_pairs(model_, [(p, corner/s) for p, s in zip(mixed, sides)], batch_size=4)
+    assert torch.equal(got.right, want.right) and torch.equal(got.corloc, want.corloc)
+    want = se.occlusion_curves(model, DataLoader(TensorDataset(cut, label), 4), (0., .25, .5, .75))
+    got = se.occlusion_curves(model, DataLoader([*zip(mixed, label)], 4), (0., .25, .5, .75))
+    assert all(torch.equal(got.right[order], want.right[order]) for order in want.right)
+
+
+@pytest.mark.filterwarnings("ignore:got pictures of")
+@pytest.mark.parametrize("family, side, patch, covers", [("swinv2", 41, 4, 44), ("swinv2", 44, 4, 44), ("torchvision swin", 41, 4, 40), ("open_clip", 35, 8, 32)])
+def test_masks_lie_on_the_patches_of_models_of_windows_and_others(family, side, patch, covers):
+    "A mask that is one patch is on one cell: where an embedding pads, where windows do, and where the rest is dropped."
+    torch.manual_seed(0)
+    if family == "open_clip":
+        model = pytest.importorskip("open_clip").transformer.VisionTransformer(32, 8, 24, 1, 2, 4., output_dim=24).eval()
+    elif family == "swinv2":
+        tf = pytest.importorskip("transformers")
+        model = tf.Swinv2Model(tf.Swinv2Config(image_size=64, embed_dim=12, depths=(1, 1), num_heads=(2, 2), window_size=4)).eval()
+    else:
+        model = pytest.importorskip("torchvision").models.SwinTransformer([4, 4], 12, [1, 1], [2, 2], [4, 4]).eval()
+    x, masks, n = torch.randn(4, 3, side, side), torch.zeros(4, side, side, dtype=torch.bool), covers//patch
+    if family == "open_clip": model.positional_embedding = torch.nn.Parameter(torch.randn(n*n + 1, 24))
+    maps, frame = next(framed_maps(model, [x], 0))
+    assert maps[0].shape[-2:] == (n, n) and frame == pytest.approx((0, 0, covers/side, covers/side))
+    for mask, m in zip(masks, maps[0]):                                             # the first head's brightest cell, but for a padded one
+        y, z = divmod(m[0, :side//patch, :side//patch].reshape(-1).argmax().item(), side//patch)
+        mask[patch*y:patch*y + patch, patch*z:patch*z + patch] = True
+    on = se.score_objects(model, TensorDataset(x, masks), block=0, surrogates=0).own["pointing"][:, 0, 0]
+    assert on.tolist() == [float(m[0, :side//patch, :side//patch].amax() == m[0].amax()) for m in maps[0]] and on.any()
+
+
 def test_masks_of_other_types_count_and_what_is_no_mask_is_refused():
     x, masks = torch.rand(4, 3, 32, 32), torch.rand(4, 16, 16) > .5
     valid, rank = torch.rand(4, 16, 16) > .2, lambda *batch, **more: list(rank_heads(vit(), [batch], surrogates=0, **more))

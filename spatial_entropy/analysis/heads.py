@@ -239,7 +239,7 @@ def _whole_or_old(path):
     "Where to write, and what to rename it to: a pipe or a device is written itself."
     if path.exists() and not path.is_file(): return path, None
     whole = Path(os.path.realpath(path))                            # a link stays one
-    if whole.exists(): whole.open("r+").close()                      # may it be written?
+    if whole.exists(): whole.open("r+b").close()                     # may it be written?
     return whole.with_name(f".{whole.name[:32]}.{secrets.token_hex(8)}.tmp"), whole
 
 @contextmanager

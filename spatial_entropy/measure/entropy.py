@@ -7,9 +7,9 @@ __all__ = ['FLOOR', 'LEAST', 'region_mass', 'clear_entropy']
 
 # %% ../../nbs/02_entropy.ipynb #2b5693d8
 import torch
-from spatial_entropy.measure.regions import (
-    as_float, as_float64, centered, check_connectivity, check_maps, check_number, check_real,
-    clear_labels, fit)
+from .regions import (
+    as_float, as_float64, centered, check_connectivity, check_maps,
+    check_number, check_real, clear_labels, fit)
 
 # %% ../../nbs/02_entropy.ipynb #deb57f46
 def _shares(excess, # (..., h, w) mass of each cell, at least 0
