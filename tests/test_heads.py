@@ -1009,7 +1009,8 @@ def test_pixels_that_a_model_drops_change_no_score(compiled):
 
 
 @pytest.mark.filterwarnings("ignore:got pictures of")
-@pytest.mark.parametrize("family, side, patch, covers", [("swinv2", 41, 4, 44), ("swinv2", 44, 4, 44), ("torchvision swin", 41, 4, 40), ("open_clip", 35, 8, 32)])
+@pytest.mark.parametrize("family, side, patch, covers", [("swinv2", 41, 4, 44), ("swinv2", 44, 4, 44), ("torchvision swin", 41, 4, 40),
+                                                         ("open_clip", 35, 8, 32)])
 def test_masks_lie_on_the_patches_of_models_of_windows_and_others(family, side, patch, covers):
     "A mask that is one patch is on one cell: where an embedding pads, where windows do, and where the rest is dropped."
     torch.manual_seed(0)
