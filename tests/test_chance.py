@@ -417,7 +417,8 @@ def test_maps_that_are_there_already_score_as_those_of_the_model(scored):
     weights = maps.flatten(3).softmax(-1).view(maps.shape)
     for soft in (score_maps(weights, masks, surrogates=0), score_maps(weights, masks, surrogates=0, softmax=True)):
         for name in soft.own:
-            assert_close(soft.own[name], got.own[name], atol=1e-3, rtol=0)
+            # a cell at the edge of the mass that is kept may fall on either side, which moves one Jaccard by some thousandths
+            assert_close(soft.own[name], got.own[name], atol=5e-3 if name == "jaccard" else 1e-3, rtol=0)
     sharp = (20*maps).flatten(3).softmax(-1).view(maps.shape)
     once, twice = (score_maps(sharp, masks, surrogates=0, softmax=soft).own["jaccard"] for soft in (None, False))
     assert (twice - once).abs().max() > .05                            # what the default saves one from
