@@ -8,7 +8,9 @@ from unittest.mock import patch
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 from probes import entropies
 from runs import quick
@@ -111,7 +113,8 @@ def test_a_nan_under_a_gradient_scaler_is_left_out_and_the_next_update_is_made(t
     model = dict(model="vit_tiny_patch16_224", model_kwargs=dict(patch_size=8, embed_dim=12, depth=1, num_heads=2))
     job = jobs.prepare(jobs.TrainConfig(img_size=16, batch_size=8, limit=16, workers=0, device="cpu", output=str(tmp_path), **model))
     job.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.)
-    job.optimizer = AcceleratedOptimizer(job.optimizer.optimizer, device_placement=False, scaler=job.accelerator.scaler)
+    with job.states.ours():
+        job.optimizer = AcceleratedOptimizer(job.optimizer.optimizer, device_placement=False, scaler=job.accelerator.scaler)
     weights, said = list(job.model.parameters()), []
     monkeypatch.setattr(type(job.accelerator), "mixed_precision", "fp16")
     job.accelerator.native_amp = True
@@ -124,6 +127,73 @@ def test_a_nan_under_a_gradient_scaler_is_left_out_and_the_next_update_is_made(t
         job.place.update += 1
     assert len(said) == 2 and "this update was left out (1 in a row" in said[1]
     assert job.accelerator.scaler.get_scale() == 1.                     # halved by each
+
+
+def test_a_gradient_that_overflows_whatever_its_scale_ends_in_a_sentence(tmp_path, monkeypatch):
+    "The scaler's own skips are not counted; once its scale is 1 the gradient itself is what is broken."
+    model = dict(model="vit_tiny_patch16_224", model_kwargs=dict(patch_size=8, embed_dim=12, depth=1, num_heads=2))
+    settings = dict(img_size=16, batch_size=8, limit=16, workers=0, device="cpu", max_skips=1, output=str(tmp_path), **model)
+    job, said = jobs.prepare(jobs.TrainConfig(**settings)), []
+    job.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.)
+    with job.states.ours():
+        job.optimizer = AcceleratedOptimizer(job.optimizer.optimizer, device_placement=False, scaler=job.accelerator.scaler)
+    monkeypatch.setattr(type(job.accelerator), "mixed_precision", "fp16")
+    job.accelerator.native_amp = True
+
+    def update(value):
+        loss = sum(w.square().sum() for w in job.model.parameters() if w.requires_grad)
+        job.accelerator.backward(value * loss)
+        loop._apply(job, [(loss.detach(), torch.ones(5))], SimpleNamespace(note=said.append))
+
+    for scale in (4., 2.):
+        assert job.accelerator.scaler.get_scale() == scale
+        update(float("inf"))
+    assert not said and job.place.skips == 0
+    update(float("inf"))
+    assert len(said) == 1 and "(with a finite loss); this update was left out (1 in a row, 1 allowed)" in said[0]
+    with pytest.raises(FloatingPointError, match=r"2. time in a row; lower --lr, .* take --amp-dtype bfloat16"):
+        update(float("inf"))
+
+
+small = dict(img_size=16, batch_size=8, limit=16, workers=0, epochs=1, device="cpu", model="vit_tiny_patch16_224",
+             model_kwargs=dict(patch_size=8, embed_dim=12, depth=1, num_heads=2))
+
+
+def test_runs_of_one_process_keep_their_own_precision_and_accumulation(tmp_path, quick_runs):
+    "Nor do they take, or change, that of someone's own Accelerator."
+    before = {kind: dict(kind._shared_state) for kind in (PartialState, AcceleratorState)}
+    first = jobs.prepare(jobs.TrainConfig(**small, amp_dtype="bfloat16", output=str(tmp_path)))
+    jobs.prepare(jobs.TrainConfig(**{**small, "batch_size": 4}, grad_accum_steps=2, output=str(tmp_path)))
+    assert first.accelerator.mixed_precision == "bf16" and first.accelerator.gradient_accumulation_steps == 1
+    with first.autocast():
+        assert torch.is_autocast_enabled("cpu")
+    assert len(loop.fit(first)) == 1 and first.place.updates == 2
+    assert before == {kind: dict(kind._shared_state) for kind in before}
+
+
+def test_someones_own_accelerator_is_left_as_it_is(tmp_path, quick_runs):
+    for kind in (PartialState, GradientState):
+        kind._reset_state()
+    AcceleratorState._reset_state(True)
+    try:
+        mine = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=3)
+        assert se.train(output=str(tmp_path), plot=False, **small).rows
+        assert (mine.mixed_precision, mine.gradient_accumulation_steps) == ("bf16", 3)
+        assert Accelerator(cpu=True, mixed_precision="bf16").mixed_precision == "bf16"
+    finally:
+        GradientState._reset_state()
+        AcceleratorState._reset_state(True)
+
+
+@pytest.mark.parametrize("error", [OSError("the disk is gone"), KeyboardInterrupt()], ids=["error", "ctrl-c"])
+def test_trackers_are_closed_however_a_run_ends(tmp_path, quick_runs, monkeypatch, error):
+    closed = []
+    tracker = SimpleNamespace(finish=lambda: closed.append("closed"), log=lambda *a, **k: None)
+    monkeypatch.setattr(Accelerator, "init_trackers", lambda self, *a: setattr(self, "trackers", [tracker]))
+    job = jobs.prepare(jobs.TrainConfig(**small, trackers=["tensorboard"], output=str(tmp_path)))
+    with patch.object(loop, "train_epoch", side_effect=error), pytest.raises(type(error)):
+        loop.fit(job)
+    assert closed == ["closed"]
 
 
 def test_a_loss_that_is_no_number_ends_in_a_sentence(tmp_path, quick_runs, capsys):

@@ -447,8 +447,8 @@ class Hold:
             (self.folder/(".held" if self.handle is None else ".lock")).unlink()
         self.forget()
 
-    def __del__(self):
-        with suppress(Exception): self.release()
+    def __del__(self, quietly=suppress):                    # at Python's end modules lose theirs
+        with quietly(Exception): self.release()
 
     def forget(self): # a forked child's way: the files stay
         if self.handle is not None: os.close(self.handle)

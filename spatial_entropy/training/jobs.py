@@ -15,7 +15,7 @@ from itertools import count
 from pathlib import Path
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import (DataLoaderConfiguration, GradientAccumulationPlugin,
                               broadcast_object_list, set_seed)
@@ -79,18 +79,31 @@ def _check_trackers(names):
             raise ValueError(f"trackers: {name} is not installed here; pip install {name}")
 
 # %% ../../nbs/57_jobs.ipynb #cfb0d3f9
-_precisions = {"bfloat16": "bf16", "float16": "fp16", None: "no"} # ours: accelerate's
+class _States:
+    "What accelerate keeps for a whole process, kept for one run."
+    def __init__(self):
+        self.own = {PartialState: {}, AcceleratorState: {}, GradientState: {}}
+        if self._several(known := PartialState._shared_state): self.own[PartialState] = known
 
-def _start_anew():
-    "Let accelerate forget its choices, unless several processes share them."
-    if PartialState._shared_state and PartialState().num_processes == 1:
-        AcceleratorState._reset_state(reset_partial_state=True)
+    @staticmethod
+    def _several(known): return known.get("num_processes", 1) > 1
+
+    @contextmanager
+    def ours(self):
+        "Inside, they are those of the run; a group of processes stays one outside too."
+        before = {kind: vars(kind)["_shared_state"] for kind in self.own}
+        for kind, own in self.own.items(): kind._shared_state = own
+        try: yield
+        finally:
+            if self._several(self.own[PartialState]): del before[PartialState]
+            for kind, kept in before.items(): kind._shared_state = kept
 
 # %% ../../nbs/57_jobs.ipynb #e5a914c4
+_precisions = {"bfloat16": "bf16", "float16": "fp16", None: "no"} # ours: accelerate's
+
 def _accelerator(c):
     "accelerate, with the device, precision and accumulation of a configuration."
     _check_trackers(c.trackers or [])
-    _start_anew()
     no_gpu = not torch.accelerator.is_available()
     accelerator = Accelerator(
         cpu=c.device == "cpu" or c.device is None and no_gpu, # else it joins no processes on CPUs
@@ -105,6 +118,14 @@ def _accelerator(c):
         raise ValueError("amp_dtype: got 'float16', which needs a GPU; "
                          "expected bfloat16 or none here (--amp-dtype)")
     return accelerator
+
+# %% ../../nbs/57_jobs.ipynb #a6734ced
+def _check_device(config, accelerator):
+    "Raise ValueError where accelerate found another device than was asked for."
+    found = accelerator.device.type
+    if config.device in (None, found): return
+    raise ValueError(f"device: got {config.device!r}, but accelerate found {found!r} here; "
+                     "expected that, or cpu")
 
 # %% ../../nbs/57_jobs.ipynb #9cd30035
 def _where_from(c):
@@ -373,9 +394,20 @@ def _may_change(job, path, changed, allowed):
                          "resume(…, allow_changes=True)")
     job.say(f"{what}; going on so, as asked")
 
+# %% ../../nbs/57_jobs.ipynb #c6666b9f
+class _Working:
+    "What follows from the parts of a job."
+    updates = property(lambda self: self.place.per_epoch, doc="Updates of an epoch.")
+    main = property(lambda self: self.accelerator.is_main_process, doc="Whether it writes.")
+
+    @contextmanager
+    def autocast(self):
+        "Inside, operations have the precision of the run."
+        with self.states.ours(), self.accelerator.autocast(): yield
+
 # %% ../../nbs/57_jobs.ipynb #1e7e87ac
 @dataclass
-class Job:
+class Job(_Working):
     "A run that is ready to start, or to go on."
     config: TrainConfig
     loaders: Loaders
@@ -397,9 +429,7 @@ class Job:
     saved: int = -1 # updates done at the last checkpoint
     term: object = None # another regulariser, of maps (B, H, h, w); None: the criterion
     say: object = print # called with a sentence
-
-    updates = property(lambda self: self.place.per_epoch, doc="Updates of an epoch.")
-    main = property(lambda self: self.accelerator.is_main_process, doc="Whether it writes.")
+    states: _States = field(default_factory=_States) # of accelerate, this run's own
 
 # %% ../../nbs/57_jobs.ipynb #12bd6d3a
 def _changed_and_tried(c, model, classes, accelerator, teacher):
@@ -556,16 +586,17 @@ def save_checkpoint(job: Job) -> Path:
     Raises OSError that names it; those before it stay."""
     a, p = job.accelerator, job.place
     path = job.folder/"checkpoints"/step_name(p.updates)
-    p.sums = a.reduce(job.sums).tolist()
-    _keep_sums(job, p.sums)
-    torch.manual_seed(place_seed(job.config.seed, p.epoch, p.update, a.process_index, 3))
-    with writing(path), _temporary(job, path) as temporary:
-        _write_state(job, temporary)
-        if job.main:
-            seal(temporary, path, **_checkpoint_record(job))
-            _prune(job)
-    job.saved = p.updates
-    a.wait_for_everyone()
+    with job.states.ours():
+        p.sums = a.reduce(job.sums).tolist()
+        _keep_sums(job, p.sums)
+        torch.manual_seed(place_seed(job.config.seed, p.epoch, p.update, a.process_index, 3))
+        with writing(path), _temporary(job, path) as temporary:
+            _write_state(job, temporary)
+            if job.main:
+                seal(temporary, path, **_checkpoint_record(job))
+                _prune(job)
+        job.saved = p.updates
+        a.wait_for_everyone()
     return path
 
 # %% ../../nbs/57_jobs.ipynb #0a2d237f
@@ -716,16 +747,14 @@ def prepare(config: TrainConfig,
     Raises ValueError, TypeError or OSError in one sentence, before anything is written."""
     check_name(config.model)
     set_seed(config.seed)
-    accelerator = _accelerator(config)
-    if not accelerator.is_main_process: say = lambda said: None
-    found_device = accelerator.device.type
-    if config.device not in (None, found_device):
-        raise ValueError(f"device: got {config.device!r}, but accelerate found {found_device!r} "
-                         "here; expected that, or cpu")
-    with _holding(folder, accelerator) as held:
-        found = _checkpoint(folder, say)
-        job = _built(config, accelerator, folder, found, say)
-        job.hold = held
-        if folder is None: _make_folder(job)
-        else: _restore(job, found, allow_changes)
+    with (states := _States()).ours():
+        accelerator = _accelerator(config)
+        if not accelerator.is_main_process: say = lambda said: None
+        _check_device(config, accelerator)
+        with _holding(folder, accelerator) as held:
+            found = _checkpoint(folder, say)
+            job = _built(config, accelerator, folder, found, say)
+            job.hold, job.states = held, states
+            if folder is None: _make_folder(job)
+            else: _restore(job, found, allow_changes)
     return job

@@ -81,7 +81,7 @@ def _term_and_entropy(job, maps, weight):
 def _forward(job, x, label, weight):
     "Loss of one batch, and its sums."
     if job.config.channels_last: x = x.contiguous(memory_format=torch.channels_last)
-    with job.accelerator.autocast():
+    with job.autocast():
         result = job.task(x, label)
         term, entropy = _term_and_entropy(job, job.tap.maps(), weight)
         loss = result["loss"] + weight*term
@@ -112,8 +112,15 @@ def _skip(job, losses, norm, progress):
     p.skips += 1
     if p.skips > most:
         times = f", for the {p.skips}. time in a row" if p.skips > 1 else ""
-        raise FloatingPointError(f"{said}{times}; lower --lr, and look at the data")
+        more = ", or take --amp-dtype bfloat16" if job.accelerator.scaler else ""
+        raise FloatingPointError(f"{said}{times}; lower --lr, and look at the data{more}")
     progress.note(f"{said}; this update was left out ({p.skips} in a row, {most} allowed)")
+
+# %% ../../nbs/58_loop.ipynb #dd84d39a
+def _only_scaled(job, losses):
+    "Whether a gradient may be broken by its scale alone, which the scaler then lowers."
+    scaler = job.accelerator.scaler
+    return bool(scaler and scaler.get_scale() > 1 and not _broken(job, losses))
 
 def _apply(job, losses, progress):
     "Change the weights by the gathered gradient, unless it is NaN or infinite."
@@ -121,11 +128,12 @@ def _apply(job, losses, progress):
     if c.sched_on_epochs: job.scheduler.step(p.epoch)
     else: job.scheduler.step_update(p.updates)
     norm = job.accelerator.clip_grad_norm_(job.model.parameters(), c.clip_grad or math.inf)
-    if norm.isfinite() or (job.accelerator.scaler and not _broken(job, losses)):
+    whole = norm.isfinite().item()
+    if whole or _only_scaled(job, losses):
         job.optimizer.step()
         if job.ema: job.ema.update(job.model, step=p.updates)
         job.sums += as_float64(sum(s for _, s in losses))
-        p.skips = 0
+        if whole: p.skips = 0
     else:
         _skip(job, losses, norm, progress)
         if job.accelerator.scaler: job.accelerator.scaler.update() # else it unscales no other time
@@ -232,7 +240,7 @@ def _beside(pictures, most=_CHANCE):
 def _validated(job):
     "What `validate` says of the model that is judged."
     also = _beside(len(job.loaders.val.dataset))
-    with _looked_at(job) as (model, tap), job.accelerator.autocast():
+    with _looked_at(job) as (model, tap), job.autocast():
         return validate(model, tap, job.loaders.val, job.accelerator.device,
                         job.accelerator.reduce, also=also)
 
@@ -308,7 +316,7 @@ def _first_pictures(job, n=4):
 @torch.no_grad()
 def _maps_now(job, x):
     "Maps (B, H, h, w) of some pictures, in evaluation mode."
-    with _looked_at(job) as (model, tap), evaluating(model), job.accelerator.autocast():
+    with _looked_at(job) as (model, tap), evaluating(model), job.autocast():
         model(x)
         return tap.maps().float().cpu()
 
@@ -496,6 +504,7 @@ def _start(job):
     if 0 not in job.film and len(first): job.film[0] = first    # an earlier version began this run
     _draw_frames(job, sorted(job.film))
 
+# %% ../../nbs/58_loop.ipynb #e3f092af
 def _track(job):
     "Start the trackers that were asked for, in the run's folder."
     a, folder = job.accelerator, str(job.folder)
@@ -504,6 +513,15 @@ def _track(job):
     settings = asdict(job.config).items()
     flat = {k: v if isinstance(v, (int, float, bool)) else str(v) for k, v in settings}
     a.init_trackers("spatial_entropy", flat, {"wandb": {"dir": folder, "name": job.folder.name}})
+
+@contextmanager
+def _tracked(job):
+    "Inside, the trackers listen; they are closed however the run ends, or their last values go."
+    try:
+        _track(job)
+        yield
+    finally:
+        for tracker in job.accelerator.trackers: tracker.finish()
 
 # %% ../../nbs/58_loop.ipynb #9cd9b957
 _lost = ("gloo", "NCCL", "closed by peer", "Connection reset", "Broken pipe")
@@ -530,11 +548,10 @@ def _run_shown(job, progress, stop):
         except RuntimeError as e: raise _left_alone(job, e) or e from None
 
 def _finish(job):
-    "Say what was left out, and let go of what the run held."
+    "Say what was left out, and let go of the model."
     if skipped := job.loaders.skipped():
         first = ", ".join(skipped[:5])
         job.say(f"{len(skipped)} picture(s) could not be read and were left out: {first}")
-    for tracker in job.accelerator.trackers: tracker.finish()
     job.tap.close()
 
 # %% ../../nbs/58_loop.ipynb #0a3bd716
@@ -548,8 +565,7 @@ def fit(job: Job, console: Console | None = None,
     has the run. What was saved stays; `train --resume` goes on.
     """
     console = (console or Console()) if job.main else Console(quiet=True)
-    with use(job.hold) if job.hold else nullcontext():
-        _track(job)
+    with job.states.ours(), use(job.hold) if job.hold else nullcontext(), _tracked(job):
         progress = RunProgress(job.config.epochs, job.updates, console, plot)
         with _signals() as stop:
             _run_shown(job, progress, stop)
