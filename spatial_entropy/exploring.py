@@ -507,6 +507,7 @@ def _maps_with(query, subject, image, block):
 # %% ../nbs/61_exploring.ipynb #df3f99c9
 class _Kept:
     "Maps and surrogates, computed when they are first asked for; the latest are kept."
+    stamps = None # of the models that they are of
     def __init__(self, subjects, items):
         self.subjects, self.items = subjects, items
         self.opened = lru_cache(32)(lambda picture: _opened(items[picture]))
@@ -535,12 +536,33 @@ class _Kept:
         maps = self.maps_of(i, picture, query)[block]
         return {} if truth[0] is None else _on_object(maps, *truth)
 
+# %% ../nbs/61_exploring.ipynb #f93eca2e
+def _stamp(t):
+    "What changes when a tensor does, found without reading it whole."
+    version = None if t.is_inference() else t._version
+    if not t.numel(): return id(t), version
+    try: return id(t), version, t.data_ptr(), t[tuple(n//2 for n in t.shape)].item()
+    except (RuntimeError, TypeError): return id(t), version         # one without plain elements
+
+def _stamps(model):
+    "What changes when the weights, modules or forward methods of a model do."
+    modules = [(id(m), id(vars(m).get("forward"))) for m in model.modules()]
+    return modules, [_stamp(t) for t in (*model.parameters(), *model.buffers())]
+
+def _renew(kept):
+    "Forget the maps where a model has changed since they were made."
+    now = [repr(_stamps(subject.model)) for subject in kept.subjects]   # as text: NaN is itself
+    if now != kept.stamps:
+        for found in (kept.maps, kept.surrogates, kept.scores): found.cache_clear()
+    kept.stamps = now
+
 # %% ../nbs/61_exploring.ipynb #4936d2fe
 class _Views:
     "What makes views, of `subjects`, `items` and what is `kept`."
     def view(self, **settings) -> View: # of a State
         "What these settings show. Raises ValueError for settings that cannot be."
         state = _checked(as_state(settings), len(self.items), len(self.subjects))
+        _renew(self.kept)
         item, (_, image, mask, _) = self.items[state.picture], self.kept.opened(state.picture)
         sides = [self._side(i, state) for i in range(len(self.subjects))]
         codes = [code_of(*pair, state) for pair in zip(self.subjects, [item]*len(sides), sides)]

@@ -1,5 +1,6 @@
 """The explorer's core: every number of a view is the library's own, whatever is chosen; a broken choice is one sentence."""
 import base64
+import copy
 import io
 import json
 import resource
@@ -130,6 +131,31 @@ def test_maps_are_computed_once_a_picture():
     explorer.view(picture=1, query=(3, 3), block=1)
     assert len(ran) == 2
     assert "_tap_sites" not in vars(explorer.subjects[0].model.blocks[-1].attn)             # and no tap stays
+
+
+@pytest.mark.parametrize("change", [
+    lambda m: m.load_state_dict({k: 1.1 * v for k, v in m.state_dict().items()}), lambda m: [p.data.mul_(1.1) for p in m.parameters()],
+    lambda m: [setattr(p, "data", 1.1 * p.data) for p in m.parameters()], lambda m: setattr(m.blocks[0], "mlp", torch.nn.Identity()),
+], ids=["loaded", "in place", "replaced", "a module"])
+def test_a_model_that_has_changed_is_looked_at_anew(change):
+    model = copy.deepcopy(se.demo_model())
+    explorer = Explorer(model)
+    before, other = explorer.view(picture=2), explorer.view(picture=1)
+    assert explorer.view(picture=2).sides[0].maps is before.sides[0].maps
+    change(model)
+    after, fresh = explorer.view(picture=2), Explorer(model).view(picture=2)
+    assert not torch.equal(after.sides[0].maps, before.sides[0].maps) and after.numbers() == fresh.numbers()
+    assert explorer.view(picture=1).numbers() != other.numbers()
+
+
+def test_a_model_in_training_is_looked_at_anew():
+    model = copy.deepcopy(se.demo_model())
+    explorer, optimizer = Explorer(model), torch.optim.AdamW(model.parameters(), .01)
+    before = explorer.view().numbers()
+    model(torch.rand(2, 3, 112, 112)).square().mean().backward()
+    assert explorer.view().numbers() == before
+    optimizer.step()
+    assert explorer.view().numbers() == Explorer(model).view().numbers() != before
 
 
 def test_an_update_takes_100_ms_at_most():

@@ -19,7 +19,7 @@ import spatial_entropy as se
 from spatial_entropy.commands import main
 from spatial_entropy.training import jobs, loop
 from spatial_entropy.training.evaluating import to_measure
-from spatial_entropy.training.models import load_weights
+from spatial_entropy.training.models import load_weights, start_model
 from spatial_entropy.training.progress import RunProgress
 
 
@@ -243,6 +243,29 @@ def test_a_teacher(tmp_path, quick_runs):
     assert run.rows[0]["train_loss"] != run.rows[0]["train_ce"] and run.rows[0]["train_loss"] != teacher.rows[0]["train_loss"]
     size = lambda r: (jobs.checkpoints(r.folder)[-1] / "model.safetensors").stat().st_size
     assert abs(size(run) - size(teacher)) < 1000                             # the teacher is not in the checkpoint
+
+
+def test_a_run_with_an_average_is_judged_and_gone_on_with_by_it(tmp_path, quick_runs, capsys):
+    run = se.train(output=str(tmp_path), experiment="ema", model_ema=True, model_ema_decay=.5, **tiny).folder
+    step, judged = jobs.checkpoints(run)[-1], load_weights(run / "model.safetensors")
+    classes = json.loads((run / "facts.json").read_text())["classes"]
+    assert not all(torch.equal(v, judged[k]) for k, v in load_weights(step / "model.safetensors").items())
+
+    def started(path):
+        said = []
+        settings = {k: v for k, v in tiny.items() if k != "plot"}
+        found = start_model(jobs.TrainConfig(**settings, initial_checkpoint=str(path)), classes, said.append)
+        return all(torch.equal(v, judged[k]) for k, v in found.state_dict().items()), said
+
+    assert started(run) == started(run / "model.safetensors") == (True, [])
+    for path in (step, step / "model.safetensors"):                          # these are not averaged, and that is said
+        same, said = started(path)
+        assert not same and "not their average" in said[0] and f"--initial-checkpoint {run} takes that" in said[0]
+    for name in ("ema", "", "last"):
+        with pytest.raises(ValueError, match="weights: got .*both are the averaged ones"):
+            se.evaluate(run, weights=name)
+    for path in (step, run / "model.safetensors"):
+        assert main(["evaluate", str(path)]) == 2 and f"it lies in the run {run}: name that" in capsys.readouterr().err
 
 
 def test_trackers_get_the_metrics(tmp_path, quick_runs):

@@ -664,8 +664,9 @@ def load_config(run: str, # a run folder
     if str(run) == "": raise ValueError("run: got an empty text, expected a run folder")
     path = Path(run)/"config.yaml"
     if not path.is_file():
+        around = "" if (own := run_of(run)) is None else f"; it lies in the run {own}: name that"
         raise FileNotFoundError(f"{run}: not a run folder; expected a config.yaml in it, "
-                                "as `spatial-entropy train` writes")
+                                f"as `spatial-entropy train` writes{around}")
     settings = read_settings(path)
     try: config = TrainConfig(**as_trained(settings))
     except ValueError as e: raise ValueError(f"{path}: {e}") from None

@@ -302,10 +302,14 @@ def _with_weights(config, file, state, classes, known, what):
         model.attn_pool.load_state_dict(pool)
     return model
 
+# %% ../../nbs/55_models.ipynb #48fcd4e5
 def _from_file(config, classes, say):
     "A model with the weights of a file or a run; its classifier only if it has these classes."
-    (path, _, known), what = _source_of_weights(config.initial_checkpoint), "initial_checkpoint"
+    (path, run, known), what = _source_of_weights(config.initial_checkpoint), "initial_checkpoint"
     state = _read_weights(path, what)
+    if run and run.model_ema and Path(path).parent.parent.name == "checkpoints":
+        say(f"{path}: the weights as they were trained, not their average, by which the run is "
+            f"judged; --initial-checkpoint {run_of(path)} takes that")
     n = _classes_in(state, build_model(config, len(classes)))
     keep = n == len(classes) and (known is None or same_names(known, classes))
     if not keep:
@@ -391,6 +395,16 @@ def change_last_block(model):
         said = f"{e}; or leave the block as it is: keep_skip=True (--keep-skip)"
         raise UnsupportedModel(said) from None
 
+def _weights_in(run, name):
+    "The file of a run's weights. Raises FileNotFoundError or ValueError."
+    path = Path(run)/f"{name}.safetensors"
+    if path.is_file(): return path
+    if name in ("model", "best"):
+        raise FileNotFoundError(f"{path}: no such file; the run ended before its first epoch did")
+    raise ValueError(f'weights: got {name!r}, expected "model", those of the last epoch, or "best", '
+                     "of the best one; both are the averaged ones where the run has an average")
+
+# %% ../../nbs/55_models.ipynb #784346b7
 def load_run(run: str, # a run folder
              weights: str = "model", # "model": of its last epoch; "best": of its best epoch
              needed=(), # facts that have to be there, beside the classes
@@ -399,9 +413,7 @@ def load_run(run: str, # a run folder
 
     Raises FileNotFoundError or ValueError that name the file."""
     config, facts = load_config(run, ("classes", *needed))
-    path = Path(run)/f"{weights}.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; the run ended before its first epoch did")
+    path = _weights_in(run, weights)
     model = build_model(config, len(facts["classes"]))
     change_pooling(model, config)
     if not config.keep_skip: change_last_block(model)
