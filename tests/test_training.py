@@ -268,6 +268,22 @@ def test_a_run_with_an_average_is_judged_and_gone_on_with_by_it(tmp_path, quick_
         assert main(["evaluate", str(path)]) == 2 and f"it lies in the run {run}: name that" in capsys.readouterr().err
 
 
+def test_the_folder_of_training_pictures_is_never_measured_as_validation(tmp_path, quick_runs, capsys):
+    data = folder(tmp_path / "photos", **{"train/a": 20, "train/b": 20, "val/a": 4, "val/b": 4})
+    others = folder(tmp_path / "others", **{"train/a": 10, "train/b": 10})
+    settings = {k: v for k, v in small.items() if k != "limit"}
+    run = se.train(output=str(tmp_path), experiment="run", plot=False, data=str(data), **settings).folder
+    for name in ("train", "train/../train"):
+        with pytest.raises(ValueError, match="the run has learned from these pictures.*leave data out.*--split train"):
+            se.evaluate(run, data=str(data / name), split="val")
+        for split in (None, "train", "all"):
+            assert "learned from these pictures" in se.evaluate(run, data=str(data / name), split=split)["notes"][0]
+    for name, split in ((None, None), (data, "val"), (data / "val", None), (others / "train", None)):
+        assert not se.evaluate(run, data=name and str(name), split=split)["notes"]
+    assert main(["evaluate", str(run), "--data", str(others / "train"), "--split", "val"]) == 0
+    assert "has no parts; 4 of its 20 pictures" in " ".join(capsys.readouterr().out.split())
+
+
 def test_trackers_get_the_metrics(tmp_path, quick_runs):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

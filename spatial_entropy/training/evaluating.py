@@ -18,7 +18,8 @@ from ..data import mask_pairs
 from .config import is_drawn, load_config
 from .files import write_json
 from .models import digest_in, interpolation_of, load_run
-from .sources import NoPart, check_drawn, same_data, same_names
+from .sources import (TRAINING, NoPart, check_drawn, same_data,
+                                              same_names)
 
 # %% ../../nbs/59_evaluating.ipynb #72f5b8c0
 def _is_own(data, config):
@@ -58,6 +59,28 @@ def _check_pictures(found, config, facts, data): # found: loaders
     source = found.val.dataset.source
     if source.by_seed and _is_own(data, config):
         check_drawn(source, facts.get("validation"), data or config.data)
+
+# %% ../../nbs/59_evaluating.ipynb #8c03797e
+def _learned_from(data, config):
+    "Whether a name leads into the folder of training pictures of a run's own data."
+    if data is None: return False
+    root, here = (os.path.realpath(Path(config.data_dir or "")/name) for name in (config.data, data))
+    if not (os.path.isdir(root) and Path(here).is_relative_to(root) and here != root): return False
+    top = Path(here).relative_to(root).parts[0]
+    return top == config.train_split if config.train_split else top.lower() in TRAINING
+
+def _said_of_part(batches, config, data):
+    "What to say of where the pictures come from, or None. Raises ValueError."
+    train, val = batches.train.dataset.source, batches.val.dataset.source
+    drawn = val.by_seed and not _is_own(data, config)
+    if _learned_from(data, config):
+        said = f"{data}: the run has learned from these pictures, the training part of {config.data}"
+        if not drawn: return said
+        raise ValueError(f"{said}, so none of them are for validation; leave data out to measure its "
+                         'validation pictures, or ask for split="train" (--split train)')
+    if drawn:
+        return (f"{data}: has no parts; {len(val)} of its {len(train) + len(val)} pictures, drawn by "
+                'seed, are measured as its validation part, with split="all" (--split all) all of them')
 
 # %% ../../nbs/59_evaluating.ipynb #efa48721
 def _measured(model, loader, device):
@@ -137,12 +160,13 @@ def evaluate(run: str, # a run folder
     norm = dict(mean=tuple(facts["mean"]), std=tuple(facts["std"]))
     batches = to_measure(data, config, split, norm)
     _check_pictures(batches, config, facts, data)
+    notes = [*filter(None, [_said_of_part(batches, config, data)]), *batches.notes()]
     truths = _truths(masks, boxes, config, norm)
     scores = dict(data=str(data or config.data), split=batches.val.dataset.source.part)
     scores |= _measured(model.to(device), batches.val, device)
     for measure in more: scores |= measure(model, batches.val, norm, device)
     for score, name, pairs in truths: scores |= score(name, model, pairs, config.batch_size, device)
-    return scores | dict(skipped=batches.skipped(), notes=[*batches.notes(), *_notes(truths)])
+    return scores | dict(skipped=batches.skipped(), notes=[*notes, *_notes(truths)])
 
 # %% ../../nbs/59_evaluating.ipynb #27b2bc28
 def trained_on(run) -> str: # a device
