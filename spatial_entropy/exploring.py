@@ -507,9 +507,8 @@ def _maps_with(query, subject, image, block):
 # %% ../nbs/61_exploring.ipynb #df3f99c9
 class _Kept:
     "Maps and surrogates, computed when they are first asked for; the latest are kept."
-    stamps = None # of the models that they are of
     def __init__(self, subjects, items):
-        self.subjects, self.items = subjects, items
+        self.subjects, self.items, self.stamps = subjects, items, None
         self.opened = lru_cache(32)(lambda picture: _opened(items[picture]))
         self.maps = lru_cache(64)(self._maps)
         self.surrogates = lru_cache(64)(self._surrogates)

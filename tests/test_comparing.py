@@ -233,6 +233,88 @@ def test_a_run_that_was_looked_at_too_early_is_trained_to_its_end(photos, undist
     assert compare(grid, tmp_path / "c", console=quiet()) == (undisturbed[1][:2], [])
 
 
+@pytest.fixture
+def changing(photos, tmp_path):
+    "Photos of one's own, that a test may change, and a comparison of a seed with them."
+    shutil.copytree(photos, tmp_path / "data")
+    arms = {"plain": ARMS["plain"], "again": dict(keep_skip=True, regularizer="none", hflip=0.)}
+    grid = Grid(arms, seeds=[1], common={**TINY, "epochs": 1, "data": str(tmp_path / "data")})
+    assert not compare(grid, tmp_path / "c", console=quiet())[1]
+    return grid, tmp_path / "c", sorted((tmp_path / "data").rglob("*.png"))
+
+
+def test_pictures_that_changed_between_two_seeds_are_refused_before_a_run(changing):
+    grid, folder, pictures = changing
+    more, before = replace(grid, seeds=[1, 2]), sorted(folder.iterdir())
+    pictures[0].rename(pictures[0].with_name("other.png"))                   # as many, but others
+    with pytest.raises(ValueError, match="its pictures are not those of .*plain-seed1.*put the pictures back"):
+        compare(more, folder, console=quiet())
+    pictures[0].with_name("other.png").rename(pictures[0])
+    pictures[0].with_name("more.png").write_bytes(pictures[0].read_bytes())
+    with pytest.raises(ValueError, match="trained on 32 of them, now there would be 33"):
+        compare(more, folder, console=quiet())
+    assert sorted(folder.iterdir()) == before
+    assert len(compare(grid, folder, console=quiet())[0]) == 2               # what is done is still a table
+
+
+def test_pictures_that_change_while_a_comparison_runs_are_said(changing):
+    grid, folder, pictures = changing
+    pictures[0].with_name("more.png").write_bytes(pictures[0].read_bytes())
+    said = quiet()
+    with patch.object(comparing, "_check_pictures"):                         # it looked before the change
+        compare(replace(grid, seeds=[1, 2]), folder, console=said)
+    expected = "plain-seed2 was trained on other pictures (33) than plain-seed1 (32)"
+    assert expected in " ".join(said.file.getvalue().split()) and expected in (folder / "index.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("how", ["missing", "empty"])
+def test_a_run_without_its_settings_gets_them_back_from_its_checkpoint(changing, how):
+    grid, folder, _ = changing
+    config, before = folder / "plain-seed1" / "config.yaml", kept(folder)
+    text = config.read_text(encoding="utf-8")
+    config.unlink() if how == "missing" else config.write_text("\n")
+    said = quiet()
+    assert not compare(grid, folder, console=said)[1] and f"{how}; taken from a checkpoint" in " ".join(said.file.getvalue().split())
+    assert config.read_text(encoding="utf-8") == text and kept(folder) == before
+    config.unlink() if how == "missing" else config.write_text("")
+    shutil.rmtree(folder / "plain-seed1" / "checkpoints")
+    with pytest.raises(ValueError, match=f"config.yaml is {how}, and there is no checkpoint .* give another --output"):
+        compare(grid, folder, console=quiet())
+
+
+def test_a_folder_of_something_else_is_refused_before_a_run(tmp_path, photos):
+    (tmp_path / "c" / "plain-seed2").mkdir(parents=True)
+    with pytest.raises(ValueError, match="plain-seed2: its config.yaml is missing"):
+        compare(grid_of(photos), tmp_path / "c", console=quiet())
+    assert [p.name for p in (tmp_path / "c").iterdir()] == ["plain-seed2"]
+
+
+def test_masks_are_looked_for_before_a_run(tmp_path, photos):
+    with pytest.raises(FileNotFoundError, match="nowhere/images: no such folder"):
+        compare(replace(grid_of(photos), masks=str(tmp_path / "nowhere")), tmp_path / "c", console=quiet())
+    assert not (tmp_path / "c").exists()
+
+
+def test_runs_that_the_grid_no_longer_has_are_named(photos, undisturbed):
+    folder, said = undisturbed[0], quiet()
+    try:
+        rows, _ = compare(replace(grid_of(photos), seeds=[2]), folder, console=said)
+        expected = "2 run(s) here are of no arm, part or seed of the grid, and are left out: plain-seed1, total_variation-seed1"
+        assert len(rows) == 2 and expected in " ".join(said.file.getvalue().split())
+        assert expected in (folder / "index.html").read_text(encoding="utf-8")
+    finally:
+        compare(grid_of(photos), folder, console=quiet())
+
+
+def test_names_that_yaml_takes_for_numbers_are_to_be_quoted(tmp_path):
+    for name in ("0.1", "on", "2024-01-01", "null"):
+        (tmp_path / "g.yaml").write_text(f"arms:\n  {name}: {{}}\n")
+        with pytest.raises(ValueError, match="in quotes what is no text without them"):
+            read_grid(tmp_path / "g.yaml")
+        (tmp_path / "g.yaml").write_text(f"arms:\n  '{name}': {{}}\n")
+        assert list(read_grid(tmp_path / "g.yaml").arms) == [name]
+
+
 def test_a_score_and_what_it_has_above_chance_are_of_one_kind():
     "Where masks have void, the published Jaccard is another score than the one that has a chance level beside it."
     assert "jaccard" in comparing.MEASURES and "jaccard_best_head" not in comparing.MEASURES

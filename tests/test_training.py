@@ -262,7 +262,7 @@ def test_a_run_with_an_average_is_judged_and_gone_on_with_by_it(tmp_path, quick_
         same, said = started(path)
         assert not same and "not their average" in said[0] and f"--initial-checkpoint {run} takes that" in said[0]
     for name in ("ema", "", "last"):
-        with pytest.raises(ValueError, match="weights: got .*both are the averaged ones"):
+        with pytest.raises(ValueError, match="weights: got .*has an average, both are that"):
             se.evaluate(run, weights=name)
     for path in (step, run / "model.safetensors"):
         assert main(["evaluate", str(path)]) == 2 and f"it lies in the run {run}: name that" in capsys.readouterr().err

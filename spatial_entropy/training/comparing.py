@@ -24,13 +24,16 @@ from rich.table import Table
 from ..analysis.intervals import paired, student
 from ..attention.tap import AttentionTap
 from ..pictures import one_line, overlay, panels, put_caption
-from .config import (TrainConfig, checked_settings, is_drawn,
-                                             read_tree, shown)
+from ..data import mask_pairs
+from .config import (TrainConfig, checked_settings, is_drawn, lost_config,
+                                             read_tree, save_config, shown)
 from .evaluating import keep_scores, to_measure, trained_on
 from .files import hold, use, write_json, write_rows, write_whole
-from .jobs import epochs_done, load_settings, machine_settings
+from .jobs import (checkpoints, epochs_done, load_settings,
+                                         machine_settings)
 from .loop import one_of_each, resume, train
 from .models import digest_in, load_run
+from .sources import pictures_digest
 
 # %% ../../nbs/60_comparing.ipynb #37cf13c2
 _name = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*( [A-Za-z0-9_.+=-]+)*")
@@ -38,8 +41,9 @@ _name = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*( [A-Za-z0-9_.+=-]+)*")
 def _check_arm(name, settings):
     "Raises ValueError for a name that is no folder's, or settings that the grid sets."
     if not isinstance(name, str) or not _name.fullmatch(name) or len(name) > 60:
+        quoted = "" if isinstance(name, str) else ", and in quotes what is no text without them"
         raise ValueError(f"arms: got the name {shown(name)}, expected letters, digits, "
-                         "single spaces and . _ + = -, at most 60")
+                         f"single spaces and . _ + = -, at most 60{quoted}")
     if not isinstance(settings or {}, dict):
         raise ValueError(f"arms: {name}: got {shown(settings)}, expected settings, such as "
                          "{entropy_weight: 0.1}")
@@ -148,6 +152,15 @@ def _differing(kept, wanted):
     a, b = (json.loads(json.dumps(asdict(c))) for c in (kept, wanted))
     return [k for k in a if k not in aside and a[k] != b[k]]
 
+# %% ../../nbs/60_comparing.ipynb #ae67ce61
+def _is_begun(run):
+    "Whether a run's folder holds a run. Raises ValueError where it holds something else."
+    if not os.path.lexists(run.folder): return False
+    lost = lost_config(run.folder)
+    if not lost or checkpoints(run.folder): return True
+    raise ValueError(f"{run.folder}: its config.yaml is {lost}, and there is no checkpoint to take "
+                     "it from; move the folder away, or give another --output")
+
 def _check_same(run):
     "Raises ValueError where a run's folder holds a run with other settings."
     kept = load_settings(run.folder)[0]
@@ -194,8 +207,7 @@ class Interrupted(Exception):
 def _do(run, masks, console=None, plot=False):
     "Train a run or go on with it, then measure it. Raises Interrupted."
     machine = {k: getattr(run.config, k) for k in _machine}
-    begun = (run.folder/"config.yaml").exists()
-    if begun: done = resume(str(run.folder), console, plot, **machine)
+    if _is_begun(run): done = resume(str(run.folder), console, plot, **machine)
     else: done = train(run.config, console, plot)
     if done.stopped: raise Interrupted(done.stopped)
     return keep_scores(run.folder, masks=masks, device=trained_on(run.folder))
@@ -475,9 +487,11 @@ def _html_tables(lines):
         found.append("<table>" + "\n".join(body) + "</table>")
     return "\n".join(found)
 
-def _page(lines, arms, failed, maps=True): # maps: whether there is a picture of them
+# %% ../../nbs/60_comparing.ipynb #b1e751d7
+def _page(lines, arms, failed, notes=(), maps=True): # maps: whether there is a picture of them
     "The page as text."
-    missing = "".join(f"<p>Not done: {escape(said)}</p>" for said in failed)
+    said = [*(f"Not done: {one}" for one in failed), *(f"Note: {one}" for one in notes)]
+    missing = "".join(f"<p>{escape(one)}</p>" for one in said)
     seen = _maps if maps else "<p>No maps: the weights of these runs are not kept.</p>"
     return f"""<!doctype html><meta charset="utf-8"><title>Comparison</title><style>{_style}</style>
 <h1>{escape(", ".join(arms))}</h1>
@@ -487,6 +501,50 @@ def _page(lines, arms, failed, maps=True): # maps: whether there is a picture of
 <h2>Curves</h2><img src="curves.png" alt="Accuracy, entropy and loss over the epochs of each arm">
 {seen}
 """
+
+# %% ../../nbs/60_comparing.ipynb #207c002e
+def _data_of(run): # what decides, with the seed, about its pictures
+    names = "data", "data_dir", "train_split", "val_split", "fraction", "limit"
+    return tuple(getattr(run.config, name) for name in names)
+
+def _facts_of(run):
+    "The facts of a run; empty where they cannot be read."
+    try: return load_settings(run.folder)[1]
+    except (OSError, ValueError): return {}
+
+def _are_others(a, b, seed_too):
+    "Whether the facts of two runs are of different pictures."
+    names = ("pictures", "pictures_sha256") if seed_too else ("pictures",)
+    return any(a.get(k) != b.get(k) for k in names if k in a and k in b)
+
+def _said_of_pictures(runs):
+    "A sentence for each run whose pictures are not those of the first with the same data."
+    said, firsts = {}, {}
+    for run, facts in ((run, _facts_of(run)) for run in runs):
+        for key, seed_too in ((_data_of(run), False), ((*_data_of(run), run.seed), True)):
+            first, known = firsts.setdefault(key, (run.folder.name, facts))
+            if _are_others(known, facts, seed_too):
+                said[run.folder] = (
+                    f"{run.folder.name} was trained on other pictures ({facts['pictures']}) than "
+                    f"{first} ({known['pictures']}): what differs is partly the data")
+    return [*said.values()]
+
+# %% ../../nbs/60_comparing.ipynb #ae6ce1ae
+def _said_of_others(runs, output):
+    "A sentence on the runs in a folder that are not of the grid, in a list; none without such."
+    known = {run.folder.name for run in runs}
+    names = sorted(p.parent.name for p in Path(output).glob("*/config.yaml"))
+    found = [name for name in names if name not in known and not name.startswith(".")]
+    if not found: return []
+    more = ", …" if len(found) > 5 else ""
+    return [f"{len(found)} run(s) here are of no arm, part or seed of the grid, and are left out: "
+            f"{', '.join(found[:5])}{more}"]
+
+def _notes_on(grid, output):
+    "What a reader of the table has to know."
+    runs = planned(grid, output)
+    done = [run for run in runs if _scores(run, grid.masks) is not None]
+    return [*_said_of_pictures(done), *_said_of_others(runs, output)]
 
 # %% ../../nbs/60_comparing.ipynb #bb0a0934
 def _write_figure(path, figure):
@@ -509,19 +567,51 @@ def write_report(grid: Grid, output, failed=()) -> list: # the rows of table.csv
     _write_figure(output/"curves.png", draw_curves(done))
     drawn = [run for run in done if (run.folder/"model.safetensors").exists()]
     if drawn: _write_figure(output/"maps.png", draw_arms(drawn))
-    page = _page(lines, list(grid.arms), failed, (output/"maps.png").exists())
+    maps = (output/"maps.png").exists()
+    page = _page(lines, list(grid.arms), failed, _notes_on(grid, output), maps)
     write_whole(output/"index.html", lambda f: f.write_text(page, encoding="utf-8"))
     return rows
 
 # %% ../../nbs/60_comparing.ipynb #77f9f339
+def _pictures_now(config):
+    "The facts of the pictures that a run would be trained on now."
+    sets = to_measure(None, config, None, dict(mean=(.5,)*3, std=(.5,)*3))
+    both = sets.train.dataset.source, sets.val.dataset.source
+    return dict(pictures=len(both[0]), pictures_sha256=pictures_digest(*both))
+
+def _check_pictures(begun, left):
+    "Raises ValueError where a run that is left would see other pictures than those before it."
+    wanted = {_data_of(run) for run in left if not is_drawn(run.config.data)}
+    begun = [run for run in begun[::-1] if _data_of(run) in wanted]
+    for run in {(_data_of(run), run.seed): run for run in begun}.values():  # the first of each
+        known, now = _facts_of(run), _pictures_now(run.config)
+        if not _are_others(known, now, True): continue
+        raise ValueError(
+            f"{run.config.data}: its pictures are not those of {run.folder}, which was trained on "
+            f"{known['pictures']} of them, now there would be {now['pictures']}, so arms and seeds "
+            "could not be compared; put the pictures back as they were, or give another --output")
+
+# %% ../../nbs/60_comparing.ipynb #646b7420
 def check_runs(grid: Grid, output) -> list: # of Planned
-    "The runs of a grid. ValueError: a folder has other settings, or no weights to be measured."
+    """The runs of a grid. Raises ValueError where a folder holds a run with other settings or
+    pictures, nothing that can be read, or no weights to be measured, and OSError or ValueError for masks that cannot be used."""
     runs = planned(grid, output)
-    for run in runs:
-        if (run.folder/"config.yaml").exists(): _check_same(run)
-        _check_weights(run, grid.masks)
+    begun = [run for run in runs if _is_begun(run)]
+    for run in begun: _check_same(run)
+    for run in runs: _check_weights(run, grid.masks)
+    left = [run for run in runs if _scores(run, grid.masks) is None]
+    if left and grid.masks: mask_pairs(str(grid.masks), left[0].config.img_size)
+    _check_pictures(begun, left)
     return runs
 
+def _restore(run, console):
+    "Write the settings of a run anew where they were lost, from its checkpoint."
+    if not (_is_begun(run) and lost_config(run.folder)): return
+    tell = lambda said: console.print(said, markup=False, highlight=False)
+    config, facts = load_settings(run.folder, tell)
+    save_config(run.folder, config, **facts)
+
+# %% ../../nbs/60_comparing.ipynb #04617a52
 class _Told:
     "Says what has ended, keeps what failed, and renews the report."
     def __init__(self, grid, output, console, of):
@@ -561,8 +651,8 @@ def compare(grid: Grid, output="comparison", # the folder of the runs and of the
     """Train and measure what is not done yet of a grid, and write its report.
 
     Raises Interrupted when it was asked to stop (all runs have saved; call it again to go on),
-    ValueError where a folder holds a run with other settings, OSError where another comparison is
-    at work in `output`. A term of `register_regularizer` is known in this process alone, so with it
+    ValueError and OSError as `check_runs`, and OSError where another comparison is at work in
+    `output`. A term of `register_regularizer` is known in this process alone, so with it
     `jobs` has to stay 1.
     """
     if jobs < 1: raise ValueError(f"jobs: got {jobs}, expected at least 1")
@@ -570,12 +660,14 @@ def compare(grid: Grid, output="comparison", # the folder of the runs and of the
     runs = check_runs(grid, output)
     output.mkdir(parents=True, exist_ok=True)
     with use(hold(output)), _interruptible():
+        for run in runs: _restore(run, console)
         left = [run for run in runs if _scores(run, grid.masks) is None]
         console.print(f"{len(runs) - len(left)} of {len(runs)} runs are done", highlight=False)
         told = _Told(grid, output, console, len(left))
         if jobs == 1: _in_turn(left, grid.masks, console, told)
         else: _at_once(left, grid.masks, jobs, told)
     rows = write_report(grid, output, told.failed) if told.rows is None else told.rows
+    for said in _notes_on(grid, output): console.print(said, markup=False, highlight=False)
     return rows, told.failed
 
 # %% ../../nbs/60_comparing.ipynb #194d2027

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['recipes', 'Range', 'Names', 'Asked', 'TrainConfig', 'shown', 'plain_type', 'is_drawn', 'run_of', 'skip_of_weights',
            'as_trained', 'checked_settings', 'read_settings', 'read_tree', 'settings_over', 'configure', 'save_config',
-           'load_config']
+           'lost_config', 'load_config']
 
 # %% ../../nbs/51_config.ipynb #fac2f717
 import json, os, random, re, reprlib, types, unicodedata
@@ -657,13 +657,20 @@ def _read_facts(path, needed):
     return found
 
 # %% ../../nbs/51_config.ipynb #6869ea3d
+def lost_config(run) -> str | None:
+    "Why a folder has no settings of a run: \"missing\" or \"empty\"; None where they are there."
+    path = Path(run)/"config.yaml"
+    if not path.is_file(): return "missing"
+    return None if path.read_bytes().strip() else "empty"
+
 def load_config(run: str, # a run folder
                 needed=(), # facts that have to be there, such as "classes", "mean"
                ) -> tuple[TrainConfig, dict]: # the configuration, and the facts beside it
     "Read a run's configuration. Raises OSError or ValueError that name the file."
     if str(run) == "": raise ValueError("run: got an empty text, expected a run folder")
-    path = Path(run)/"config.yaml"
-    if not path.is_file():
+    path, lost = Path(run)/"config.yaml", lost_config(run)
+    if lost == "empty": raise ValueError(f"{path}: is empty, expected the settings of a run")
+    if lost:
         around = "" if (own := run_of(run)) is None else f"; it lies in the run {own}: name that"
         raise FileNotFoundError(f"{run}: not a run folder; expected a config.yaml in it, "
                                 f"as `spatial-entropy train` writes{around}")

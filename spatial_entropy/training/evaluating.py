@@ -59,6 +59,7 @@ def _check_pictures(found, config, facts, data): # found: loaders
     source = found.val.dataset.source
     if source.by_seed and _is_own(data, config):
         check_drawn(source, facts.get("validation"), data or config.data)
+    _said_of_part(found, config, data)                                      # it may refuse them
 
 # %% ../../nbs/59_evaluating.ipynb #8c03797e
 def _learned_from(data, config):
@@ -128,7 +129,10 @@ def _truths(masks, boxes, config, norm):
     kinds, size = ((_masked, masks, mask_pairs), (_boxed, boxes, box_pairs)), config.img_size
     return [(score, name, read(name, size, **norm)) for score, name, read in kinds if name]
 
-def _notes(truths): return [note for *_, pairs in truths for note in pairs.notes]
+def _notes(batches, config, data, truths):
+    "What is to be said of the pictures and of the truths."
+    of_part = filter(None, [_said_of_part(batches, config, data)])
+    return [*of_part, *batches.notes(), *(note for *_, pairs in truths for note in pairs.notes)]
 
 # %% ../../nbs/59_evaluating.ipynb #a0d9e4a8
 def _check_paths(run, **others):
@@ -160,13 +164,12 @@ def evaluate(run: str, # a run folder
     norm = dict(mean=tuple(facts["mean"]), std=tuple(facts["std"]))
     batches = to_measure(data, config, split, norm)
     _check_pictures(batches, config, facts, data)
-    notes = [*filter(None, [_said_of_part(batches, config, data)]), *batches.notes()]
     truths = _truths(masks, boxes, config, norm)
     scores = dict(data=str(data or config.data), split=batches.val.dataset.source.part)
     scores |= _measured(model.to(device), batches.val, device)
     for measure in more: scores |= measure(model, batches.val, norm, device)
     for score, name, pairs in truths: scores |= score(name, model, pairs, config.batch_size, device)
-    return scores | dict(skipped=batches.skipped(), notes=[*notes, *_notes(truths)])
+    return scores | dict(skipped=batches.skipped(), notes=_notes(batches, config, data, truths))
 
 # %% ../../nbs/59_evaluating.ipynb #27b2bc28
 def trained_on(run) -> str: # a device

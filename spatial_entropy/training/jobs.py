@@ -31,7 +31,7 @@ from torch import nn
 
 # %% ../../nbs/57_jobs.ipynb #b5722a9d
 from .batches import Loaders, loaders, place_seed, randomness
-from .config import (TrainConfig, as_trained, load_config,
+from .config import (TrainConfig, as_trained, load_config, lost_config,
                                              read_settings, run_of, save_config)
 from ..attention.families import find
 from .files import (Damaged, Held, Hold, check, contents, hold, new_name,
@@ -40,7 +40,8 @@ from .files import (Damaged, Held, Hold, check, contents, hold, new_name,
 from .models import (build_model, build_teacher, change_last_block,
                                              change_pooling, check_name, in_short,
                                              interpolation_of, known_of, start_model)
-from .sources import check_drawn, names_digest, same_data, same_names
+from .sources import (check_drawn, names_digest, pictures_digest,
+                                              same_data, same_names)
 from ..measure.operators import SpatialEntropyLoss
 from ..measure.regions import as_float64
 from ..loops.alternatives import regularizer_term
@@ -498,6 +499,7 @@ def _facts_of(job):
     return _through_json(dict(
         classes=list(data.classes), mean=data.mean, std=data.std, pictures=len(data.train.dataset),
         validation=names_digest(data.val.dataset.source),
+        pictures_sha256=pictures_digest(data.train.dataset.source, data.val.dataset.source),
         update=job.update, updates_per_epoch=job.updates,
         parameters=sum(p.numel() for p in job.model.parameters()),
         device=str(a.device), processes=a.num_processes, threads=torch.get_num_threads(),
@@ -611,8 +613,8 @@ def load_settings(folder, say=lambda said: None) -> tuple[TrainConfig, dict]: # 
     facts = (folder/"facts.json").exists()
     needed = ("classes", "update", "pictures", "processes") if facts else ()
     if known is None: return load_config(folder, needed)
-    if not (folder/"config.yaml").exists():
-        say(f"{folder/'config.yaml'}: missing; taken from a checkpoint")
+    if lost := lost_config(folder):
+        say(f"{folder/'config.yaml'}: {lost}; taken from a checkpoint")
         return TrainConfig(**as_trained(known["config"])), known["facts"]
     try: return load_config(folder, tuple(known["facts"]))
     except (OSError, ValueError):

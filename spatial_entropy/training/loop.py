@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from ..loops.schedule import entropy_weight
 from .batches import LoadingFailed, loading, place_seed
 from .config import (TrainConfig, checked_settings, configure,
-                                             save_config, settings_over)
+                                             lost_config, save_config, settings_over)
 from .files import use, write_json, write_rows, write_whole
 from .jobs import (Job, load_settings, machine_settings, prepare,
                                            save_checkpoint, step_name, weights_of)
@@ -445,7 +445,7 @@ def _mend_weights(job):
 def _mend(job):
     "When a run goes on: every file in line with the place, however it came to differ."
     folder, p = job.folder, job.place
-    if not (folder/"config.yaml").exists(): save_config(folder, job.config, **job.facts)
+    if lost_config(folder): save_config(folder, job.config, **job.facts)
     if _json_in(folder/"facts.json") != job.facts: write_json(folder/"facts.json", job.facts)
     if job.saved < 0: return                                # no checkpoint yet, to disagree with
     _mend_weights(job)

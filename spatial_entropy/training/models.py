@@ -401,8 +401,8 @@ def _weights_in(run, name):
     if path.is_file(): return path
     if name in ("model", "best"):
         raise FileNotFoundError(f"{path}: no such file; the run ended before its first epoch did")
-    raise ValueError(f'weights: got {name!r}, expected "model", those of the last epoch, or "best", '
-                     "of the best one; both are the averaged ones where the run has an average")
+    raise ValueError(f'weights: got {name!r}, expected "model", those of the last epoch, or '
+                     '"best", of the best one; where the run has an average, both are that')
 
 # %% ../../nbs/55_models.ipynb #784346b7
 def load_run(run: str, # a run folder

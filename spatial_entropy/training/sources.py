@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TRAINING', 'VALIDATION', 'Source', 'ShapeSource', 'SpanSource', 'Notes', 'in_order', 'ending_of', 'list_folder',
            'label_by_folder', 'same_names', 'number_labels', 'span_sources', 'NoPart', 'find_parts', 'cut_source',
-           'check_wishes', 'JoinedSource', 'pair_sources', 'cut_both', 'names_digest', 'same_data', 'check_drawn']
+           'check_wishes', 'JoinedSource', 'pair_sources', 'cut_both', 'pictures_digest', 'names_digest', 'same_data',
+           'check_drawn']
 
 # %% ../../nbs/52_sources.ipynb #bd169ab2
 import copy, hashlib, os, posixpath, unicodedata
@@ -504,11 +505,14 @@ def cut_both(train, second, seed, limit, fraction):
     return kept, again
 
 # %% ../../nbs/52_sources.ipynb #1e5ab358
-def names_digest(source) -> str | None: # None where it was not drawn by seed
-    "Of what the pictures of a validation part are called, in their order."
-    if not source.by_seed: return None
-    names = "\n".join(source.name(i) for i in range(len(source)))
+def pictures_digest(*sources) -> str: # SHA-256
+    "Of what the pictures of some sources are called, in their order."
+    names = "\n".join(source.name(i) for source in sources for i in range(len(source)))
     return hashlib.sha256(names.encode("utf-8", "surrogatepass")).hexdigest()
+
+def names_digest(source) -> str | None: # None where it was not drawn by seed
+    "That of a validation part."
+    return pictures_digest(source) if source.by_seed else None
 
 def same_data(a, b, a_dir=None, b_dir=None): # names, and where paths begin
     "Whether two names are of the same data."
