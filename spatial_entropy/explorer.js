@@ -57,15 +57,19 @@ function svg(tag, attributes, ...inside) {
   return e;
 }
 
+const PATIENCE = 20000; // milliseconds until it is said that no answer comes
+
 class Explorer {
   constructor(model, el) {
     this.model = model;
+    this.id = Math.random().toString(36).slice(2); // the same widget may be shown twice
     this.state = {};
     this.asked = 0; this.waiting = false; this.next = null;
     this.root = make("section", {class: "se-explorer", "aria-label": "Explorer of attention maps"});
     el.append(this.root);
     this.build();
-    model.on("msg:custom", answer => this.answered(answer));
+    this.hear = answer => this.answered(answer);
+    model.on("msg:custom", this.hear);
     this.ask({kind: "view"});
   }
 
@@ -77,7 +81,20 @@ class Explorer {
     this.asked += 1;
     this.began = performance.now();
     this.root.setAttribute("aria-busy", "true");
-    this.model.send({state: this.state, ...message, n: this.asked});
+    clearTimeout(this.late);
+    this.late = setTimeout(() => this.unanswered(), PATIENCE);
+    this.model.send({state: this.state, ...message, n: `${this.id} ${this.asked}`});
+  }
+
+  unanswered() { // Python is at work on something else, or gone; the next question is sent all the same
+    this.waiting = false; this.next = null; this.wanted = null;
+    this.root.removeAttribute("aria-busy");
+    this.fail("no answer from Python yet: it is busy, or it was restarted; then run the cell again");
+  }
+
+  close() { // the view is gone, the widget may stay
+    clearTimeout(this.late);
+    this.model.off?.("msg:custom", this.hear);
   }
 
   set(change) {
@@ -86,7 +103,8 @@ class Explorer {
   }
 
   answered(answer) {
-    if (answer.n !== this.asked) return;
+    if (answer.n !== `${this.id} ${this.asked}`) return;
+    clearTimeout(this.late);
     this.waiting = false;
     if (this.next) { const next = this.next; this.next = null; this.ask(next); }
     else { this.wanted = null; this.root.removeAttribute("aria-busy"); }
@@ -329,6 +347,9 @@ class Explorer {
   }
 }
 
-function render({model, el}) { new Explorer(model, el); }
+function render({model, el}) {
+  const explorer = new Explorer(model, el);
+  return () => explorer.close();
+}
 
 export default {render};

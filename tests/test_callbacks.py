@@ -444,6 +444,24 @@ def test_lightning_skipped_steps_validation_and_drop_skip(pl):
 
 
 @lightning_warnings
+@pytest.mark.parametrize("path", [None, "vit"])
+def test_lightning_drop_skip_before_the_model_is_made(pl, path):
+    class Late(type(lit(pl))):
+        def __init__(self):
+            pl.LightningModule.__init__(self)
+
+        def configure_model(self):
+            if not hasattr(self, "vit"):
+                self.vit = make()
+
+    with pytest.raises(ValueError, match="Late has no model yet.*drop the skip there"):
+        fit(pl, Late(), se.SpatialEntropyLightning(model=path, drop_skip=True))
+    module = Late()
+    fit(pl, module, se.SpatialEntropyLightning(.5, schedule="constant", model=path))
+    fit(pl, module, se.SpatialEntropyLightning(model=path, drop_skip=True))              # now it is there
+
+
+@lightning_warnings
 def test_lightning_gives_the_step_back_after_an_error(pl):
     def step(loss, i):
         if i == 1:

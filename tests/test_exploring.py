@@ -4,6 +4,8 @@ import copy
 import io
 import json
 import resource
+import shutil
+import subprocess
 from functools import cache
 from pathlib import Path
 
@@ -298,3 +300,33 @@ def test_a_model_stays_in_the_mode_it_had():
     once, again = (Explorer(model, "shapes").view(picture=3).sides[0].maps for _ in range(2))
     torch.testing.assert_close(once, again, rtol=0, atol=0)               # no random depth while it looks
     assert explorer.subjects[0].model is model and [m.training for m in model.modules()] == was
+
+
+VIEWS = r"""
+import fs from "fs";
+const part = () => ({children: [], dataset: {}, append() {}, replaceChildren() {}, addEventListener() {}, setAttribute(k, v) { this[k] = v; },
+                     removeAttribute(k) { delete this[k]; }, querySelector: part});
+globalThis.document = {createElement: part, createElementNS: part};
+const source = fs.readFileSync(process.argv[2], "utf8").replace("class Explorer", "globalThis.Explorer = class Explorer");
+(0, eval)(source.replace("export default {render}", "globalThis.render = render").replace("PATIENCE = 20000", "PATIENCE = 50"));
+const told = [], sent = [], shown = [];
+const model = {send: m => sent.push(m), on: (what, f) => told.push(f), off: (what, f) => told.splice(told.indexOf(f), 1)};
+Object.assign(Explorer.prototype, {fill() {}, show(answer) { shown.push([this.hear === told[0] ? "A" : "B", answer.whose]); }});
+const close = render({model, el: part()}), B = new Explorer(model, part());
+const answer = (question, whose) => [...told].forEach(tell => tell({kind: "view", whose, n: question.n}));
+answer(sent[0], "A"); answer(sent[1], "B");
+const listening = [told.length];
+close();
+listening.push(told.length);
+B.set({head: 2});
+setTimeout(() => console.log(JSON.stringify({shown, listening, said: B.error.textContent, waiting: B.waiting})), 300);
+"""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+def test_views_of_one_widget_do_not_mix_and_say_when_no_answer_comes(tmp_path):
+    (tmp_path / "views.mjs").write_text(VIEWS)
+    code = Path(se.__file__).parent / "explorer.js"
+    found = json.loads(subprocess.run(["node", tmp_path / "views.mjs", code], capture_output=True, text=True, check=True).stdout)
+    assert found["shown"] == [["A", "A"], ["B", "B"]] and found["listening"] == [2, 1]
+    assert "no answer from Python yet" in found["said"] and not found["waiting"]

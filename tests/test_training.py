@@ -274,10 +274,10 @@ def test_the_folder_of_training_pictures_is_never_measured_as_validation(tmp_pat
     settings = {k: v for k, v in small.items() if k != "limit"}
     run = se.train(output=str(tmp_path), experiment="run", plot=False, data=str(data), **settings).folder
     for name in ("train", "train/../train"):
-        with pytest.raises(ValueError, match="the run has learned from these pictures.*leave data out.*--split train"):
+        with pytest.raises(ValueError, match="the run has learned from these, the training pictures.*leave data out.*--split train"):
             se.evaluate(run, data=str(data / name), split="val")
         for split in (None, "train", "all"):
-            assert "learned from these pictures" in se.evaluate(run, data=str(data / name), split=split)["notes"][0]
+            assert "learned from these, the training pictures" in se.evaluate(run, data=str(data / name), split=split)["notes"][0]
     for name, split in ((None, None), (data, "val"), (data / "val", None), (others / "train", None)):
         assert not se.evaluate(run, data=name and str(name), split=split)["notes"]
     assert main(["evaluate", str(run), "--data", str(others / "train"), "--split", "val"]) == 0

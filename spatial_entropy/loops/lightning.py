@@ -10,6 +10,7 @@ import math, warnings
 from copy import deepcopy
 from functools import update_wrapper
 from types import MethodType
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback
 from .regularizer import SpatialEntropyRegularizer, run_settings, operate
 
@@ -79,6 +80,18 @@ def _check_automatic(pl_module):
                      "this callback sees it; use SpatialEntropyRegularizer in training_step "
                      "instead: loss = loss + reg()")
 
+# %% ../../nbs/32_lightning.ipynb #3dd5dab8
+def _check_made(pl_module, path):
+    "Raises ValueError where the model to operate on is made later, in configure_model."
+    if type(pl_module).configure_model is LightningModule.configure_model: return
+    try: part = pl_module if path is None else pl_module.get_submodule(path)
+    except AttributeError: part = None
+    if part is not None and next(part.parameters(), None) is not None: return
+    name = type(pl_module).__name__
+    raise ValueError(f"drop_skip: {name} has no model yet, which its configure_model makes after "
+                     "the callback is set up; drop the skip there, se.drop_last_skip(model) where "
+                     "the model is made, and leave drop_skip out")
+
 # %% ../../nbs/32_lightning.ipynb #19b818dd
 class _TermDuringFit(Callback):
     "Adds the term to the loss while a fit lasts."
@@ -88,6 +101,7 @@ class _TermDuringFit(Callback):
 
     def setup(self, trainer, pl_module, stage):
         if self.drop_skip and self._operated is not pl_module:
+            _check_made(pl_module, self.path)
             self.surgery, self._operated = operate(_part_of(pl_module, self.path)), pl_module
 
     def on_fit_start(self, trainer, pl_module):

@@ -593,8 +593,11 @@ def _check_pictures(begun, left):
 
 # %% ../../nbs/60_comparing.ipynb #646b7420
 def check_runs(grid: Grid, output) -> list: # of Planned
-    """The runs of a grid. Raises ValueError where a folder holds a run with other settings or
-    pictures, nothing that can be read, or no weights to be measured, and OSError or ValueError for masks that cannot be used."""
+    """The runs of a grid.
+
+    Raises ValueError where a folder holds a run with other settings or pictures, without the
+    weights that are still to be measured, or nothing that can be read; OSError or ValueError for
+    masks that cannot be used."""
     runs = planned(grid, output)
     begun = [run for run in runs if _is_begun(run)]
     for run in begun: _check_same(run)

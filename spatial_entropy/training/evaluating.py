@@ -65,7 +65,8 @@ def _check_pictures(found, config, facts, data): # found: loaders
 def _learned_from(data, config):
     "Whether a name leads into the folder of training pictures of a run's own data."
     if data is None: return False
-    root, here = (os.path.realpath(Path(config.data_dir or "")/name) for name in (config.data, data))
+    place = Path(config.data_dir or "")
+    root, here = (os.path.realpath(place/name) for name in (config.data, data))
     if not (os.path.isdir(root) and Path(here).is_relative_to(root) and here != root): return False
     top = Path(here).relative_to(root).parts[0]
     return top == config.train_split if config.train_split else top.lower() in TRAINING
@@ -75,13 +76,14 @@ def _said_of_part(batches, config, data):
     train, val = batches.train.dataset.source, batches.val.dataset.source
     drawn = val.by_seed and not _is_own(data, config)
     if _learned_from(data, config):
-        said = f"{data}: the run has learned from these pictures, the training part of {config.data}"
+        said = f"{data}: the run has learned from these, the training pictures of {config.data}"
         if not drawn: return said
-        raise ValueError(f"{said}, so none of them are for validation; leave data out to measure its "
-                         'validation pictures, or ask for split="train" (--split train)')
+        raise ValueError(f"{said}, so none of them are for validation; leave data out to measure "
+                         'its validation pictures, or ask for split="train" (--split train)')
     if drawn:
-        return (f"{data}: has no parts; {len(val)} of its {len(train) + len(val)} pictures, drawn by "
-                'seed, are measured as its validation part, with split="all" (--split all) all of them')
+        return (f"{data}: has no parts; {len(val)} of its {len(train) + len(val)} pictures, drawn "
+                "by seed, are measured as its validation part; all of them are with "
+                'split="all" (--split all)')
 
 # %% ../../nbs/59_evaluating.ipynb #efa48721
 def _measured(model, loader, device):
