@@ -232,7 +232,7 @@ def check_maps(model, pairs):
 
 
 TITLES = MEASURES | {f"{m}_mean_above": (f"{name} above chance, mean head", 3) for m, name in (
-    ("energy_pointing", "mass on the object"), ("pointing", "pointing"), ("pixel_auc", "AUC"), ("jaccard", "Jaccard"))}
+    ("energy_pointing", "mass on the object"), ("pointing", "pointing"), ("pixel_auc", "pixel AUC"), ("jaccard", "Jaccard"))}
 
 
 def arm_of(run):

@@ -296,7 +296,8 @@ MEASURES = { # column: (what it is called, digits)
     "top1": ("top-1, %", 1), "entropy": ("E, nats", 3), "entropy_chance": ("E of chance", 3),
     "below_chance": ("E below its chance level", 3),
     "regions": ("regions", 2), "density": ("density", 3), "pixel_auc": ("pixel AUC", 3),
-    "pixel_auc_above": ("AUC above chance", 3), "pointing_above": ("pointing above chance", 3),
+    "pixel_auc_above": ("pixel AUC above chance", 3),
+    "pointing_above": ("pointing above chance", 3),
     "energy_pointing": ("mass on the object", 3),
     "energy_pointing_above": ("mass on the object above chance", 3),
     "jaccard": ("Jaccard", 3), "jaccard_above": ("Jaccard above chance", 3)}
