@@ -541,10 +541,13 @@ def _said_of_others(runs, output):
     return [f"{len(found)} run(s) here are of no arm, part or seed of the grid, and are left out: "
             f"{', '.join(found[:5])}{more}"]
 
-def _notes_on(grid, output):
+def _in_table(runs, rows):
+    "The runs that have a row."
+    names = {row["run"] for row in rows}
+    return [run for run in runs if run.folder.name in names]
+
+def _notes_on(runs, done, output): # runs: all of the grid; done: those in the table
     "What a reader of the table has to know."
-    runs = planned(grid, output)
-    done = [run for run in runs if _scores(run, grid.masks) is not None]
     return [*_said_of_pictures(done), *_said_of_others(runs, output)]
 
 # %% ../../nbs/60_comparing.ipynb #bb0a0934
@@ -561,7 +564,7 @@ def write_report(grid: Grid, output, failed=()) -> list: # the rows of table.csv
     output, runs = Path(output), planned(grid, output)
     rows = table(runs, grid.masks)
     if not rows: return rows
-    done = [run for run in runs if run.folder.name in {row["run"] for row in rows}]
+    done = _in_table(runs, rows)
     lines = summary(rows, [*grid.arms])
     write_rows(output/"table.csv", rows)
     write_json(output/"summary.json", {"summary": lines, "runs": len(rows), "of": len(runs)})
@@ -569,7 +572,7 @@ def write_report(grid: Grid, output, failed=()) -> list: # the rows of table.csv
     drawn = [run for run in done if (run.folder/"model.safetensors").exists()]
     if drawn: _write_figure(output/"maps.png", draw_arms(drawn))
     maps = (output/"maps.png").exists()
-    page = _page(lines, list(grid.arms), failed, _notes_on(grid, output), maps)
+    page = _page(lines, list(grid.arms), failed, _notes_on(runs, done, output), maps)
     write_whole(output/"index.html", lambda f: f.write_text(page, encoding="utf-8"))
     return rows
 
@@ -671,7 +674,8 @@ def compare(grid: Grid, output="comparison", # the folder of the runs and of the
         if jobs == 1: _in_turn(left, grid.masks, console, told)
         else: _at_once(left, grid.masks, jobs, told)
     rows = write_report(grid, output, told.failed) if told.rows is None else told.rows
-    for said in _notes_on(grid, output): console.print(said, markup=False, highlight=False)
+    for said in _notes_on(runs, _in_table(runs, rows), output):
+        console.print(said, markup=False, highlight=False)
     return rows, told.failed
 
 # %% ../../nbs/60_comparing.ipynb #194d2027

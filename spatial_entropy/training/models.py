@@ -400,7 +400,8 @@ def _weights_in(run, name):
     path = Path(run)/f"{name}.safetensors"
     if path.is_file(): return path
     if name in ("model", "best"):
-        raise FileNotFoundError(f"{path}: no such file; the run ended before its first epoch did")
+        raise FileNotFoundError(f"{path}: no such file; the run ended before its first "
+                                "epoch did, or its weights were deleted")
     raise ValueError(f'weights: got {name!r}, expected "model", those of the last epoch, or '
                      '"best", of the best one; where the run has an average, both are that')
 
