@@ -473,6 +473,7 @@ def measure_step(device: torch.device,
                  batch: int | None = None, # 256 on a GPU, 2 elsewhere
                  model="deit_small_patch16_224",
                  rounds=15, steps=None, # steps in a round: 10 on a GPU, 1 elsewhere
+                 ready: Callable = lambda: None, # called when everything is compiled and warm
                 ) -> dict: # ms a step without, with the tap, and with the regulariser, and what they add in %
     "What tap and regulariser add to a training step, measured in pairs; on a CPU in one thread's time."
     cuda = device.type == "cuda"
@@ -482,6 +483,7 @@ def measure_step(device: torch.device,
         if not cuda: _set_threads(1)
         calls = {kind: _stepper(kind, device, batch, model) for kind in ("without", "tap", "with")}
         for _ in range(3 if cuda else 1): [step() for step in calls.values()]
+        ready()
         times = interleave(calls, lambda step: timed(lambda: [step() for _ in range(steps)])/steps, 1e9, rounds)
     finally: _set_threads(threads)
     facts = {f"{name}_ms": 1000*median(t) for name, t in times.items()}

@@ -76,7 +76,7 @@ def _ours(kind, q, data, output): # "plain", "plain again", "surgery" or "regula
         job.tap, job.criterion = SimpleNamespace(maps=lambda: nothing), lambda maps: maps
     quiet = SimpleNamespace(update=lambda *a, **k: None, note=lambda said: None)
     def updates():
-        train_epoch(job, quiet, [])
+        with job.states.ours(): train_epoch(job, quiet, [])             # accelerate's states, which know its device
         job.place.epoch, job.place.update = job.place.epoch + 1, 0
     updates.job = job
     return updates
@@ -136,8 +136,8 @@ def _timed(call, device):
     return dict(wall=time.perf_counter() - wall, cpu=time.process_time() - cpu, peak=peak)
 
 
-def _turns(q, data, output, say):
-    "Rounds of all contenders: a list of {name: seconds}. The first round warms up and does not count."
+def _turns(q, data, output, say, ready):
+    "Rounds of all contenders: a list of {name: seconds}. The first round warms up and does not count; ready() is called after it."
     contenders = {k: _ours(k, q, data, output) for k in ("plain", "surgery", "regulariser", "plain again")}
     device, rounds = str(contenders["plain"].job.accelerator.device), []
     def turn(timm=None):
@@ -146,6 +146,7 @@ def _turns(q, data, output, say):
         start = len(rounds) % len(names)
         rounds.append({n: _timed(calls[n], device) for n in names[start:] + names[:start]})
         say(f"round {len(rounds)} of {q.rounds + 1}")
+        if len(rounds) == 1: ready()
     if q.timm_train: _beside_timm(_with(q, rounds=q.rounds + 1), data, output, turn)
     else:
         for _ in range(q.rounds + 1): turn()
@@ -235,13 +236,13 @@ def _summary(rounds, q):
     return found
 
 
-def run_training_benchmark(request, folder, console=None): # the report, as training.json holds it
-    "Measure, write training.json and training.png, print the table."
+def run_training_benchmark(request, folder, console=None, ready=lambda: None): # the report, as training.json holds it
+    "Measure, write training.json and training.png, print the table. ready() is called when everything is compiled."
     console = console or Console(file=sys.stdout)                       # this one, whatever becomes of sys.stdout while the script runs
     with tempfile.TemporaryDirectory() as work:
         data = request.data or work + "/pictures"
         if not request.data: _pictures(data, request)
-        rounds, shares = _turns(request, data, work + "/runs", lambda said: console.print(said, highlight=False, markup=False))
+        rounds, shares = _turns(request, data, work + "/runs", lambda said: console.print(said, highlight=False, markup=False), ready)
     cuda = rounds[0]["plain"]["peak"] is not None
     peaks = {n: max(r[n]["peak"] for r in rounds) for n in rounds[0]} if cuda else _peaks(request)
     report = dict(request=asdict(request), machine={**machine_facts(torch.device("cuda" if cuda else "cpu")), "threads": torch.get_num_threads()},
