@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import torch
+import torch._dynamo
 from loss import machine_facts, make_maps, measure_step, prepare_benchmark, run_benchmark
 
 import spatial_entropy as se
@@ -154,6 +155,7 @@ def _differs(compile, device):
     "Largest difference of the compiled gradient from the plain one, as a share of its size; of several calls, with other maps."
     loss, x = se.SpatialEntropyLoss().to(device), _classic(device)
     torch._dynamo.reset()
+    before = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
     call, worst = compile(lambda m: loss(m*2)), 0.
     for turn in range(4):                                               # the third is the first that replays a recorded graph
         with torch.no_grad(): x.copy_(maps_of("mix", 256, 6, 14, 14, seed=turn))
@@ -162,7 +164,7 @@ def _differs(compile, device):
         want, = torch.autograd.grad(loss(x*2), x)
         worst = max(worst, ((want - got).abs().max()/want.abs().max()).item())
     assert worst < 1e-5, f"the gradient differs by {worst:.1e} of its size"
-    return worst
+    return dict(differs_by=worst, graphs_not_recorded=torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] - before)
 
 
 def _recorded(device):

@@ -125,7 +125,7 @@ def measured(checks, timed, folder, began, whole, budget):
     for part, some in checks.items():
         waited(some, until)
         if not closed(some, folder, f"after {time.monotonic() - began:.0f} s"): failed.append(part)
-    waited(timed.values(), until, Process.ready)
+    waited(timed.values(), began + .5*budget, Process.ready)
     for q in timed.values():
         if not q.ready(): q.signal(signal.SIGSTOP)                      # goes on when it is its turn
     for part, q in timed.items():

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import create_autospec
 
 import on_gpu
 import pytest
@@ -82,6 +83,23 @@ def run(code, tmp_path, **env):
 def test_its_parts_in_the_interpreter(tmp_path):
     pytest.importorskip("triton")
     run(["tests/on_gpu_rehearsed.py"], tmp_path)
+
+
+def test_every_part_is_called_with_what_it_takes(tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    import gpu_parts
+    called = []
+    for name in ("check_values", "check_taps", "check_behaviour", "compile_variants", *gpu_parts.TIMED):
+        real = getattr(gpu_parts, name)
+        spec = create_autospec(real, side_effect=lambda *a, name=name, **k: called.append((name, k.get("share", a[1:2]))) or {})
+        monkeypatch.setattr(gpu_parts, name, spec)
+        for table in (gpu_parts.CHECKS, gpu_parts.TIMED):
+            for part in [part for part, f in table.items() if f is real]:
+                monkeypatch.setitem(table, part, spec)
+    for part in (*gpu_parts.CHECKS, *gpu_parts.TIMED, "compile"):
+        monkeypatch.setattr(sys, "argv", ["gpu_parts.py", part, str(tmp_path), "--share", "0/1", "--device", "cpu"])
+        assert gpu_parts.main() == 0, part
+    assert len(called) == 9 and {p.name for p in tmp_path.iterdir()} == {f"{p}.0.json" for p in (*gpu_parts.CHECKS, *gpu_parts.TIMED)}
 
 
 TAPS = """
