@@ -5,7 +5,7 @@
 Needs the package's requirements and nothing of its development tools. What only checks (values, behaviour, taps) runs side by side; meanwhile, what
 times something (growth, benchmark, step, training, tune) loads and compiles, and then runs with nothing beside it, one after the other. Every part
 has processes of its own and leaves FOLDER/PART.json, with the device, the versions, the commit, what failed, and what was left out for want of time;
-FOLDER/PART.SHARE.log holds what it said. Exit code 1 if anything failed. Four and a half minutes on 16 cores.
+FOLDER/PART.SHARE.log holds what it said. Exit code 1 if anything failed or a check was not finished. Four and a half minutes on 16 cores.
 """
 import argparse
 import json
@@ -73,7 +73,7 @@ def write(folder, report):
 
 
 def closed(processes, folder, why):
-    "End the part's processes, write its report and say a line. Returns whether nothing failed."
+    "End the part's processes, write its report and say a line. Returns (whether something failed, whether it was stopped)."
     part, late = processes[0].part, any(p.running() for p in processes)
     for p in processes: p.end()
     report = None
@@ -87,7 +87,7 @@ def closed(processes, folder, why):
     if wrong: words.append(f"{len(wrong)} FAILED")
     if late: words.append("stopped " + why)
     print(f"{part}: {'; '.join(words) or 'done'}, {report.get('seconds', '?')} s", *wrong[:8], sep="\n    ", flush=True)
-    return not wrong
+    return bool(wrong), late
 
 
 def waited(processes, until, enough=lambda p: False):
@@ -120,11 +120,12 @@ def main(argv=None):
 
 
 def measured(checks, timed, folder, began, whole, budget):
-    "First the checks, then what is timed, one after the other. Returns the parts that failed."
+    "First the checks, then what is timed, one after the other. Returns the parts that failed; a check that was stopped has not passed."
     failed, until = [], began + .4*budget
     for part, some in checks.items():
         waited(some, until)
-        if not closed(some, folder, f"after {time.monotonic() - began:.0f} s"): failed.append(part)
+        wrong, late = closed(some, folder, f"after {time.monotonic() - began:.0f} s")
+        if wrong or late: failed.append(part if wrong else part + " (not finished)")
     waited(timed.values(), began + .5*budget, Process.ready)
     for q in timed.values():
         if not q.ready(): q.signal(signal.SIGSTOP)                      # goes on when it is its turn
@@ -137,7 +138,7 @@ def measured(checks, timed, folder, began, whole, budget):
         limit = min(TIMED[part]*max(1, budget/270), left)
         q.begin()
         waited([q], time.monotonic() + limit)
-        if not closed([q], folder, f"after {limit:.0f} s"): failed.append(part)
+        if closed([q], folder, f"after {limit:.0f} s")[0]: failed.append(part)
     return failed
 
 

@@ -49,7 +49,7 @@ def test_a_part_that_dies_hangs_or_fails_leaves_the_others_alone(tmp_path, monke
     assert found["taps"]["models"] == 18 and "stopped" in found["taps"]["left out"]
     assert "values.json" in found["growth"]["seen"], "what is timed begins when the checks are over"
     assert "stopped" in found["benchmark"]["left out"] and "stopped" in found["training"]["left out"] and found["tune"]["rows"] == [1]
-    assert "failed: values, behaviour, step" in said, said
+    assert "failed: values, behaviour, taps (not finished), step" in said, said
 
 
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="no process groups on this system")
