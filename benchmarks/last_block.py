@@ -29,7 +29,8 @@ from spatial_entropy.attention.tap import AttentionTap
 from spatial_entropy.commands import Parser, lenient_output, outcome
 from spatial_entropy.data import mask_pairs, shapes
 from spatial_entropy.demo import demo_model
-from spatial_entropy.loops.alternatives import head_disagreement, regularizer_names, regularizer_term
+from spatial_entropy.loops.alternatives import (attention_entropy, chance_corrected_entropy, head_disagreement, regularizer_names,
+                                                 regularizer_term)
 from spatial_entropy.loops.schedule import SCHEDULES, entropy_weight
 from spatial_entropy.measure.operators import SpatialEntropyLoss
 from spatial_entropy.training.comparing import MEASURES
@@ -53,17 +54,13 @@ def softmaxed(maps):
 
 def less_shuffled(maps):
     "Spatial entropy less that of the same maps with their cells in random order: what the values alone give is no gain."
-    flat = maps.flatten(-2)
     with torch.random.fork_rng(devices=()):                 # so that the order of the pictures is that of the other runs
-        order = torch.rand_like(flat).argsort(-1)
-    shuffled = flat.gather(-1, order).view_as(maps)
-    return SpatialEntropyLoss()(maps) - SpatialEntropyLoss()(shuffled)
+        return chance_corrected_entropy(maps)
 
 
 def spread(maps):
     "Spatial entropy less Shannon's of the attention, from 0 to 1: connected, and no sparser than it need be."
-    p = softmaxed(maps).flatten(-2)
-    return SpatialEntropyLoss()(maps) - torch.special.entr(p).sum(-1).mean() / math.log(p.shape[-1])
+    return SpatialEntropyLoss()(maps) - attention_entropy(maps) / math.log(maps[0, 0].numel())
 
 
 TERMS = {                               # of this study alone, beside those of regularizer_names

@@ -8,7 +8,6 @@ __all__ = ['PLACES', 'Hook', 'AttentionTap', 'patches_at', 'cells_off', 'peaks',
 
 # %% ../../nbs/12_tap.ipynb #e526610b
 import inspect
-import re
 import threading
 import warnings
 from copy import deepcopy
@@ -23,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from .rows import Rows, as_float, masked_out, query_row, row_of_logits
 from .rows import weights_of_logits, weights_of_rows, without_padding
 from .families import Call, UnsupportedModel, find, value_for
+from .families import joined_axes
 
 # %% ../../nbs/12_tap.ipynb #639854e9
 _QUERIES = '"auto", "cls", "mean", "register", ("register", i) or a patch (y, x)'
@@ -180,7 +180,7 @@ def _canonical(r, t): # (..., n, c) in the family's layout -> (B, H, W, n, c)
     axes, w = r.site.kind.axes_of(t), _windows_of(r.raster)
     if axes == "b h w n" and t.ndim == 4: axes = "b h n"                  # Hiera's global layers
     known = dict(w=w) if "w" in axes else {}
-    if re.search(r"\([^)]*b[^)]*h", axes): known["b"] = r.batch           # heads and images in one
+    if any("b" in names and "h" in names for names in joined_axes(axes)): known["b"] = r.batch
     wanted = " ".join(a if a in axes else "1" for a in "bhwn")
     try: return rearrange(t, f"{axes} c -> {wanted} c", **known)
     except EinopsError:

@@ -39,7 +39,8 @@ def head_disagreement(maps: Tensor # (B, H, h, w) similarities, H of at least 2
 def attention_entropy(maps: Tensor # (B, H, h, w) similarities
                      ) -> Tensor: # a scalar, from 0 to log(h*w), in nats
     "Mean Shannon entropy of the softmaxed maps: low where few cells hold the attention."
-    return torch.special.entr(_attention(maps)).sum(-1).mean()
+    logs = maps.flatten(2).to(torch.promote_types(maps.dtype, torch.float32)).log_softmax(-1)
+    return -(logs.exp()*logs).sum(-1).mean()
 
 # %% ../../nbs/37_alternatives.ipynb #425289fa
 def chance_corrected_entropy(maps: Tensor # (B, H, h, w) similarities
