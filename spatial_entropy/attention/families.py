@@ -66,8 +66,7 @@ class Layer:
     def axes_of(self, t): # (..., c)
         "The axes of queries, or of logits, with so many dimensions."
         ways = self.axes.split(" | ")
-        fits = (a for a in ways if count_axes(a) + 1 == t.ndim)
-        return next(fits, ways[0])
+        return [*[a for a in ways if count_axes(a) + 1 == t.ndim], ways[0]][0]
 
 # %% ../../nbs/11_families.ipynb #50acf863
 @dataclass
@@ -439,7 +438,7 @@ def _windowed(call): # (B, H, W, C) blocks with a window_size, perhaps a shift
     queries = (0, 0) if pools else None
     if size[0] < 1 or getattr(b, "is_windowed", True) is False: return Raster(grid, queries=queries)
     raster = windows(grid, size, _pair(getattr(b, "shift_size", 0)), device=call.x.device)
-    return replace(raster, queries=queries, asked=_asked(raster, b, size) if pools else None)
+    return raster.changed(queries=queries, asked=_asked(raster, b, size) if pools else None)
 
 # %% ../../nbs/11_families.ipynb #a2a12100
 def _in_windows(family, classes, hosts, place=_windowed, axes="(b w) h n", also=()):
@@ -956,14 +955,14 @@ def _reduced(call): # Segformer, GLPN, PVT: keys by a strided convolution
     pools = any(isinstance(m, nn.AdaptiveAvgPool2d) for m in parts)
     linear = any(getattr(m, "linear_attention", False) for m in parts)
     if pools and linear: return Raster((7, 7), queries=(h, w))
-    step = next((m.stride for m in parts if isinstance(m, nn.Conv2d)), None)
-    return Raster((h, w)) if step is None else Raster((h//step[0], w//step[1]), queries=(h, w))
+    steps = [m.stride for m in parts if isinstance(m, nn.Conv2d)]
+    return Raster((h//steps[0][0], w//steps[0][1]), queries=(h, w)) if steps else Raster((h, w))
 
 # %% ../../nbs/11_families.ipynb #b439e865
 def _projected(call): # CvT: keys by a depthwise convolution
     h, w = _called_with(call)
     parts = call.layer.convolution_projection_key.modules()
-    c = next(m for m in parts if isinstance(m, nn.Conv2d))
+    c = [m for m in parts if isinstance(m, nn.Conv2d)][0]
     return Raster(_after(c, (h, w)), queries=(h, w))
 
 def _square(call): # LeViT: the grid is a square
@@ -1095,7 +1094,7 @@ def _thw(m, inputs):
     size = getattr(m.config, "window_size", 0) if sorts else 0
     window, thw = size//m.config.patch_size//merge*merge, inputs["grid_thw"]
     raster = _behind(thw.tolist(), merge, window, thw.device)
-    return replace(raster, region=None) # each call sees its own frame, or window
+    return raster.changed(region=None) # each call sees its own frame, or window
 
 # %% ../../nbs/11_families.ipynb #e900b974
 def _sizes(m, inputs):
@@ -1218,20 +1217,20 @@ def _row_by_row(m, inputs): # Muse names its window, in pixels
     "The grid from grid_thw, of patches that are not in blocks."
     thw, size = inputs["grid_thw"], getattr(m, "window_size", 0)
     window = size//m.config.patch_size if size else 0
-    return replace(_behind(thw.tolist(), 1, window, thw.device), region=None)
+    return _behind(thw.tolist(), 1, window, thw.device).changed(region=None)
 
 # %% ../../nbs/11_families.ipynb #4b6de5ab
 def _merged(m, inputs): # Video-LLaMA 3
     "The grid from grid_thw, of blocks of merge_sizes."
     thw, merges = inputs["grid_thw"], inputs["merge_sizes"].tolist()
-    return replace(_behind(thw.tolist(), merges, 0, thw.device), region=None)
+    return _behind(thw.tolist(), merges, 0, thw.device).changed(region=None)
 
 # %% ../../nbs/11_families.ipynb #5e11a0c7
 def _targets(m, inputs): # MiniCPM-V
     "The grid from target_sizes."
     sizes = inputs["target_sizes"]
     raster = _behind([(1, h, w) for h, w in sizes.tolist()], device=sizes.device)
-    return replace(raster, region=None)
+    return raster.changed(region=None)
 
 # %% ../../nbs/11_families.ipynb #91ad50e9
 def _after_merger(call): # a key for each block, row by row
@@ -1240,7 +1239,7 @@ def _after_merger(call): # a key for each block, row by row
     f, y, x = n//(h*w), n % (h*w)//w, n % w
     f, y, x = (t[(y % 2 == 0) & (x % 2 == 0)] for t in (f, y//2, x//2))
     cells = (f*(h//2) + y)*(w//2) + x
-    return replace(call.grid, grid=(h//2, w//2), cells=cells[None])
+    return call.grid.changed(grid=(h//2, w//2), cells=cells[None])
 
 # %% ../../nbs/11_families.ipynb #1c5089d2
 def _led(m, inputs): # Inkling 2
@@ -1251,7 +1250,7 @@ def _led(m, inputs): # Inkling 2
     nowhere = raster.pictures*raster.grid[0]*raster.grid[1]
     parts = raster.cells[0].split([t*h*w for t, h, w in sizes])
     cells = torch.cat([nn.functional.pad(p, (1, 0), value=nowhere) for p in parts])[1:]
-    return replace(raster, cells=cells[None], region=None)
+    return raster.changed(cells=cells[None], region=None)
 
 # %% ../../nbs/11_families.ipynb #5e11a0c9
 _adapters += _packed_towers("""

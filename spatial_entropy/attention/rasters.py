@@ -49,6 +49,11 @@ class Raster:
         if n == 1: return t.unflatten(-1, (h, w))
         return rearrange(t, "b head (n h w) -> (b n) head h w", n=n, h=h)
 
+    def changed(self, **fields):
+        "The same, but for some fields; compilers cannot follow `dataclasses.replace`."
+        now = {name: getattr(self, name) for name in self.__match_args__}
+        return Raster(**{**now, **fields})
+
     def _placed(self, t, fill): # t: (..., W·m) -> (..., pictures·h·w)
         size = self.pictures*self.grid[0]*self.grid[1]
         canvas = t.new_full((*t.shape[:-1], size + 1), fill)

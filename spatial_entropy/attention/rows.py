@@ -73,17 +73,26 @@ def _row_by_region(q, k, scale, mask, rows):
     if mask is None: return s
     return s + (own*torch.where(own > 0, mask, 0.)).sum(-2)
 
+def _asking(q, rows):
+    "The query that is read, (B, H, W, 1, d); of one token, only that is cast."
+    return as_float(rows.of(q)) if rows.token is not None else rows.of(as_float(q))
+
+def _products(q, k): # (..., 1, d), (..., m, d) -> (..., m)
+    "Products of one query with all keys."
+    return (q*k).sum(-1) if torch.compiler.is_compiling() else (q @ k.mT)[..., 0, :]
+
+# %% ../../nbs/04_rows.ipynb #960c3756
 def query_row(q, k, scale, mask, rows):
     """(B, H, W, m) similarities, and which keys are seen, or None where no mask says.
 
     From (B, H, W, n, d) queries and (B, H, W, m, d) keys.
     """
     with _full_precision(k):
-        q, k = as_float(q), as_float(k)
-        if rows.region is not None: return _row_by_region(q, k, scale, mask, rows), None
-        if mask is None: return (rows.of(q) @ k.mT)[..., 0, :]*scale, None
-        rows = without_padding(rows, mask)
-        s = (rows.of(q) @ k.mT)[..., 0, :]*scale
+        k = as_float(k)
+        if rows.region is not None: return _row_by_region(as_float(q), k, scale, mask, rows), None
+        if mask is not None: rows = without_padding(rows, mask)
+        s = _products(_asking(q, rows), k)*scale
+        if mask is None: return s, None
         if mask.dtype == torch.bool: return s, _keys_seen(rows, mask)
         bias = as_float(torch.where(masked_out(mask), 0., mask))
         if bias.shape[-2] > 1: bias = rows.of(bias)
@@ -149,13 +158,13 @@ def weights_of_logits(logits, n, rows, step=64):
 def weights_of_rows(q, k, scale, mask, rows):
     "(B, H, W, m) attention weights of the rows, from queries and keys."
     with _full_precision(k):
-        q, k = as_float(q), as_float(k)
+        k = as_float(k)
         if mask is not None and mask.dtype == torch.bool:
-            mask = torch.where(mask, 0., torch.finfo(q.dtype).min)
+            mask = torch.where(mask, 0., torch.finfo(k.dtype).min)
         if mask is not None and rows.region is None: rows = without_padding(rows, mask)
 
         def logits(part):
-            s = q[..., part, :] @ k.mT*scale
+            s = as_float(q[..., part, :]) @ k.mT*scale
             if mask is None: return s
             return s + (mask if mask.shape[-2] == 1 else mask[..., part, :])
 

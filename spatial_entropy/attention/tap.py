@@ -160,17 +160,21 @@ class _Site:
 # %% ../../nbs/12_tap.ipynb #12aa000b
 class _Record:
     "What one tap keeps of one call of a layer: the row, which keys are seen, and where they lie."
-    def __init__(self, site, args, raster, masks, kept=True):
-        self.site, self.args, self.raster = site, args, raster
+    def __init__(self, site, raster, masks, kept=True):
+        self.site, self.raster, self.args = site, raster, None
         self.masks = masks              # masks may hide keys
         self.kept = kept                # False: a block that is repeated in the backward pass
-        self.batch, self.key = args[0].shape[0], _key_of(args)
         self.row, self.seen = None, None # (B, H, W, m), and which of its keys count
         self.parts = []                 # rows of layers that ask one window after the other
         self.passed_by = []             # tables that were not this layer's attention
         self.map, self.shown = None, None # (B, H, h, w), and which of its cells hold a patch
         self.graded = False             # the map was laid with gradients on
         self.alive = None               # lives as long as the graph
+
+    def of(self, args):
+        "The record of a call with these arguments."
+        self.args, self.batch, self.key = args, args[0].shape[0], _key_of(args)
+        return self
 
 # %% ../../nbs/12_tap.ipynb #e68a12cf
 def _windows_of(raster):
@@ -198,7 +202,7 @@ def _tokens_read(site, n, prefix):
     suffix, adapter = site.suffix(), site.tap.found.adapter
     reads = adapter.reads if site.tap.query == "auto" else "mean"
     if not suffix and reads != "prefix": return Rows(start=prefix)
-    at = torch.arange(n, device=next(site.module.parameters()).device)
+    at = torch.arange(n, device=[*site.module.parameters()][0].device)
     patches = (at >= prefix) & (at < n - suffix)
     read = dict(prefix=at < prefix, suffix=at >= n - suffix).get(reads, patches)
     return Rows(weight=read/read.sum())
@@ -469,6 +473,13 @@ def _projected(r, query, key, value, width, heads, weight, bias, bias_k, bias_v,
     _read(r, q, k, mask, q.shape[-1]**-.5)
 
 # %% ../../nbs/12_tap.ipynb #f4033a0e
+_PYTHON_METHODS = (torch.Tensor.split, torch.Tensor.unflatten, torch.Tensor.norm)
+
+def _passed_on(func, args, kwargs):
+    "What torch does; methods that Tensor has in Python have no name in graphs of torch below 2.11."
+    python = torch.compiler.is_compiling() and func in _PYTHON_METHODS
+    return getattr(args[0], func.__name__)(*args[1:], **kwargs) if python else func(*args, **kwargs)
+
 class _Listening(TorchFunctionMode):
     "One call of an attention layer; each tap on it sees the same calls of torch."
     def __init__(self, records):
@@ -485,7 +496,7 @@ class _Listening(TorchFunctionMode):
         elif func in _SOFTMAX:
             table, dim = _softmax_arguments(*args, **kwargs)
             for r in self.records: _softmax(r, table, dim)
-        else: return func(*args, **kwargs)
+        else: return _passed_on(func, args, kwargs)
         out = func(*args, **kwargs)
         for r in self.records:
             if r.site.tap.checks is not None: _compare(r, out, func, args, kwargs)
@@ -519,7 +530,7 @@ def _again(site, args):
             f"{site.name}: checkpointing repeats one of several passes with as many patches in "
             f"other places, and query={site.tap.query!r} cannot tell which; "
             "call backward after each pass")
-    return _Record(site, args, raster, masks, kept=False)
+    return _Record(site, raster, masks, kept=False).of(args)
 
 # %% ../../nbs/12_tap.ipynb #a1b51108
 def _enter(site, args, kwargs):
@@ -536,7 +547,7 @@ def _enter(site, args, kwargs):
     kept = not (compiled and site.number in now.recorded)    # there, a repeat looks like a new run
     if not kept: now.repeated[site.number] = True
     now.ran[site.number] = True
-    return _Record(site, args, raster, site.masks, kept)
+    return _Record(site, raster, site.masks, kept).of(args)
 
 # %% ../../nbs/12_tap.ipynb #2a532f9c
 @cache
@@ -717,13 +728,13 @@ class _GridHooks(_PassHooks):
         if _recomputing(): return
         named = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         given = self.tap.found.adapter.given
-        self.tap._passes.now().grid = given(module, named | named.get("kwargs", {}))
+        self.tap._passes.now().grid = given(module, {**named, **named.get("kwargs", {})})
 
     def picture_entered(self, module, args, kwargs): # what is around the convolution
         if _recomputing(): return
-        shown = (a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
-        size = next((tuple(a.shape[-2:]) for a in shown if a.ndim == 4), None)
-        self.tap._passes.now().picture = size
+        shown = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
+        sizes = [tuple(a.shape[-2:]) for a in shown if a.ndim == 4]
+        self.tap._passes.now().picture = sizes[0] if sizes else None
 
 # %% ../../nbs/12_tap.ipynb #de9c14a7
 def _first_convolution(found): # before the first attention layer
