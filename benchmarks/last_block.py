@@ -29,8 +29,7 @@ from spatial_entropy.attention.tap import AttentionTap
 from spatial_entropy.commands import Parser, lenient_output, outcome
 from spatial_entropy.data import mask_pairs, shapes
 from spatial_entropy.demo import demo_model
-from spatial_entropy.loops.alternatives import (attention_entropy, chance_corrected_entropy, head_disagreement, regularizer_names,
-                                                 regularizer_term)
+from spatial_entropy.loops.alternatives import attention_entropy, chance_corrected_entropy, head_disagreement, regularizer_names, regularizer_term
 from spatial_entropy.loops.schedule import SCHEDULES, entropy_weight
 from spatial_entropy.measure.operators import SpatialEntropyLoss
 from spatial_entropy.training.comparing import MEASURES
