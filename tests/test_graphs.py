@@ -51,8 +51,8 @@ def test_a_pass_asks_nothing_that_compilers_cannot_follow(spec, monkeypatch):
     assert len(tap.maps()) == spec.layers
 
 
-def compiled(model, call, tap=None):
-    "The graphs of a first call in training, and a loss of what came; floating outputs with a gradient of each graph."
+def compiled(model, call):
+    "The shapes of what each graph of a first call in training gives out with a gradient."
     graphs = []
 
     def backend(graph, examples):
