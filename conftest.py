@@ -98,10 +98,10 @@ def pytest_collect_file(file_path, parent):
 
 
 SLOWEST = ("test_site.py test_gpu_kernels.py test_lab.py test_language.py test_graphs.py test_tap.py test_models.py test_resume.py test_callbacks.py "
-           "test_comparing.py test_machines.py 60_comparing.ipynb test_hostile.py test_progress.py test_commands.py test_faults.py test_processes.py test_kernels.py "
-           "test_surgery.py 64_robustness.ipynb 08_gallery.ipynb 92_last_block.ipynb 90_loss_benchmark.ipynb test_explorer_app.py 18_simpool.ipynb "
-           "58_loop.ipynb 33_transformers.ipynb 91_training_benchmark.ipynb test_training.py 80_commands.ipynb 11_families.ipynb 59_evaluating.ipynb "
-           "31_regularizer.ipynb 48_scoring.ipynb 50_files.ipynb 42_chance.ipynb 34_fastai.ipynb").split()
+           "test_comparing.py test_machines.py 60_comparing.ipynb test_hostile.py test_progress.py test_commands.py test_faults.py test_processes.py "
+           "test_kernels.py test_surgery.py 64_robustness.ipynb 08_gallery.ipynb 92_last_block.ipynb 90_loss_benchmark.ipynb test_explorer_app.py "
+           "18_simpool.ipynb 58_loop.ipynb 33_transformers.ipynb 91_training_benchmark.ipynb test_training.py 80_commands.ipynb 11_families.ipynb "
+           "59_evaluating.ipynb 31_regularizer.ipynb 48_scoring.ipynb 50_files.ipynb 42_chance.ipynb 34_fastai.ipynb").split()
 
 
 def pytest_collection_modifyitems(items):
