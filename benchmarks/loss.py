@@ -31,6 +31,7 @@ import numpy as np
 import timm
 import torch
 from matplotlib.figure import Figure
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 import spatial_entropy
@@ -469,6 +470,13 @@ def _stepper(kind, device, batch, model): # "without", "tap" or "with" the regul
     return step
 
 
+def _new_graphs(step):
+    "How many graphs the compiler made of the model in its first step: one, where nothing cuts it."
+    before = counters["stats"]["unique_graphs"]
+    step()
+    return counters["stats"]["unique_graphs"] - before
+
+
 def measure_step(device: torch.device,
                  batch: int | None = None, # 256 on a GPU, 2 elsewhere
                  model="deit_small_patch16_224",
@@ -482,7 +490,8 @@ def measure_step(device: torch.device,
     try:
         if not cuda: _set_threads(1)
         calls = {kind: _stepper(kind, device, batch, model) for kind in ("without", "tap", "with")}
-        for _ in range(3 if cuda else 1): [step() for step in calls.values()]
+        graphs = {kind: _new_graphs(step) for kind, step in calls.items()}
+        for _ in range(2 if cuda else 0): [step() for step in calls.values()]
         ready()
         times = interleave(calls, lambda step: timed(lambda: [step() for _ in range(steps)])/steps, 1e9, rounds)
     finally: _set_threads(threads)
@@ -490,7 +499,7 @@ def measure_step(device: torch.device,
     for name in ("tap", "with"): facts[f"{name}_adds_percent"] = 100*(median(b/a for a, b in zip(times["without"], times[name])) - 1)
     facts["noise_percent"] = 100*median(abs(b/a - 1) for a, b in zip(times["without"], times["without"][1:]))
     facts |= dict(batch=batch, model=model, rounds=rounds, compiled=cuda, dtype="bfloat16" if cuda else "float32")
-    return facts | (dict(synchronisations={name: _synchronisations(step) for name, step in calls.items()}) if cuda else {})
+    return facts | (dict(synchronisations={name: _synchronisations(step) for name, step in calls.items()}, graphs=graphs) if cuda else {})
 
 _PACKAGES = ("torch", "numba", "triton", "numpy", "timm", "scipy", "scikit-image", "connected-components-3d", "kornia", "opencv-python-headless")
 

@@ -23,6 +23,7 @@ if part == "values": write(cases=10, worst=dict(entropy=float(share)), failing=[
 if part == "behaviour": os.kill(os.getpid(), signal.SIGSEGV)
 if part == "taps": write(models=3); time.sleep(600 if share == "1" else 0)
 if part == "growth": write(seen=sorted(os.listdir(folder)))
+if part == "runs": write(same_twice=True)
 if part == "step": write(failed="Traceback: no memory")
 if part == "training": time.sleep(600)
 if part == "tune": write(rows=[1])
@@ -39,11 +40,11 @@ def test_a_part_that_dies_hangs_or_fails_leaves_the_others_alone(tmp_path, monke
     script.write_text(PART, encoding="utf-8")
     monkeypatch.setattr(on_gpu, "PARTS", script)
     monkeypatch.setattr(on_gpu, "LEAST", 2)
-    monkeypatch.setattr(on_gpu, "TIMED", dict(growth=20, benchmark=1, step=20, tune=20, training=60))
+    monkeypatch.setattr(on_gpu, "TIMED", dict(growth=20, benchmark=1, step=20, runs=20, tune=20, training=60))
     assert on_gpu.main(["-o", str(folder), "--budget", "14"]) == 1
     said, found = capsys.readouterr().out, read(folder)
     assert time.monotonic() - began < 25
-    assert found.keys() == {"values", "behaviour", "taps", "growth", "benchmark", "step", "training", "tune"}
+    assert found.keys() == {"values", "behaviour", "taps", "growth", "benchmark", "step", "runs", "training", "tune"}
     assert found["values"]["cases"] == 60 and found["values"]["worst"]["entropy"] == 5 and len(found["values"]["failing"]) == 1
     assert "code -11" in found["behaviour"]["failed"] and "no memory" in found["step"]["failed"]
     assert found["taps"]["models"] == 18 and "stopped" in found["taps"]["left out"]
@@ -57,7 +58,7 @@ def test_what_does_not_fit_into_the_budget_is_left_out_in_a_file(tmp_path, monke
     script = tmp_path / "parts.py"
     script.write_text(PART.replace('"training": time.sleep(600)', '"training": write()'), encoding="utf-8")
     monkeypatch.setattr(on_gpu, "PARTS", script)
-    skipped = ["values", "behaviour", "taps", "growth", "step", "tune"]
+    skipped = ["values", "behaviour", "taps", "growth", "step", "runs", "tune"]
     assert on_gpu.main(["-o", str(tmp_path / "out"), "--budget", "9", "--skip", *skipped]) == 0
     found = read(tmp_path / "out")
     assert "were left" in found["training"]["left out"] and found.keys() == {"benchmark", "training"}
@@ -99,7 +100,7 @@ def test_every_part_is_called_with_what_it_takes(tmp_path, monkeypatch):
     for part in (*gpu_parts.CHECKS, *gpu_parts.TIMED, "compile"):
         monkeypatch.setattr(sys, "argv", ["gpu_parts.py", part, str(tmp_path), "--share", "0/1", "--device", "cpu"])
         assert gpu_parts.main() == 0, part
-    assert len(called) == 9 and {p.name for p in tmp_path.iterdir()} == {f"{p}.0.json" for p in (*gpu_parts.CHECKS, *gpu_parts.TIMED)}
+    assert len(called) == 10 and {p.name for p in tmp_path.iterdir()} == {f"{p}.0.json" for p in (*gpu_parts.CHECKS, *gpu_parts.TIMED)}
 
 
 TAPS = """

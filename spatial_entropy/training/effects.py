@@ -140,7 +140,7 @@ class Comparison:
     "Arms and seeds, and what was measured of each run. Raises ValueError for two rows of one run."
     def __init__(self, rows: list, # of dictionaries: arm, seed, maybe part (of the data), numbers
                  titles: dict = MEASURES): # {measure: (what it is called, digits)}
-        self._of, self.titles = _by_run(rows), titles
+        self._of, self.titles, self.rows = _by_run(rows), titles, list(rows)
         self.arms, self.parts, seeds = (list(dict.fromkeys(x)) for x in zip(*self._of))
         self.seeds = sorted(seeds)
         self.measures = [m for m in titles if any(m in row for row in self._of.values())]
