@@ -5,7 +5,8 @@
 Needs the package's requirements and nothing of its development tools. What only checks (values, behaviour, taps) runs side by side; meanwhile, what
 times something or needs all cores (growth, benchmark, step, runs, training, tune) loads and compiles, and then runs with nothing beside it, one
 after the other. Every part has processes of its own and leaves FOLDER/PART.json, with the device, the versions, the commit, what failed, and what
-was left out for want of time; FOLDER/PART.SHARE.log holds what it said. Exit code 1 if anything failed or a check was not finished. Four and a half minutes on 16 cores.
+was left out for want of time; FOLDER/PART.SHARE.log holds what it said. Exit code 1 if anything failed or a check was not finished. Four and a half
+minutes on 16 cores.
 """
 import argparse
 import json
