@@ -118,7 +118,13 @@ def do(job, console):
     return middle - start, time.time() - middle
 
 
-def work(number, jobs, taken, guess, lock, until, output):
+def expected(first, took):
+    "Seconds of a run of each entry: as measured, 0 where none has ended; those that were guessed were off by as much as the others."
+    off = max((t / f for f, t in zip(first, took) if t), default=1)
+    return [t or f * off for f, t in zip(first, took)]
+
+
+def work(number, jobs, taken, first, took, lock, until, output):
     "One process: the first job that nobody has taken and that will end in time, again and again."
     if multiprocessing.get_start_method() == "spawn":
         keep_pictures()
@@ -127,8 +133,8 @@ def work(number, jobs, taken, guess, lock, until, output):
     os.dup2(log.fileno(), 2)
     while True:
         with lock:
-            left = until - time.time()
-            at = next((k for k, j in enumerate(jobs) if not taken[k] and guess[j.entry] * 1.15 < left), None)
+            left, seconds = until - time.time(), expected(first, took)
+            at = next((k for k, j in enumerate(jobs) if not taken[k] and seconds[j.entry] * 1.1 < left), None)
             if at is None:
                 return
             taken[at] = 1
@@ -136,7 +142,7 @@ def work(number, jobs, taken, guess, lock, until, output):
         try:
             trained, measured = do(job, Console(file=log, width=120))
             with lock:
-                guess[job.entry] = .5 * (guess[job.entry] + trained + measured)
+                took[job.entry] = .5 * ((took[job.entry] or trained + measured) + trained + measured)
             (job.run.folder / "seconds.txt").write_text(f"{trained:.1f} {measured:.1f}\n")
             taken[at] = 2
         except Exception:
@@ -206,8 +212,9 @@ def main():
     pictures = read_pictures(jobs) if multiprocessing.get_start_method() == "fork" else 0
     print(f"{len(jobs)} runs; processes start by {multiprocessing.get_start_method()}; {pictures} pictures read in {time.time() - start:.1f} s", flush=True)
     taken, lock = multiprocessing.Array("i", len(jobs), lock=False), multiprocessing.Lock()
-    guess = multiprocessing.Array("d", [e["seconds"] for e in entries], lock=False)
-    workers = [multiprocessing.Process(target=work, args=(n, jobs, taken, guess, lock, until, args.output), daemon=True) for n in range(args.jobs)]
+    first, took = [float(e["seconds"]) for e in entries], multiprocessing.Array("d", len(entries), lock=False)
+    given = jobs, taken, first, took, lock, until, args.output
+    workers = [multiprocessing.Process(target=work, args=(n, *given), daemon=True) for n in range(args.jobs)]
     for w in workers:
         w.start()
     packed, results = {}, Path(args.results)
@@ -215,7 +222,7 @@ def main():
         time.sleep(5)
         pack(jobs, results, packed)
         print(f"{time.time() - start:.0f} s: {list(taken).count(2)} done, {list(taken).count(1)} at work, {list(taken).count(3)} failed; "
-              f"a run takes {[round(g) for g in guess]} s; {load()}", flush=True)
+              f"a run takes {[round(s) for s in expected(first, took)]} s; {load()}", flush=True)
     for w in workers:
         w.terminate()
     pack(jobs, results, packed)
