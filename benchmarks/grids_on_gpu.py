@@ -13,6 +13,7 @@ Sixteen processes share one H200 badly: 3,800 pictures a second in all with half
 import argparse
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -35,7 +36,8 @@ from spatial_entropy.training.archives import sources
 from spatial_entropy.training.batches import Pictures
 from spatial_entropy.training.comparing import planned, read_grid
 from spatial_entropy.training.evaluating import keep_scores
-from spatial_entropy.training.loop import train
+from spatial_entropy.training.jobs import epochs_done
+from spatial_entropy.training.loop import resume, train
 from spatial_entropy.training.sources import Source
 
 matplotlib.use("agg")
@@ -107,10 +109,13 @@ def read_pictures(jobs):
 
 def do(job, console):
     "Train a run, then measure it; seconds of both."
-    start, device = time.time(), job.run.config.device
-    job.run.folder.parent.mkdir(parents=True, exist_ok=True)
-    if not (job.run.folder / "model.safetensors").exists():
-        train(job.run.config, console, plot=False)
+    start, device, folder = time.time(), job.run.config.device, job.run.folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if epochs_done(folder) < job.run.config.epochs:
+        begun = (folder / "config.yaml").exists()
+        trained = resume(str(folder), console, plot=False) if begun else train(job.run.config, console, plot=False)
+        if trained.stopped:
+            raise SystemExit(f"stopped by {trained.stopped}")   # a run that has not ended is not measured
     middle = time.time()
     keep_scores(job.run.folder, masks=job.masks, device=device)
     for name, options in job.tests.items():
@@ -217,6 +222,7 @@ def main():
     workers = [multiprocessing.Process(target=work, args=(n, *given), daemon=True) for n in range(args.jobs)]
     for w in workers:
         w.start()
+    signal.signal(signal.SIGTERM, lambda *_: [w.terminate() for w in workers])
     packed, results = {}, Path(args.results)
     while any(w.is_alive() for w in workers) and time.time() < until:
         time.sleep(5)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ def asked(folder, seconds, jobs=2):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="it starts its processes by fork")
 def test_runs_end_are_packed_and_are_not_done_twice_and_a_failure_is_told(tmp_path):
-    common = dict(data="shapes", limit=64, img_size=32, model="test_vit", epochs=1, batch_size=32, entropy_schedule="constant", recovery_interval=0, device="cpu")
+    common = dict(data="shapes", limit=64, img_size=32, model="test_vit", epochs=1, batch_size=32, entropy_schedule="constant", recovery_interval=0,
+                  device="cpu")
     arms = dict(plain=dict(regularizer="none"), corrected=dict(regularizer="chance-corrected", entropy_weight=.3), broken=dict(mixup=.8, batch_size=31))
     (tmp_path / "small").mkdir()
     (tmp_path / "small/grid.yaml").write_text(yaml.safe_dump(dict(common=common, arms=arms, seeds=[1, 2])), encoding="utf-8")
@@ -38,6 +40,32 @@ def test_runs_end_are_packed_and_are_not_done_twice_and_a_failure_is_told(tmp_pa
     assert json.loads((tmp_path / "out/small/plain-seed1/again.json").read_text())["mask_pairs"] > 0
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump([entry | dict(seeds=[1])]), encoding="utf-8")
     assert asked(tmp_path, 300).returncode == 0 and (tmp_path / "out/small/plain-seed1/again.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="it starts its processes by fork")
+def test_a_run_that_was_stopped_is_gone_on_with_and_not_measured_before(tmp_path):
+    common = dict(data="shapes", limit=64, img_size=32, model="test_vit", epochs=300, batch_size=32, recovery_interval=0, device="cpu")
+    (tmp_path / "small").mkdir()
+    grid = tmp_path / "small/grid.yaml"
+    grid.write_text(yaml.safe_dump(dict(common=common, arms=dict(plain=dict(regularizer="none")), seeds=[1])), encoding="utf-8")
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump([dict(grid="small/grid.yaml", seconds=1)]), encoding="utf-8")
+    words = ["plan.yaml", "-o", "out", "--results", "tars", "--jobs", "1", "--seconds", "300"]
+    command = [sys.executable, str(ROOT / "benchmarks/grids_on_gpu.py"), *words]
+    p = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    run, until = tmp_path / "out/small/plain-seed1", time.monotonic() + 200
+    while len((run / "metrics.csv").read_text().splitlines() if (run / "metrics.csv").exists() else ()) < 3:
+        assert time.monotonic() < until and p.poll() is None
+        time.sleep(.05)
+    p.terminate()
+    said, _ = p.communicate(timeout=100)
+    before = (run / "metrics.csv").read_text().splitlines()
+    assert not (run / "evaluation.json").exists() and 3 <= len(before) < 300, said
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from grids_on_gpu import Job
+
+    from spatial_entropy.training.comparing import Planned, planned, read_grid
+    job = Job(planned(read_grid(grid), tmp_path / "out/small")[0], 0, None, {})
+    assert isinstance(job.run, Planned) and not job.done()
 
 
 def test_what_was_guessed_is_off_by_as_much_as_what_was_measured():
