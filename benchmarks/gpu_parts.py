@@ -360,7 +360,8 @@ SETTINGS = ("--data shapes --img-size 64 --limit 1024 --epochs 3 -b 32 --workers
 
 def _command(*words):
     code = "import sys; from spatial_entropy.commands import main; sys.exit(main())"
-    return subprocess.Popen([sys.executable, "-c", code, "train", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([sys.executable, "-c", code, "train", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
+                            errors="replace")
 
 
 def _trained(name, folder, device, timeout):

@@ -148,7 +148,7 @@ def work(number, jobs, taken, first, took, lock, until, output):
             trained, measured = do(job, Console(file=log, width=120))
             with lock:
                 took[job.entry] = .5 * ((took[job.entry] or trained + measured) + trained + measured)
-            (job.run.folder / "seconds.txt").write_text(f"{trained:.1f} {measured:.1f}\n")
+            (job.run.folder / "seconds.txt").write_text(f"{trained:.1f} {measured:.1f}\n", encoding="utf-8")
             taken[at] = 2
         except Exception:
             taken[at] = 3
@@ -193,7 +193,8 @@ def start_method(device):
 def load():
     "What the GPU says of its load, in percent; empty without one."
     try:
-        return subprocess.run("nvidia-smi --query-gpu=utilization.gpu,memory.used --format=csv,noheader".split(), capture_output=True, text=True).stdout.strip()
+        words = "nvidia-smi --query-gpu=utilization.gpu,memory.used --format=csv,noheader".split()
+        return subprocess.run(words, capture_output=True, encoding="utf-8").stdout.strip()
     except OSError:
         return ""
 

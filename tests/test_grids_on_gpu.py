@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def asked(folder, seconds, jobs=2):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     words = ["plan.yaml", "-o", "out", "--results", "tars", "--jobs", str(jobs), "--seconds", str(seconds)]
-    return subprocess.run([sys.executable, str(ROOT / "benchmarks/grids_on_gpu.py"), *words], cwd=folder, env=env, capture_output=True, text=True, timeout=400)
+    command = [sys.executable, str(ROOT / "benchmarks/grids_on_gpu.py"), *words]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, encoding="utf-8", timeout=400)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="it starts its processes by fork")
@@ -37,7 +38,7 @@ def test_runs_end_are_packed_and_are_not_done_twice_and_a_failure_is_told(tmp_pa
     assert not any("broken" in n or "seed2" in n for n in names)
     assert {f"small/{arm}-seed1/model.safetensors" for arm in ("plain", "corrected")} == set(tarfile.open(tmp_path / "tars/weights-1.tar").getnames())
     before = (tmp_path / "out/small/plain-seed1/again.json").stat().st_mtime_ns
-    assert json.loads((tmp_path / "out/small/plain-seed1/again.json").read_text())["mask_pairs"] > 0
+    assert json.loads((tmp_path / "out/small/plain-seed1/again.json").read_text(encoding="utf-8"))["mask_pairs"] > 0
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump([entry | dict(seeds=[1])]), encoding="utf-8")
     assert asked(tmp_path, 300).returncode == 0 and (tmp_path / "out/small/plain-seed1/again.json").stat().st_mtime_ns == before
 
@@ -51,14 +52,14 @@ def test_a_run_that_was_stopped_is_gone_on_with_and_not_measured_before(tmp_path
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump([dict(grid="small/grid.yaml", seconds=1)]), encoding="utf-8")
     words = ["plan.yaml", "-o", "out", "--results", "tars", "--jobs", "1", "--seconds", "300"]
     command = [sys.executable, str(ROOT / "benchmarks/grids_on_gpu.py"), *words]
-    p = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    p = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
     run, until = tmp_path / "out/small/plain-seed1", time.monotonic() + 200
-    while len((run / "metrics.csv").read_text().splitlines() if (run / "metrics.csv").exists() else ()) < 3:
+    while len((run / "metrics.csv").read_text(encoding="utf-8").splitlines() if (run / "metrics.csv").exists() else ()) < 3:
         assert time.monotonic() < until and p.poll() is None
         time.sleep(.05)
     p.terminate()
     said, _ = p.communicate(timeout=100)
-    before = (run / "metrics.csv").read_text().splitlines()
+    before = (run / "metrics.csv").read_text(encoding="utf-8").splitlines()
     assert not (run / "evaluation.json").exists() and 3 <= len(before) < 300, said
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from grids_on_gpu import Job
