@@ -24,7 +24,7 @@ from types import SimpleNamespace
 
 import torch
 import torch._dynamo
-from loss import machine_facts, make_maps, measure_step, prepare_benchmark, run_benchmark
+from loss import machine_facts, make_maps, measure_step, prepare_benchmark, recorded, run_benchmark
 
 import spatial_entropy as se
 from spatial_entropy.measure import cuda as kernels
@@ -277,18 +277,6 @@ def check_taps(save, share=0, of=1, device="cuda", models=None, compiled=COMPILE
         if wrong and not alive(device): raise RuntimeError(f"the device no longer answers, after {spec.name}: {wrong}")
         save(report | dict(of=len(first) + len(last)))
     return report
-
-
-def recorded(call, calls=1):
-    "(a CUDA graph of so many calls, what the last one gave)."
-    side = torch.cuda.Stream(); side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3): call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls): kept = call()
-    return graph, kept
 
 
 def replay_us(call, calls=1, replays=200, rounds=7):

@@ -78,20 +78,24 @@ def kept(function, key):
     found = {}
 
     def asked(self, i):
-        if (k := key(self, i)) is None:
-            return function(self, i)
-        if k not in found:
-            found[k] = function(self, i)
-        return found[k]
+        if (k := key(self, i)) in found:
+            return found[k]
+        answer = function(self, i)
+        if k is not None and answer is not None:               # what could not be read is tried, and told, each time
+            found[k] = answer
+        return answer
     return asked
 
 
 def keep_pictures():
     "From now on, read every picture and every mask once a process."
-    Source.open = kept(Source.open, lambda self, i: self.name(i))
+    file = lambda source, i: (str(source.root), source.name(i)) if hasattr(source, "root") else None    # drawn pictures have no file
+    Source.open = kept(Source.open, file)
     MaskPairs.__getitem__ = kept(MaskPairs.__getitem__, lambda self, i: (str(self.home), self.size, str(self.transform), i))
-    without = lambda self, i: None if self.train else (self.source.name(i), str(self.transform))      # without augmentation: the same each epoch
-    Pictures.__getitem__ = kept(Pictures.__getitem__, without)
+    def unchanged(self, i):             # without augmentation a picture is the same each epoch
+        return None if self.train or (at := file(self.source, i)) is None else (at, str(self.transform))
+
+    Pictures.__getitem__ = kept(Pictures.__getitem__, unchanged)
 
 
 def read_pictures(jobs):

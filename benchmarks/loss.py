@@ -425,14 +425,21 @@ def measure_memory(cases, dtype, source): # cases: (shape, kind, names)
     return ([{} for _ in cases] if trouble else peaks), trouble
 
 
-def _replay_seconds(call, replays=100, rounds=5):
-    "Seconds a replay of the recorded call."
+def recorded(call, calls=1):
+    "(a CUDA graph of so many calls, what the last one gave)."
     side = torch.cuda.Stream(); side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3): call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph): kept = call()                          # noqa: F841
+    with torch.cuda.graph(graph):
+        for _ in range(calls): kept = call()
+    return graph, kept
+
+
+def _replay_seconds(call, replays=100, rounds=5):
+    "Seconds a replay of the recorded call."
+    graph, kept = recorded(call)                                         # what it gave lives as long as the graph
     return median(_cuda_time(lambda: [graph.replay() for _ in range(replays)]) for _ in range(rounds))/replays
 
 

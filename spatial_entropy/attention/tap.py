@@ -21,8 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from .rows import Rows, as_float, masked_out, query_row, row_of_logits
 from .rows import weights_of_logits, weights_of_rows, without_padding
-from .families import Call, UnsupportedModel, find, value_for
-from .families import joined_axes
+from .families import Call, UnsupportedModel, find, joined_axes, value_for
 
 # %% ../../nbs/12_tap.ipynb #639854e9
 _QUERIES = '"auto", "cls", "mean", "register", ("register", i) or a patch (y, x)'

@@ -13,9 +13,13 @@ from torch.nn import functional as F
 from ..measure.operators import SpatialEntropyLoss
 
 # %% ../../nbs/37_alternatives.ipynb #771c2da8
-def _attention(maps): # (B, H, h, w) similarities, any floating type
-    "(B, H, h*w) in float32 or float64, each map's cells sum to 1."
-    return maps.flatten(2).to(torch.promote_types(maps.dtype, torch.float32)).softmax(-1)
+def _flat(maps): # (B, H, h, w) similarities, any floating type
+    "(B, H, h*w) in float32 or float64."
+    return maps.flatten(2).to(torch.promote_types(maps.dtype, torch.float32))
+
+def _attention(maps): # (B, H, h, w) similarities
+    "(B, H, h*w), each map's cells sum to 1."
+    return _flat(maps).softmax(-1)
 
 # %% ../../nbs/37_alternatives.ipynb #0c7b5fe1
 def total_variation(maps: Tensor # (B, H, h, w) similarities
@@ -39,17 +43,17 @@ def head_disagreement(maps: Tensor # (B, H, h, w) similarities, H of at least 2
 def attention_entropy(maps: Tensor # (B, H, h, w) similarities
                      ) -> Tensor: # a scalar, from 0 to log(h*w), in nats
     "Mean Shannon entropy of the softmaxed maps: low where few cells hold the attention."
-    logs = maps.flatten(2).to(torch.promote_types(maps.dtype, torch.float32)).log_softmax(-1)
+    logs = _flat(maps).log_softmax(-1)
     return -(logs.exp()*logs).sum(-1).mean()
 
 # %% ../../nbs/37_alternatives.ipynb #425289fa
 def chance_corrected_entropy(maps: Tensor # (B, H, h, w) similarities
                             ) -> Tensor: # a scalar, in nats; below 0 where cells lie together
     "Mean spatial entropy of the maps less that of the same values in random order."
-    flat = maps.flatten(2)
+    flat, E = maps.flatten(2), SpatialEntropyLoss()
     order = torch.rand_like(flat, dtype=torch.float32).argsort(-1)
     shuffled = flat.gather(-1, order).view_as(maps)
-    return SpatialEntropyLoss()(maps) - SpatialEntropyLoss()(shuffled)
+    return E(maps) - E(shuffled)
 
 # %% ../../nbs/37_alternatives.ipynb #b4f89296
 _terms = { # name: function of the maps (B, H, h, w) that gives a scalar; None: nothing is added

@@ -244,8 +244,9 @@ class TrainConfig(_OutputSettings, _MachineSettings, _RateSettings, _FittingSett
     entropy_schedule: str = _setting("decay", "after the warm-up: decay to 0, stay (warmup); or "
                                      "constant from the start", range=Names(SCHEDULES))
     regularizer: str = _setting("spatial-entropy", "the term that is added: spatial-entropy, "
-                                "total-variation, head-disagreement, entropy, none, or one "
-                                "registered by register_regularizer", range=Asked(_regularizer))
+                                "total-variation, head-disagreement, entropy, "
+                                "chance-corrected, none, or one registered by "
+                                "register_regularizer", range=Asked(_regularizer))
 
     def __post_init__(self): _complete(self)
 
